@@ -1,0 +1,9 @@
+"""The MLX backend: Metal on Apple silicon, CUDA and CPU on Linux."""
+
+from twingpt.backends.mlx.device import details, devices  # isort: skip  (opens a BLAS before mlx is imported)
+from twingpt.backends.mlx.decoding import DecodeEngine
+from twingpt.backends.mlx.training import TrainEngine
+
+NAME = "mlx"
+
+__all__ = ["NAME", "DecodeEngine", "TrainEngine", "details", "devices"]

@@ -1,0 +1,213 @@
+"""The forward pass in MLX: the twin of `backends/torch/model.py`, judged by `core/reference.py`.
+
+Pure functions over a flat dict of parameters under their canonical names. Shapes: B batch, T time,
+D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from twingpt.core.config import GPTConfig
+from twingpt.core.rope import rope_periods
+
+Array = mx.array
+Parameters = dict[str, mx.array]
+
+
+class Rope:
+    """Rotary position embedding with its table: the periods, (rope_dim / 2,) float32."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        self.config = config
+        periods, self.factor = rope_periods(config)
+        self.periods = mx.array(periods)
+
+    def __call__(self, x: Array, offset: int) -> Array:
+        """Rotate (B, H, T, d), whose first position is `offset`."""
+        dim = self.config.rope_dim
+        if self.factor != 1:
+            x = mx.concatenate([x[..., :dim] * self.factor, x[..., dim:]], axis=-1)
+        # freqs are periods: the kernel takes their reciprocal, as rope_frequencies does.
+        return mx.fast.rope(x, dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
+
+
+class KVCache:
+    """The keys and values of the positions seen so far, preallocated for block_size of them."""
+
+    def __init__(self, config: GPTConfig, batch: int, dtype: mx.Dtype) -> None:
+        shape = (batch, config.n_kv_head, config.block_size, config.head_dim)
+        self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
+        self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
+        self.offset = 0
+
+    def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Append (B, K, T, d) to a layer and return all of it up to there."""
+        end = self.offset + k.shape[2]
+        self.keys[layer][:, :, self.offset : end] = k
+        self.values[layer][:, :, self.offset : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Dropout:
+    """Zeroes entries with probability `rate` and scales the rest; each call splits `key`."""
+
+    def __init__(self, rate: float, key: Array) -> None:
+        self.rate, self.key = rate, key
+
+    def __call__(self, x: Array) -> Array:
+        """Drop out entries of `x`."""
+        self.key, key = mx.random.split(self.key)
+        return mx.where(mx.random.bernoulli(1 - self.rate, x.shape, key), x * (1 / (1 - self.rate)), 0)
+
+
+def keep_all(x: Array) -> Array:
+    """No dropout."""
+    return x
+
+
+def linear(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T + b, where the checkpoint has a bias of that name."""
+    weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMSNorm over the last axis, in float32."""
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
+    """The block's RMSNorm or LayerNorm, in float32, (B, T, D)."""
+    weight = p[f"{name}.weight"]
+    if config.norm == "rmsnorm":
+        return rms_norm(x, weight, config.norm_eps)
+    bias = p[f"{name}.bias"] if config.norm_bias else None
+    return mx.fast.layer_norm(x, weight, bias, config.norm_eps)
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap), or x when the cap is off."""
+    return cap * mx.tanh(x / cap) if cap else x
+
+
+def attention_mask(n_query: int, n_key: int, config: GPTConfig) -> str | Array | None:
+    """None where every key counts, "causal" where no window cuts, else (n_query, n_key) booleans."""
+    windowed = 0 < config.sliding_window < n_key
+    if n_query == 1 and not windowed:
+        return None
+    if not windowed:
+        return "causal"
+    key = mx.arange(n_key)
+    query = key[n_key - n_query :, None]
+    return (key <= query) & (query - key < config.sliding_window)
+
+
+def capped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
+    """Attention with softcapped scores, which no fused kernel has, (B, H, T, d); softmax in float32."""
+    B, H, T, d = q.shape
+    q = q.reshape(B, config.n_kv_head, -1, T, d)
+    scores = softcap((q @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * d**-0.5, config.attn_softcap)
+    if isinstance(mask, str):
+        mask = mx.arange(k.shape[2]) <= mx.arange(k.shape[2] - T, k.shape[2])[:, None]
+    if mask is not None:
+        scores = mx.where(mask, scores, -mx.inf)
+    return (mx.softmax(scores, axis=-1).astype(v.dtype) @ v[:, :, None]).reshape(B, H, T, d)
+
+
+def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: KVCache | None) -> Array:
+    """Grouped-query causal self-attention, (B, T, D)."""
+    name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
+    offset = cache.offset if cache else 0
+
+    def heads(projection: str) -> Array:
+        return linear(x, p, f"{name}.{projection}").reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
+
+    q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
+    if config.qk_norm:
+        q = rms_norm(q, p[f"{name}.q_norm.weight"], config.norm_eps)
+        k = rms_norm(k, p[f"{name}.k_norm.weight"], config.norm_eps)
+    if config.uses_rope(layer):
+        q, k = rope(q, offset), rope(k, offset)
+    if cache:
+        k, v = cache.update(layer, k, v)
+    mask = attention_mask(T, k.shape[2], config)
+    if config.attn_softcap:
+        y = capped_attention(q, k, v, mask, config)
+    else:
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.head_dim**-0.5, mask=mask)
+    return linear(y.swapaxes(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU; mlx.nn's is wrapped in mx.compile, which costs seconds of g++ on a CPU."""
+    return 0.5 * x * (1 + mx.erf(x / math.sqrt(2)))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "swiglu": lambda x: x * mx.sigmoid(x),
+    "geglu": gelu,
+    "gelu": gelu,
+    "gelu_tanh": lambda x: 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
+    "relu2": lambda x: mx.square(mx.maximum(x, 0)),
+}
+
+
+def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
+    """The position-wise MLP, gated or not, (B, T, D)."""
+    name, activation = f"model.layers.{layer}.mlp", ACTIVATIONS[config.mlp]
+    up = linear(x, p, f"{name}.up_proj")
+    hidden = activation(linear(x, p, f"{name}.gate_proj")) * up if config.gated_mlp else activation(up)
+    return linear(hidden, p, f"{name}.down_proj")
+
+
+def block(
+    x: Array,
+    p: Parameters,
+    layer: int,
+    config: GPTConfig,
+    rope: Rope,
+    cache: KVCache | None,
+    dropout: Callable[[Array], Array],
+) -> Array:
+    """One pre-norm transformer block, (B, T, D)."""
+    name = f"model.layers.{layer}"
+    y = attention(norm(x, p, f"{name}.input_layernorm", config), p, layer, config, rope, cache)
+    x = x + dropout(y)
+    return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
+
+
+def hidden_states(
+    p: Parameters,
+    tokens: Array,
+    config: GPTConfig,
+    rope: Rope,
+    cache: KVCache | None = None,
+    dropout: Callable[[Array], Array] = keep_all,
+) -> Array:
+    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions."""
+    T, offset = tokens.shape[1], cache.offset if cache else 0
+    x = p["model.embed_tokens.weight"][tokens]
+    if config.position == "learned":
+        x = x + p["model.embed_positions.weight"][offset : offset + T]
+    x = dropout(x)
+    for layer in range(config.n_layer):
+        x = block(x, p, layer, config, rope, cache, dropout)
+    if cache:
+        cache.offset += T
+    return norm(x, p, "model.norm", config)
+
+
+def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
+    """(B, T, D) hidden states -> (B, T, V) float32 logits."""
+    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+    return softcap((x @ head.T).astype(mx.float32), config.logit_softcap)
+
+
+def cross_entropy(scores: Array, targets: Array) -> Array:
+    """The summed nats of (B, T) targets under (B, T, V) logits; a target below 0 counts nothing."""
+    picked = mx.take_along_axis(scores, mx.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return mx.where(targets >= 0, mx.logsumexp(scores, axis=-1) - picked, 0.0).sum()

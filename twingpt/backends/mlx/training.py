@@ -1,0 +1,126 @@
+"""The training engine in MLX: the twin of `backends/torch/training.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from twingpt.backends.mlx import model
+from twingpt.backends.mlx.decoding import DecodeEngine
+from twingpt.backends.mlx.device import DTYPES, keep_resident, memory, on_device, to_device, to_numpy
+from twingpt.backends.mlx.optimizer import adamw_step
+from twingpt.core.backend import Device, Memory
+from twingpt.core.config import GPTConfig
+from twingpt.core.parameters import parameter_table, state_table
+from twingpt.core.schedule import Hyper
+
+Array = mx.array
+Parameters = dict[str, mx.array]
+
+
+def summed_nats(
+    params: Parameters,
+    tokens: Array,
+    targets: Array,
+    key: Array,
+    config: GPTConfig,
+    rope: model.Rope,
+    dtype: mx.Dtype,
+    rate: float,
+) -> Array:
+    """The loss of a (B, T) batch, summed over its targets; one cast of the parameters to `dtype` at the top."""
+    p = {name: value.astype(dtype) for name, value in params.items()}
+    dropout = model.Dropout(rate, key) if rate else model.keep_all
+    x = model.hidden_states(p, tokens, config, rope, dropout=dropout)
+    return model.cross_entropy(model.logits(x, p, config), targets)
+
+
+def mean_nats(params: Parameters, tokens: Array, targets: Array, key: Array, **settings: Any) -> Array:
+    """The loss of a (B, T) batch per target; `settings` are those of `summed_nats`."""
+    return summed_nats(params, tokens, targets, key, **settings) / targets.size
+
+
+class TrainEngine:
+    """Float32 parameters and AdamW state, and a training step that computes in `dtype`."""
+
+    def __init__(self, config: GPTConfig, device: Device, dtype: str = "float32", compile: bool = False) -> None:
+        keep_resident(device)
+        self.config, self.device, self.dtype = config, device, dtype
+        decays = {name for name, row in parameter_table(config).items() if row.decays}
+        self.params: Parameters = {}
+        self.optimizer_state: Parameters = {}
+        self.losses: list[Array] = []
+        self.grads: Parameters = {}
+        compiled = mx.compile if compile else lambda function: function
+        settings = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
+        self.train_nats = compiled(mx.value_and_grad(partial(mean_nats, **settings, rate=config.dropout)))
+        self.summed_nats = compiled(partial(summed_nats, **settings, rate=0.0))
+        self.adamw_step = compiled(partial(adamw_step, decays=decays))
+
+    @on_device
+    def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
+        shapes = state_table(self.config)
+        arrays = {name: to_device(array) for name, array in tensors}
+        for name, shape in shapes.items():
+            self.optimizer_state[name] = arrays.pop(name, None)
+            if self.optimizer_state[name] is None:
+                self.optimizer_state[name] = mx.zeros(shape)
+        self.params = arrays
+        mx.eval(self.params, self.optimizer_state)
+
+    @on_device
+    def micro(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
+        """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
+        loss, grads = self.train_nats(self.params, to_device(tokens), to_device(targets), mx.random.key(key))
+        self.grads = {name: self.grads[name] + g if self.grads else g for name, g in grads.items()}
+        self.losses.append(loss)
+        mx.async_eval(loss, self.grads)
+
+    def gradients(self) -> Parameters:
+        """The gradients of the mean loss over the micro-batches since the last update."""
+        n = len(self.losses)
+        return {name: g / n if n > 1 else g for name, g in self.grads.items()}
+
+    @on_device
+    def update(self, hyper: Hyper) -> Array:
+        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm)."""
+        numbers = to_device(np.array(hyper, np.float32))
+        grads, loss = self.gradients(), mx.stack(self.losses).mean()
+        self.params, self.optimizer_state, total = self.adamw_step(
+            self.params, grads, self.optimizer_state, Hyper(*numbers)
+        )
+        self.grads = {}
+        self.losses = []
+        handle = mx.stack([loss, total])
+        mx.async_eval(handle, self.params, self.optimizer_state)
+        return handle
+
+    @on_device
+    def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
+        """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
+        handle = self.summed_nats(self.params, to_device(tokens), to_device(targets), mx.random.key(0))[None]
+        mx.async_eval(handle)
+        return handle
+
+    @on_device
+    def read(self, handles: Sequence[Array]) -> np.ndarray:
+        """The numbers of some handles of one kind, a row each, in float64. The only call that waits."""
+        return to_numpy(mx.stack(list(handles))).astype(np.float64)
+
+    def state(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Parameters, then optimizer state, under canonical names, as float32."""
+        for name, value in (self.params | self.optimizer_state).items():
+            yield name, to_numpy(value)
+
+    def decoder(self) -> DecodeEngine:
+        """A decode engine on the present parameters."""
+        return DecodeEngine(self.config, self.params.items(), self.device, self.dtype)
+
+    def memory(self) -> Memory:
+        """Bytes in use."""
+        return memory(self.device)

@@ -1,0 +1,216 @@
+"""The forward pass in PyTorch: the twin of `backends/mlx/model.py`, judged by `core/reference.py`.
+
+Pure functions over a flat dict of parameters under their canonical names. Shapes: B batch, T time,
+D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twingpt.core.config import GPTConfig
+from twingpt.core.rope import rope_frequencies
+
+Array = Tensor
+Parameters = dict[str, Tensor]
+
+
+class Rope:
+    """Rotary position embedding with its tables: cos and sin, (block_size, rope_dim / 2) float32."""
+
+    def __init__(self, config: GPTConfig, device: torch.device) -> None:
+        self.config = config
+        frequencies, factor = rope_frequencies(config)
+        angles = np.arange(config.block_size, dtype=np.float32)[:, None] * frequencies
+        # cos and sin of the float32 angle in float64: a device's own may be off in the last bits.
+        self.cos = torch.from_numpy((np.cos(angles, dtype=np.float64) * factor).astype(np.float32)).to(device)
+        self.sin = torch.from_numpy((np.sin(angles, dtype=np.float64) * factor).astype(np.float32)).to(device)
+
+    def __call__(self, x: Array, offset: int) -> Array:
+        """Rotate (B, H, T, d), whose first position is `offset`."""
+        cos, sin = self.cos[offset : offset + x.shape[2]], self.sin[offset : offset + x.shape[2]]
+        half = self.config.rope_dim // 2
+        x1, x2, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """The keys and values of the positions seen so far, preallocated for block_size of them."""
+
+    def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (batch, config.n_kv_head, config.block_size, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.offset = 0
+
+    def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Append (B, K, T, d) to a layer and return all of it up to there."""
+        end = self.offset + k.shape[2]
+        self.keys[layer][:, :, self.offset : end] = k
+        self.values[layer][:, :, self.offset : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Dropout:
+    """Zeroes entries with probability `rate` and scales the rest; draws from torch's seeded generator."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def __call__(self, x: Array) -> Array:
+        """Drop out entries of `x`."""
+        return F.dropout(x, self.rate)
+
+
+def keep_all(x: Array) -> Array:
+    """No dropout."""
+    return x
+
+
+def linear(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T + b, where the checkpoint has a bias of that name."""
+    return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMSNorm over the last axis, in float32."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
+    """The block's RMSNorm or LayerNorm, in float32, (B, T, D)."""
+    weight = p[f"{name}.weight"]
+    if config.norm == "rmsnorm":
+        return rms_norm(x, weight, config.norm_eps)
+    bias = p[f"{name}.bias"].float() if config.norm_bias else None
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias, config.norm_eps).to(x.dtype)
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap), or x when the cap is off."""
+    return cap * torch.tanh(x / cap) if cap else x
+
+
+def attention_mask(n_query: int, n_key: int, config: GPTConfig, device: torch.device) -> str | Array | None:
+    """None where every key counts, "causal" where n_query = n_key, else (n_query, n_key) booleans."""
+    windowed = 0 < config.sliding_window < n_key
+    if n_query == 1 and not windowed:
+        return None
+    if n_query == n_key and not windowed:
+        return "causal"
+    key = torch.arange(n_key, device=device)
+    query = key[n_key - n_query :, None]
+    return (key <= query) & (query - key < config.sliding_window if windowed else True)
+
+
+def capped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
+    """Attention with softcapped scores, which no fused kernel has, (B, H, T, d); softmax in float32."""
+    B, H, T, d = q.shape
+    q = q.reshape(B, config.n_kv_head, -1, T, d)
+    scores = softcap((q @ k[:, :, None].mT).float() * d**-0.5, config.attn_softcap)
+    if isinstance(mask, str):
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (torch.softmax(scores, dim=-1).to(v.dtype) @ v[:, :, None]).reshape(B, H, T, d)
+
+
+def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: KVCache | None) -> Array:
+    """Grouped-query causal self-attention, (B, T, D)."""
+    name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
+    offset = cache.offset if cache else 0
+
+    def heads(projection: str) -> Array:
+        return linear(x, p, f"{name}.{projection}").view(B, T, -1, config.head_dim).transpose(1, 2)
+
+    q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
+    if config.qk_norm:
+        q = rms_norm(q, p[f"{name}.q_norm.weight"], config.norm_eps)
+        k = rms_norm(k, p[f"{name}.k_norm.weight"], config.norm_eps)
+    if config.uses_rope(layer):
+        q, k = rope(q, offset), rope(k, offset)
+    if cache:
+        k, v = cache.update(layer, k, v)
+    mask = attention_mask(T, k.shape[2], config, x.device)
+    if config.attn_softcap:
+        y = capped_attention(q, k, v, mask, config)
+    else:
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if isinstance(mask, str) else mask,
+            is_causal=isinstance(mask, str),
+            enable_gqa=config.n_head != config.n_kv_head,
+        )
+    return linear(y.transpose(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
+    """The position-wise MLP, gated or not, (B, T, D)."""
+    name, activation = f"model.layers.{layer}.mlp", ACTIVATIONS[config.mlp]
+    up = linear(x, p, f"{name}.up_proj")
+    hidden = activation(linear(x, p, f"{name}.gate_proj")) * up if config.gated_mlp else activation(up)
+    return linear(hidden, p, f"{name}.down_proj")
+
+
+def block(
+    x: Array,
+    p: Parameters,
+    layer: int,
+    config: GPTConfig,
+    rope: Rope,
+    cache: KVCache | None,
+    dropout: Callable[[Array], Array],
+) -> Array:
+    """One pre-norm transformer block, (B, T, D)."""
+    name = f"model.layers.{layer}"
+    y = attention(norm(x, p, f"{name}.input_layernorm", config), p, layer, config, rope, cache)
+    x = x + dropout(y)
+    return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
+
+
+def hidden_states(
+    p: Parameters,
+    tokens: Array,
+    config: GPTConfig,
+    rope: Rope,
+    cache: KVCache | None = None,
+    dropout: Callable[[Array], Array] = keep_all,
+) -> Array:
+    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions."""
+    T, offset = tokens.shape[1], cache.offset if cache else 0
+    x = F.embedding(tokens, p["model.embed_tokens.weight"])
+    if config.position == "learned":
+        x = x + p["model.embed_positions.weight"][offset : offset + T]
+    x = dropout(x)
+    for layer in range(config.n_layer):
+        x = block(x, p, layer, config, rope, cache, dropout)
+    if cache:
+        cache.offset += T
+    return norm(x, p, "model.norm", config)
+
+
+def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
+    """(B, T, D) hidden states -> (B, T, V) float32 logits."""
+    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+    return softcap(F.linear(x, head).float(), config.logit_softcap)
+
+
+def cross_entropy(scores: Array, targets: Array) -> Array:
+    """The summed nats of (B, T) targets under (B, T, V) logits; a target below 0 counts nothing."""
+    return F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")

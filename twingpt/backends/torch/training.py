@@ -1,0 +1,116 @@
+"""The training engine in PyTorch: the twin of `backends/mlx/training.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twingpt.backends.torch import model
+from twingpt.backends.torch.decoding import DecodeEngine
+from twingpt.backends.torch.device import DTYPES, memory, to_device, to_numpy
+from twingpt.backends.torch.optimizer import adamw_step
+from twingpt.core.backend import Device, Memory
+from twingpt.core.config import GPTConfig
+from twingpt.core.parameters import parameter_table, state_table
+from twingpt.core.schedule import Hyper
+
+Array = Tensor
+Parameters = dict[str, Tensor]
+
+
+def summed_nats(
+    params: Parameters,
+    tokens: Array,
+    targets: Array,
+    config: GPTConfig,
+    rope: model.Rope,
+    dtype: torch.dtype,
+    rate: float,
+) -> Array:
+    """The loss of a (B, T) batch, summed over its targets; one cast of the parameters to `dtype` at the top."""
+    p = {name: value.to(dtype) for name, value in params.items()}
+    dropout = model.Dropout(rate) if rate else model.keep_all
+    x = model.hidden_states(p, tokens, config, rope, dropout=dropout)
+    return model.cross_entropy(model.logits(x, p, config), targets)
+
+
+def mean_nats(params: Parameters, tokens: Array, targets: Array, *settings: Any) -> Array:
+    """The loss of a (B, T) batch per target; `settings` are those of `summed_nats`."""
+    return summed_nats(params, tokens, targets, *settings) / targets.numel()
+
+
+class TrainEngine:
+    """Float32 parameters and AdamW state, and a training step that computes in `dtype`."""
+
+    def __init__(self, config: GPTConfig, device: Device, dtype: str = "float32", compile: bool = False) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.settings = (config, model.Rope(config, torch.device(device.name)), DTYPES[dtype])
+        self.decays = {name for name, row in parameter_table(config).items() if row.decays}
+        self.params: Parameters = {}
+        self.optimizer_state: Parameters = {}
+        self.losses: list[Array] = []
+        self.mean_nats = torch.compile(mean_nats) if compile else mean_nats
+        self.summed_nats = torch.compile(summed_nats) if compile else summed_nats
+        self.adamw_step = torch.compile(adamw_step) if compile else adamw_step
+
+    def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
+        shapes = state_table(self.config)
+        arrays = {name: to_device(array, self.device).clone() for name, array in tensors}
+        for name, shape in shapes.items():
+            self.optimizer_state[name] = arrays.pop(name, None)
+            if self.optimizer_state[name] is None:
+                self.optimizer_state[name] = torch.zeros(shape, device=self.device.name)
+        self.params = {name: value.requires_grad_() for name, value in arrays.items()}
+
+    def micro(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
+        """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
+        if self.config.dropout:
+            torch.manual_seed(key)
+        x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
+        loss = self.mean_nats(self.params, x, y, *self.settings, self.config.dropout)
+        loss.backward()
+        self.losses.append(loss.detach())
+
+    def gradients(self) -> Parameters:
+        """The gradients of the mean loss over the micro-batches since the last update."""
+        n = len(self.losses)
+        return {name: p.grad / n if n > 1 else p.grad for name, p in self.params.items()}
+
+    @torch.no_grad()
+    def update(self, hyper: Hyper) -> Array:
+        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm)."""
+        numbers = to_device(np.array(hyper, np.float32), self.device)
+        grads, loss = self.gradients(), torch.stack(self.losses).mean()
+        _, _, total = self.adamw_step(self.params, grads, self.optimizer_state, Hyper(*numbers), self.decays)
+        for p in self.params.values():
+            p.grad = None
+        self.losses = []
+        return torch.stack([loss, total])
+
+    @torch.no_grad()
+    def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
+        """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
+        x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
+        return self.summed_nats(self.params, x, y, *self.settings, 0.0)[None]
+
+    def read(self, handles: Sequence[Array]) -> np.ndarray:
+        """The numbers of some handles of one kind, a row each, in float64. The only call that waits."""
+        return torch.stack(list(handles)).double().cpu().numpy()
+
+    def state(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Parameters, then optimizer state, under canonical names, as float32."""
+        for name, value in (self.params | self.optimizer_state).items():
+            yield name, to_numpy(value)
+
+    def decoder(self) -> DecodeEngine:
+        """A decode engine on the present parameters."""
+        return DecodeEngine(self.config, self.params.items(), self.device, self.dtype)
+
+    def memory(self) -> Memory:
+        """Bytes in use."""
+        return memory(self.device)

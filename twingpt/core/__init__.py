@@ -1,0 +1,1 @@
+"""The spec: pure Python and NumPy, importing neither torch nor mlx."""

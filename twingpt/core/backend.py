@@ -1,0 +1,209 @@
+"""What a backend implements, and finding and choosing one, without importing any."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import resource
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from twingpt.core.config import GPTConfig, unknown_choice
+from twingpt.core.errors import UserError
+from twingpt.core.sampler import Sampling
+from twingpt.core.schedule import Hyper
+
+Array = np.ndarray
+Tensors = Iterable[tuple[str, Array]]
+Handle = Any  # something on the device, or on its way there; only `read` waits for it
+
+BACKENDS = ("mlx", "torch")
+REQUIRED_MODULE = {"mlx": "mlx.core", "torch": "torch"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that a backend can run on. `kind` is cpu, cuda, mps, metal, …; `dtypes` are those it computes in.
+
+    `default_dtype` is the fastest of them that trains well there.
+    """
+
+    name: str
+    kind: str
+    description: str
+    dtypes: tuple[str, ...]
+    default_dtype: str
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in use on the device now, and at most so far; on a CPU those of the process."""
+
+    now: int
+    peak: int
+
+
+def process_memory() -> Memory:
+    """Bytes resident in this process, now and at most so far."""
+    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes on macOS
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no procfs on macOS: the peak is all there is without another library
+        return Memory(peak, peak)
+    return Memory(pages * resource.getpagesize(), peak)
+
+
+class DecodeEngine(Protocol):
+    """Logits and sampled tokens from one set of parameters. B rows advance together."""
+
+    config: GPTConfig
+
+    def forward(self, tokens: Array) -> Array:
+        """(B, T) ids -> (B, T, V) float32 logits, without the cache."""
+
+    def prefill(self, tokens: Array) -> Handle:
+        """Start again with (B, T) ids in the cache; the last position's logits stay on the device."""
+
+    def step(self, previous: Handle, sampling: Sampling, u: Array) -> Handle:
+        """Sample a token for each row with the uniforms `u` (B,) and run it through the model; enqueue only."""
+
+    def trim(self, n: int) -> None:
+        """Forget the last `n` positions of the cache."""
+
+    def logits(self, handle: Handle) -> Array:
+        """(B, V) float32 logits that follow a handle's token; waits."""
+
+    def read(self, handle: Handle) -> Array:
+        """(B,) token ids that a step sampled; waits."""
+
+
+class TrainEngine(Protocol):
+    """Parameters and optimizer state on a device, and the training step. Calls enqueue; `read` waits."""
+
+    def micro(self, tokens: Array, targets: Array, key: int) -> None:
+        """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
+
+    def update(self, hyper: Hyper) -> Handle:
+        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm)."""
+
+    def evaluate(self, tokens: Array, targets: Array) -> Handle:
+        """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
+
+    def read(self, handles: Sequence[Handle]) -> Array:
+        """The numbers of some handles of one kind, a row each, in float64. The only call that waits."""
+
+    def state(self) -> Iterator[tuple[str, Array]]:
+        """Parameters, then optimizer state, under canonical names, as float32."""
+
+    def load(self, tensors: Tensors) -> None:
+        """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
+
+    def decoder(self) -> DecodeEngine:
+        """A decode engine on the present parameters."""
+
+    def memory(self) -> Memory:
+        """Bytes in use."""
+
+
+class Backend(Protocol):
+    """The names that `twingpt.backends.NAME` exports."""
+
+    NAME: str
+    TrainEngine: Callable[..., TrainEngine]  # (config, device, dtype, compile)
+    DecodeEngine: Callable[..., DecodeEngine]  # (config, tensors, device, dtype)
+
+    def devices(self) -> list[Device]:
+        """The devices that are present and work, the best first."""
+
+    def details(self) -> dict[str, Any]:
+        """What `gpt doctor` should say about this backend."""
+
+
+def installed(name: str) -> bool:
+    """Whether a backend's framework can be imported; does not import it."""
+    try:
+        return importlib.util.find_spec(REQUIRED_MODULE[name]) is not None
+    except ModuleNotFoundError:  # the parent package of mlx.core
+        return False
+
+
+def how_to_install(name: str) -> str:
+    """The command that installs a backend on this machine."""
+    if name == "torch":
+        return "pip install 'torch>=2.8,<2.14'"
+    if platform.system() == "Darwin":
+        return "pip install mlx"
+    return "pip install 'twingpt[mlx-cpu]' (or [mlx-cuda12], [mlx-cuda13] for a GPU)"
+
+
+def choose(name: str = "auto") -> tuple[str, str]:
+    """A backend's name and why: MLX on Apple silicon, else PyTorch, else what is installed.
+
+    Raises UserError for an unknown backend, one that isn't installed, or none at all.
+    """
+    if name != "auto":
+        if name not in BACKENDS:
+            raise unknown_choice("backend", name, (*BACKENDS, "auto"))
+        if not installed(name):
+            raise UserError(f"The {name} backend is not installed: {how_to_install(name)}.")
+        return name, "asked for"
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    if apple and installed("mlx"):
+        return "mlx", "Apple silicon: MLX runs on Metal"
+    if installed("torch"):
+        return "torch", "PyTorch is the faster backend on this machine"
+    if installed("mlx"):
+        return "mlx", "PyTorch is not installed"
+    raise UserError(f"No backend is installed: {how_to_install('torch')}, or {how_to_install('mlx')}.")
+
+
+def get(name: str = "auto") -> Backend:
+    """Import the backend that `choose` names."""
+    chosen, _ = choose(name)
+    return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}"))
+
+
+def find_device(backend: Backend, name: str | None) -> Device:
+    """The device called `name` ("cuda" also finds "cuda:0"), or the backend's best one for None."""
+    devices = backend.devices()
+    if name is None:
+        return devices[0]
+    for device in devices:
+        if name in (device.name, device.kind):
+            return device
+    raise unknown_choice(f"{backend.NAME} device", name, [device.name for device in devices])
+
+
+def find_dtype(device: Device, name: str | None) -> str:
+    """`name` if the device computes in it, or the device's default for None."""
+    if name is None:
+        return device.default_dtype
+    if name not in device.dtypes:
+        raise unknown_choice(f"dtype on {device.name}", name, device.dtypes)
+    return name
+
+
+def check_tokens(tokens: Array, config: GPTConfig) -> Array:
+    """(B, T) ids as int32, or UserError for a shape, an id or a length that the model can't take.
+
+    The devices don't check: an id beyond the table reads garbage there.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(
+            f"Tokens must be integers of shape (batch, time), and are {tokens.dtype} of shape {tokens.shape}."
+        )
+    if tokens.shape[1] > config.block_size:
+        raise UserError(f"{tokens.shape[1]} tokens are more than the model's block_size {config.block_size}.")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        bad = low if low < 0 else high
+        raise UserError(f"Token id {bad} is outside the vocabulary, 0 to {config.vocab_size - 1}.")
+    return tokens.astype(np.int32)

@@ -1,0 +1,323 @@
+"""GPTConfig and TrainConfig: what a model is and how a run trains it, validated, with presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from twingpt.core.errors import UserError
+
+POSITIONS = ("rope", "learned", "none")
+NORMS = ("rmsnorm", "layernorm")
+MLPS = ("swiglu", "geglu", "gelu", "gelu_tanh", "relu2")
+GATED_MLPS = ("swiglu", "geglu")
+ROPE_SCALINGS = ("linear", "llama3", "yarn")
+SCHEDULES = ("cosine", "constant")
+DTYPES = ("float32", "bfloat16")
+
+T = TypeVar("T")
+
+
+def _fail(problem: str) -> None:
+    raise UserError(problem)
+
+
+def unknown_choice(what: str, value: object, choices: Iterable[str]) -> UserError:
+    """An error that names the nearest of `choices` to `value`."""
+    names = sorted(choices)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}."
+    return UserError(f"Unknown {what} {value!r}: {hint}")
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise unknown_choice(what, value, choices)
+
+
+def _is_number(value: object, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "bool"
+    if kind == "int":
+        return isinstance(value, int)
+    return kind == "float" and isinstance(value, (int, float))
+
+
+def _check_types(config: Any) -> None:
+    """Reject a field whose value is not of its annotated scalar type (`int`, `float`, `bool`, `str`)."""
+    for field in dataclasses.fields(config):
+        value, annotation = getattr(config, field.name), str(field.type)
+        kind, optional = annotation.split(" | ")[0], annotation.endswith("| None")
+        if kind not in ("int", "float", "bool", "str") or (optional and value is None):
+            continue
+        if not (isinstance(value, str) if kind == "str" else _is_number(value, kind)):
+            _fail(f"{field.name} must be of type {kind}, and is {value!r}.")
+
+
+def _from_dict(cls: type[T], values: Mapping[str, Any], what: str) -> T:
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise unknown_choice(f"{what} key", key, known)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a required key is missing
+        raise UserError(f"The {what} is incomplete: {error}.") from None
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched beyond the length they were trained for.
+
+    `type` is `linear` (Chen et al. 2023), `llama3` (Llama 3.1) or `yarn` (Peng et al. 2023), each as
+    transformers computes it; `original_block_size` is the context before stretching, in tokens.
+    """
+
+    type: str
+    factor: float
+    original_block_size: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_choice("rope_scaling type", self.type, ROPE_SCALINGS)
+        if self.factor < 1:
+            _fail(f"rope_scaling factor must be at least 1, and is {self.factor}.")
+        if self.type != "linear" and self.original_block_size < 1:
+            _fail(f"rope_scaling type {self.type!r} needs original_block_size, in tokens.")
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            _fail("rope_scaling high_freq_factor must be larger than low_freq_factor.")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A decoder-only transformer, whatever runs it. Field names follow nanoGPT.
+
+    Zero or None leaves a switch at its derived value: `n_kv_head` is `n_head`, `head_dim` is
+    `n_embd / n_head`, `n_inner` (the MLP's hidden width) is 4 x `n_embd`, or 8/3 of it rounded up to
+    a multiple of 32 when the MLP is gated. Lengths and windows are in tokens.
+
+    Raises UserError for an impossible value, in one sentence.
+    """
+
+    vocab_size: int
+    block_size: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    n_kv_head: int = 0
+    head_dim: int = 0
+    n_inner: int = 0
+    position: str = "rope"
+    no_rope_layers: tuple[int, ...] = ()
+    rope_theta: float = 10000.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-6
+    norm_bias: bool = False
+    mlp: str = "swiglu"
+    mlp_bias: bool = False
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    attn_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    sliding_window: int = 0
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):
+            scaling: RopeScaling = _from_dict(RopeScaling, self.rope_scaling, "rope_scaling")
+            object.__setattr__(self, "rope_scaling", scaling)
+        _check_types(self)
+        self._derive()
+        self._validate()
+
+    def _derive(self) -> None:
+        self._check_positive("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        if not self.n_kv_head:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        if not self.head_dim:
+            if self.n_embd % self.n_head:
+                _fail(
+                    f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                    "change one of them, or give head_dim."
+                )
+            object.__setattr__(self, "head_dim", self.n_embd // self.n_head)
+        if not self.n_inner:
+            wide = -(-8 * self.n_embd // (3 * 32)) * 32 if self.gated_mlp else 4 * self.n_embd
+            object.__setattr__(self, "n_inner", wide)
+        object.__setattr__(self, "no_rope_layers", tuple(sorted(self.no_rope_layers)))
+
+    def _validate(self) -> None:
+        self._check_positive("n_kv_head", "head_dim", "n_inner", "norm_eps", "rope_theta", "init_std")
+        for name in ("attn_softcap", "logit_softcap", "sliding_window"):
+            if getattr(self, name) < 0:
+                _fail(f"{name} must be at least 0 (0 turns it off), and is {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            _fail(f"dropout must be in [0, 1), and is {self.dropout}.")
+        if self.n_head % self.n_kv_head:
+            _fail(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}.")
+        _check_choice("position", self.position, POSITIONS)
+        _check_choice("norm", self.norm, NORMS)
+        _check_choice("mlp", self.mlp, MLPS)
+        if self.norm == "rmsnorm" and self.norm_bias:
+            _fail("norm_bias needs norm='layernorm': an RMSNorm has no bias.")
+        if self.position == "rope":
+            self._validate_rope()
+        elif self.no_rope_layers or self.rope_scaling:
+            _fail(f"no_rope_layers and rope_scaling need position='rope', not {self.position!r}.")
+
+    def _validate_rope(self) -> None:
+        if not 0 < self.rope_fraction <= 1:
+            _fail(f"rope_fraction must be in (0, 1], and is {self.rope_fraction}.")
+        if self.rope_dim % 2 or self.rope_dim < 2:
+            _fail(
+                f"RoPE rotates pairs, so head_dim x rope_fraction must be even and at least 2, "
+                f"and is {self.rope_dim}."
+            )
+        if self.no_rope_layers and not 0 <= self.no_rope_layers[0] <= self.no_rope_layers[-1] < self.n_layer:
+            _fail(f"no_rope_layers must be layers 0 to {self.n_layer - 1}, and is {self.no_rope_layers}.")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) <= 0:
+                _fail(f"{name} must be positive, and is {getattr(self, name)}.")
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether the MLP multiplies a gate with an up projection (SwiGLU, GeGLU)."""
+        return self.mlp in GATED_MLPS
+
+    @property
+    def rope_dim(self) -> int:
+        """How many leading dimensions of each head RoPE rotates."""
+        return int(self.head_dim * self.rope_fraction)
+
+    def uses_rope(self, layer: int) -> bool:
+        """Whether layer number `layer` rotates its queries and keys."""
+        return self.position == "rope" and layer not in self.no_rope_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, accepted back by `from_dict`."""
+        return dataclasses.asdict(self) | {"no_rope_layers": list(self.no_rope_layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
+        """The configuration that `to_dict` wrote; an unknown key is an error that names the nearest one."""
+        return _from_dict(cls, values, "model configuration")
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "llama": {"qk_norm": False},
+    "gpt2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "norm_bias": True,
+        "mlp": "gelu_tanh",
+        "mlp_bias": True,
+        "qkv_bias": True,
+        "attn_out_bias": True,
+        "qk_norm": False,
+    },
+}
+
+# Parameters in millions assume the vocabulary in the comment.
+PRESETS: dict[str, dict[str, Any]] = {
+    "micro": {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 192, "block_size": 128},  # 2M, 2k
+    "tiny": {"n_layer": 6, "n_head": 6, "n_kv_head": 3, "n_embd": 384, "block_size": 256},  # 11M, 4k
+    "small": {"n_layer": 8, "n_head": 8, "n_kv_head": 4, "n_embd": 512, "block_size": 512},  # 27M, 8k
+    "medium": {"n_layer": 12, "n_head": 10, "n_kv_head": 5, "n_embd": 640, "block_size": 1024},  # 81M, 32k
+    "gpt2": {"shape": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},  # 124M, 50k
+    "large": {"n_layer": 24, "n_head": 16, "n_kv_head": 8, "n_embd": 1024, "block_size": 1024},  # 350M, 50k
+}
+
+
+def preset(name: str, vocab_size: int, shape: str | None = None, **overrides: Any) -> GPTConfig:
+    """The configuration called `name` in PRESETS, for a vocabulary, with fields replaced by `overrides`.
+
+    `shape` (a key of SHAPES) replaces the preset's own. Raises UserError for an unknown name.
+    """
+    if name not in PRESETS:
+        raise unknown_choice("preset", name, PRESETS)
+    values = dict(PRESETS[name])
+    shape = shape or values.pop("shape", "qwen3")
+    values.pop("shape", None)
+    if shape not in SHAPES:
+        raise unknown_choice("shape", shape, SHAPES)
+    if "n_embd" in overrides or "n_head" in overrides:  # a new width or head count makes its own ratio
+        values.pop("n_kv_head", None)
+    return GPTConfig.from_dict(SHAPES[shape] | values | {"vocab_size": vocab_size} | overrides)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains: data, optimizer, schedule and what it reports. Names follow nanoGPT.
+
+    A step is `gradient_accumulation_steps` micro-batches of `batch_size` windows of the model's
+    `block_size` tokens. Intervals are in steps, and 0 turns one off. `eval_iters` counts batches of
+    the fixed validation windows, 0 for the whole split. `keep` is how many latest checkpoints stay.
+    """
+
+    data: str = "python-docs"
+    tokenizer: str = "bpe"
+    vocab_size: int = 2048
+    seed: int = 1337
+    dtype: str = "float32"
+    batch_size: int = 12
+    gradient_accumulation_steps: int = 1
+    max_iters: int = 2000
+    learning_rate: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_iters: int = 100
+    lr_schedule: str = "cosine"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip: float = 1.0
+    eval_interval: int = 250
+    eval_iters: int = 0
+    log_interval: int = 10
+    sample_interval: int = 500
+    checkpoint_interval: int = 250
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
+        _check_choice("dtype", self.dtype, DTYPES)
+        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "log_interval", "keep"):
+            if getattr(self, name) < 1:
+                _fail(f"{name} must be at least 1, and is {getattr(self, name)}.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and not (0 <= value < float("inf")):
+                _fail(f"{field.name} must be a number of at least 0, and is {value}.")
+        if self.beta1 >= 1 or self.beta2 >= 1:
+            _fail("beta1 and beta2 must be below 1.")
+        if self.adam_eps == 0:
+            _fail("adam_eps must be positive.")
+        if self.min_lr > self.learning_rate:
+            _fail(f"min_lr {self.min_lr} is larger than learning_rate {self.learning_rate}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, accepted back by `from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration that `to_dict` wrote; an unknown key is an error that names the nearest one."""
+        return _from_dict(cls, values, "training configuration")

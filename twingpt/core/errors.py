@@ -1,0 +1,8 @@
+"""The one error that users are meant to see."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend, said in one sentence: what, where, and what to do instead.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

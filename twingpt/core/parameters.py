@@ -1,0 +1,117 @@
+"""The parameter table: every tensor's canonical name, shape, initial values and optimizer group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from twingpt.core import rng
+from twingpt.core.config import GPTConfig
+
+EMBEDDING, MATRIX, VECTOR = "embedding", "matrix", "vector"
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the model. `std` is that of its normal initial values; None fills with `fill`."""
+
+    shape: tuple[int, ...]
+    group: str
+    std: float | None = None
+    fill: float = 0.0
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: to matrices and embeddings, not to norms and biases."""
+        return self.group != VECTOR
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+
+class _Table(dict[str, Parameter]):
+    """Collects the rows of `parameter_table` in the order of the forward pass."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def embedding(self, name: str, rows: int) -> None:
+        self[f"{name}.weight"] = Parameter((rows, self.config.n_embd), EMBEDDING, std=self.config.init_std)
+
+    def norm(self, name: str, width: int) -> None:
+        self[f"{name}.weight"] = Parameter((width,), VECTOR, fill=1.0)
+        if self.config.norm_bias:
+            self[f"{name}.bias"] = Parameter((width,), VECTOR)
+
+    def linear(self, name: str, n_out: int, n_in: int, bias: bool, std: float) -> None:
+        self[f"{name}.weight"] = Parameter((n_out, n_in), MATRIX, std=std)
+        if bias:
+            self[f"{name}.bias"] = Parameter((n_out,), VECTOR)
+
+
+def parameter_table(config: GPTConfig) -> dict[str, Parameter]:
+    """Canonical name -> Parameter, under the names that Llama-style checkpoints use.
+
+    Projections that write into the residual stream start smaller by sqrt(2 n_layer), as in GPT-2.
+    """
+    c, table = config, _Table(config)
+    std, residual_std = c.init_std, c.init_std / math.sqrt(2 * c.n_layer)
+    table.embedding("model.embed_tokens", c.vocab_size)
+    if c.position == "learned":
+        table.embedding("model.embed_positions", c.block_size)
+    for i in range(c.n_layer):
+        layer = f"model.layers.{i}"
+        table.norm(f"{layer}.input_layernorm", c.n_embd)
+        table.linear(f"{layer}.self_attn.q_proj", c.n_head * c.head_dim, c.n_embd, c.qkv_bias, std)
+        table.linear(f"{layer}.self_attn.k_proj", c.n_kv_head * c.head_dim, c.n_embd, c.qkv_bias, std)
+        table.linear(f"{layer}.self_attn.v_proj", c.n_kv_head * c.head_dim, c.n_embd, c.qkv_bias, std)
+        if c.qk_norm:  # an RMSNorm over each head, whatever the block's norm is
+            table[f"{layer}.self_attn.q_norm.weight"] = Parameter((c.head_dim,), VECTOR, fill=1.0)
+            table[f"{layer}.self_attn.k_norm.weight"] = Parameter((c.head_dim,), VECTOR, fill=1.0)
+        out_in = (c.n_embd, c.n_head * c.head_dim)
+        table.linear(f"{layer}.self_attn.o_proj", *out_in, c.attn_out_bias, residual_std)
+        table.norm(f"{layer}.post_attention_layernorm", c.n_embd)
+        if c.gated_mlp:
+            table.linear(f"{layer}.mlp.gate_proj", c.n_inner, c.n_embd, c.mlp_bias, std)
+        table.linear(f"{layer}.mlp.up_proj", c.n_inner, c.n_embd, c.mlp_bias, std)
+        table.linear(f"{layer}.mlp.down_proj", c.n_embd, c.n_inner, c.mlp_bias, residual_std)
+    table.norm("model.norm", c.n_embd)
+    if not c.tie_embeddings:
+        table["lm_head.weight"] = Parameter((c.vocab_size, c.n_embd), EMBEDDING, std=std)
+    return dict(table)
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """The number of trainable numbers in the model."""
+    return sum(parameter.size for parameter in parameter_table(config).values())
+
+
+def initialise(config: GPTConfig, seed: int) -> Iterator[tuple[str, Array]]:
+    """Yield (name, float32 array) in table order.
+
+    Each tensor has a Philox stream of its own, keyed by (seed, name): both backends start from the
+    same bits, and adding a layer changes no other tensor.
+    """
+    for name, parameter in parameter_table(config).items():
+        if parameter.std is None:
+            yield name, np.full(parameter.shape, parameter.fill, np.float32)
+        else:
+            normal = rng.generator("init", seed, name).standard_normal(parameter.shape, np.float32)
+            yield name, normal * np.float32(parameter.std)
+
+
+OPTIMIZER_SLOTS = ("adamw.m", "adamw.v")
+
+
+def state_table(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of the optimizer's state: two float32 moments for each parameter."""
+    table = parameter_table(config)
+    return {f"{slot}.{name}": table[name].shape for slot in OPTIMIZER_SLOTS for name in table}

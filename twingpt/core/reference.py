@@ -1,0 +1,143 @@
+"""The forward pass in NumPy float64: the executable spec, and the judge of both twins.
+
+Read it top to bottom; `backends/mlx/model.py` and `backends/torch/model.py` follow it function by
+function. Shapes: B batch, T time, D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from twingpt.core.config import GPTConfig
+from twingpt.core.rope import rope_frequencies
+
+Array = np.ndarray
+Parameters = Mapping[str, Array]
+
+
+def linear(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T + b, where the checkpoint has a bias of that name."""
+    y = x @ p[f"{name}.weight"].T
+    return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
+    """The block's RMSNorm or LayerNorm, (B, T, D)."""
+    weight = p[f"{name}.weight"]
+    if config.norm == "rmsnorm":
+        return rms_norm(x, weight, config.norm_eps)
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + config.norm_eps) * weight
+    return y + p[f"{name}.bias"] if config.norm_bias else y
+
+
+def rope(x: Array, config: GPTConfig) -> Array:
+    """Rotate the two halves of the leading rope_dim dimensions by +position x frequency, (B, H, T, d)."""
+    frequencies, factor = rope_frequencies(config)
+    positions = np.arange(x.shape[2], dtype=np.float32)
+    angles = (positions[:, None] * frequencies).astype(np.float64)  # rounded to float32, as on the devices
+    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
+    half = config.rope_dim // 2
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
+
+
+def softcap(x: Array, cap: float) -> Array:
+    """cap * tanh(x / cap), or x when the cap is off."""
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def softmax(x: Array) -> Array:
+    """exp(x) / sum(exp(x)) over the last axis."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return np.asarray(e / e.sum(-1, keepdims=True))
+
+
+def attention_mask(n_query: int, n_key: int, window: int) -> Array:
+    """(n_query, n_key) booleans: key <= query, and query - key < window when there is one.
+
+    The queries are the last of the keys' positions.
+    """
+    query = np.arange(n_key - n_query, n_key)[:, None]
+    key = np.arange(n_key)
+    mask = key <= query
+    return mask & (query - key < window) if window else mask
+
+
+def attention(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
+    """Grouped-query causal self-attention, (B, T, D)."""
+    name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
+
+    def heads(projection: str) -> Array:
+        return linear(x, p, f"{name}.{projection}").reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
+
+    q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
+    if config.qk_norm:
+        q = rms_norm(q, p[f"{name}.q_norm.weight"], config.norm_eps)
+        k = rms_norm(k, p[f"{name}.k_norm.weight"], config.norm_eps)
+    if config.uses_rope(layer):
+        q, k = rope(q, config), rope(k, config)
+    group = config.n_head // config.n_kv_head  # query heads that share one key-value head
+    k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
+    scores = softcap(q @ k.swapaxes(-1, -2) / math.sqrt(config.head_dim), config.attn_softcap)
+    scores = np.where(attention_mask(T, T, config.sliding_window), scores, -np.inf)
+    y = (softmax(scores) @ v).swapaxes(1, 2).reshape(B, T, -1)
+    return linear(y, p, f"{name}.o_proj")
+
+
+def activation(x: Array, mlp: str) -> Array:
+    """The nonlinearity of each kind of MLP."""
+    if mlp == "swiglu":
+        return x / (1 + np.exp(-x))
+    if mlp == "relu2":
+        return np.maximum(x, 0) ** 2
+    if mlp == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))  # gelu, geglu
+
+
+def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
+    """The position-wise MLP, gated or not, (B, T, D)."""
+    name = f"model.layers.{layer}.mlp"
+    up = linear(x, p, f"{name}.up_proj")
+    if config.gated_mlp:
+        hidden = activation(linear(x, p, f"{name}.gate_proj"), config.mlp) * up
+    else:
+        hidden = activation(up, config.mlp)
+    return linear(hidden, p, f"{name}.down_proj")
+
+
+def block(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
+    """One pre-norm transformer block, (B, T, D)."""
+    name = f"model.layers.{layer}"
+    x = x + attention(norm(x, p, f"{name}.input_layernorm", config), p, layer, config)
+    return x + mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config)
+
+
+def forward(params: Parameters, tokens: Array, config: GPTConfig) -> Array:
+    """(B, T) token ids -> (B, T, V) float64 logits."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    x = p["model.embed_tokens.weight"][tokens]
+    if config.position == "learned":
+        x = x + p["model.embed_positions.weight"][: tokens.shape[1]]
+    for layer in range(config.n_layer):
+        x = block(x, p, layer, config)
+    x = norm(x, p, "model.norm", config)
+    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+    return softcap(x @ head.T, config.logit_softcap)
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Nats of each target, (B, T); a target below 0 counts nothing."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_z = np.log(np.exp(shifted).sum(-1))
+    picked = np.take_along_axis(shifted, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return np.where(targets >= 0, log_z - picked, 0.0)

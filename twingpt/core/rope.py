@@ -1,0 +1,59 @@
+"""RoPE's frequencies, computed once for the reference and both twins."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from twingpt.core.config import GPTConfig, RopeScaling
+
+Array = np.ndarray
+
+
+def rope_periods(config: GPTConfig) -> tuple[Array, float]:
+    """The period 1/frequency of each rotated pair, (rope_dim / 2,) float32, and the factor on cos and sin.
+
+    The angle at position p is float32(p) * float32(1 / period). Periods and not frequencies, because
+    that is what `mx.fast.rope` takes, and one reciprocal in float32 then gives all three the same bits.
+    """
+    dim = config.rope_dim
+    periods = np.float64(config.rope_theta) ** (np.arange(0, dim, 2) / dim)
+    factor = 1.0
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.type == "linear":
+        periods = periods * scaling.factor
+    elif scaling is not None and scaling.type == "llama3":
+        periods = _llama3(periods, scaling)
+    elif scaling is not None:
+        periods = _yarn(periods, scaling, config.rope_theta, dim)
+        factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    return periods.astype(np.float32), factor
+
+
+def rope_frequencies(config: GPTConfig) -> tuple[Array, float]:
+    """The angle per position of each rotated pair, (rope_dim / 2,) float32, and the factor on cos and sin."""
+    periods, factor = rope_periods(config)
+    return np.float32(1) / periods, factor
+
+
+def _llama3(periods: Array, scaling: RopeScaling) -> Array:
+    """Stretch long wavelengths by `factor`, keep short ones, blend between (Llama 3.1's rule)."""
+    turns = scaling.original_block_size / (2 * math.pi * periods)  # rotations over the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    blended: Array = 1 / ((1 - keep) / (periods * scaling.factor) + keep / periods)
+    return blended
+
+
+def _yarn(periods: Array, scaling: RopeScaling, theta: float, dim: int) -> Array:
+    """NTK-by-parts interpolation (YaRN, Peng et al. 2023, section 3.2), with transformers' rounding."""
+
+    def pair_with(rotations: float) -> float:  # the pair that turns that often over the original context
+        return dim * math.log(scaling.original_block_size / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_with(scaling.beta_slow)), dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0, 1)
+    stretched: Array = 1 / (ramp / (periods * scaling.factor) + (1 - ramp) / periods)
+    return stretched

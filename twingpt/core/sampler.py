@@ -1,0 +1,63 @@
+"""Logits to token, in NumPy: the spec of the samplers that run on the devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from twingpt.core.errors import UserError
+from twingpt.core.reference import softmax
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn; names and order as in transformers.
+
+    `temp` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
+    """
+
+    temp: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = (
+            (0 <= self.temp < float("inf"), "temp", "at least 0 (0 is greedy)"),
+            (self.top_k >= 0, "top_k", "at least 0 (0 is off)"),
+            (0 < self.top_p <= 1, "top_p", "in (0, 1] (1 is off)"),
+            (0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 is off)"),
+            (0 < self.repetition_penalty < float("inf"), "repetition_penalty", "positive (1 is off)"),
+        )
+        for fine, name, rule in checks:
+            if not fine:
+                raise UserError(f"{name} must be {rule}, and is {getattr(self, name)}.")
+
+
+def sample(logits: Array, sampling: Sampling, u: float, seen: Array | None = None) -> int:
+    """The token that `u` in [0, 1) picks from `logits` (V,), with `seen` (V,) booleans of tokens so far.
+
+    Repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020), min-p
+    (Nguyen et al. 2024), then the inverse of the cumulative distribution over tokens in falling order
+    of probability, the lower id first among equals.
+    """
+    logits = np.asarray(logits, np.float64)
+    if sampling.repetition_penalty != 1 and seen is not None:
+        penalised = np.where(
+            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
+        )
+        logits = np.where(seen, penalised, logits)
+    if sampling.temp == 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")
+    ranked = logits[order] / sampling.temp
+    keep = np.arange(len(ranked)) < (sampling.top_k or len(ranked))
+    p = softmax(np.where(keep, ranked, -np.inf))
+    keep &= p.cumsum() - p < sampling.top_p
+    keep &= p >= sampling.min_p * p[0]
+    cumulative = np.where(keep, p, 0.0).cumsum()
+    return int(order[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
