@@ -1,0 +1,30 @@
+"""TwinGPT: one GPT, specified once, in MLX and PyTorch. Importing it loads no framework."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twingpt.core.config import GPTConfig, TrainConfig, preset
+    from twingpt.core.errors import UserError
+    from twingpt.core.generator import LanguageModel, load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GPTConfig": "config",
+    "TrainConfig": "config",
+    "preset": "config",
+    "UserError": "errors",
+    "LanguageModel": "generator",
+    "load": "generator",
+}
+
+__all__ = ["GPTConfig", "LanguageModel", "TrainConfig", "UserError", "load", "preset"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'twingpt' has no attribute {name!r}")
+    return getattr(import_module(f"twingpt.core.{_HOMES[name]}"), name)

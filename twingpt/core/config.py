@@ -183,8 +183,7 @@ class GPTConfig:
             _fail(f"rope_fraction must be in (0, 1], and is {self.rope_fraction}.")
         if self.rope_dim % 2 or self.rope_dim < 2:
             _fail(
-                f"RoPE rotates pairs, so head_dim x rope_fraction must be even and at least 2, "
-                f"and is {self.rope_dim}."
+                f"RoPE rotates pairs, so head_dim x rope_fraction must be even and at least 2, and is {self.rope_dim}."
             )
         if self.no_rope_layers and not 0 <= self.no_rope_layers[0] <= self.no_rope_layers[-1] < self.n_layer:
             _fail(f"no_rope_layers must be layers 0 to {self.n_layer - 1}, and is {self.no_rope_layers}.")

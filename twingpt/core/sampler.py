@@ -47,9 +47,7 @@ def sample(logits: Array, sampling: Sampling, u: float, seen: Array | None = Non
     """
     logits = np.asarray(logits, np.float64)
     if sampling.repetition_penalty != 1 and seen is not None:
-        penalised = np.where(
-            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-        )
+        penalised = np.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = np.where(seen, penalised, logits)
     if sampling.temp == 0:
         return int(logits.argmax())

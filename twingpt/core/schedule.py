@@ -46,5 +46,5 @@ def hyperparameters(train: TrainConfig, step: int) -> Hyper:
         bias_correction1=1 - train.beta1 ** (step + 1),
         bias_correction2=1 - train.beta2 ** (step + 1),
         eps=train.adam_eps,
-        grad_clip=train.grad_clip,
+        grad_clip=train.grad_clip or math.inf,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -77,7 +78,12 @@ def on_device(method: F) -> F:
 
 def details() -> dict[str, Any]:
     """What `gpt doctor` should say about this backend."""
-    return {"version": mx.__version__, "metal": mx.metal.is_available(), "cuda": mx.cuda.is_available(), "blas": BLAS}
+    return {
+        "version": importlib.metadata.version("mlx"),
+        "metal": mx.metal.is_available(),
+        "cuda": mx.cuda.is_available(),
+        "blas": BLAS,
+    }
 
 
 def memory(device: Device) -> Memory:

@@ -12,10 +12,10 @@ Array = mx.array
 Parameters = dict[str, mx.array]
 
 
-def clip_gradients(grads: Parameters, grad_clip: Array) -> tuple[Parameters, Array]:
-    """Scale all gradients so that their joint norm is at most `grad_clip` (0: leave them); and that norm."""
+def clip_gradients(grads: Parameters, h: Hyper) -> tuple[Parameters, Array]:
+    """Scale all gradients so that their joint norm is at most h.grad_clip; and that norm."""
     total = mx.sqrt(mx.stack([mx.square(g).sum() for g in grads.values()]).sum())
-    scale = mx.where(grad_clip > 0, mx.minimum(grad_clip / (total + 1e-6), 1.0), 1.0)
+    scale = mx.minimum(h.grad_clip / (total + 1e-6), 1.0)
     return {name: g * scale for name, g in grads.items()}, total
 
 
@@ -37,7 +37,7 @@ def adamw_step(
     `state` holds adamw.m.NAME and adamw.v.NAME; `h` holds 0-D arrays on the device; `decays` names the
     parameters that weight decay applies to. The arrays given are left as they were.
     """
-    grads, total = clip_gradients(grads, h.grad_clip)
+    grads, total = clip_gradients(grads, h)
     params, state = dict(params), dict(state)
     for name, p in params.items():
         m, v = f"adamw.m.{name}", f"adamw.v.{name}"

@@ -56,7 +56,7 @@ class TrainEngine:
         self.losses: list[Array] = []
         self.grads: Parameters = {}
         compiled = mx.compile if compile else lambda function: function
-        settings = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
+        settings: dict[str, Any] = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
         self.train_nats = compiled(mx.value_and_grad(partial(mean_nats, **settings, rate=config.dropout)))
         self.summed_nats = compiled(partial(summed_nats, **settings, rate=0.0))
         self.adamw_step = compiled(partial(adamw_step, decays=decays))
@@ -66,10 +66,9 @@ class TrainEngine:
         """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
         shapes = state_table(self.config)
         arrays = {name: to_device(array) for name, array in tensors}
-        for name, shape in shapes.items():
-            self.optimizer_state[name] = arrays.pop(name, None)
-            if self.optimizer_state[name] is None:
-                self.optimizer_state[name] = mx.zeros(shape)
+        self.optimizer_state = {
+            name: arrays.pop(name) if name in arrays else mx.zeros(shape) for name, shape in shapes.items()
+        }
         self.params = arrays
         mx.eval(self.params, self.optimizer_state)
 

@@ -13,10 +13,10 @@ Array = Tensor
 Parameters = dict[str, Tensor]
 
 
-def clip_gradients(grads: Parameters, grad_clip: Array) -> tuple[Parameters, Array]:
-    """Scale all gradients so that their joint norm is at most `grad_clip` (0: leave them); and that norm."""
+def clip_gradients(grads: Parameters, h: Hyper) -> tuple[Parameters, Array]:
+    """Scale all gradients so that their joint norm is at most h.grad_clip; and that norm."""
     total = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-    scale = torch.where(grad_clip > 0, torch.clamp(grad_clip / (total + 1e-6), max=1.0), 1.0)
+    scale = torch.clamp(h.grad_clip / (total + 1e-6), max=1.0)
     return {name: g * scale for name, g in grads.items()}, total
 
 
@@ -37,7 +37,7 @@ def adamw_step(
     `state` holds adamw.m.NAME and adamw.v.NAME; `h` holds 0-D arrays on the device; `decays` names the
     parameters that weight decay applies to. The arrays are updated in place and returned.
     """
-    grads, total = clip_gradients(grads, h.grad_clip)
+    grads, total = clip_gradients(grads, h)
     for name, p in params.items():
         adamw(p, grads[name], state[f"adamw.m.{name}"], state[f"adamw.v.{name}"], h, name in decays)
     return params, state, total

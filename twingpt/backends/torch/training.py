@@ -61,10 +61,10 @@ class TrainEngine:
         """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
         shapes = state_table(self.config)
         arrays = {name: to_device(array, self.device).clone() for name, array in tensors}
-        for name, shape in shapes.items():
-            self.optimizer_state[name] = arrays.pop(name, None)
-            if self.optimizer_state[name] is None:
-                self.optimizer_state[name] = torch.zeros(shape, device=self.device.name)
+        self.optimizer_state = {
+            name: arrays.pop(name) if name in arrays else torch.zeros(shape, device=self.device.name)
+            for name, shape in shapes.items()
+        }
         self.params = {name: value.requires_grad_() for name, value in arrays.items()}
 
     def micro(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
@@ -79,7 +79,8 @@ class TrainEngine:
     def gradients(self) -> Parameters:
         """The gradients of the mean loss over the micro-batches since the last update."""
         n = len(self.losses)
-        return {name: p.grad / n if n > 1 else p.grad for name, p in self.params.items()}
+        grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
+        return {name: g / n if n > 1 else g for name, g in grads.items()}
 
     @torch.no_grad()
     def update(self, hyper: Hyper) -> Array:

@@ -1,0 +1,5 @@
+"""`python -m twingpt` is `gpt`."""
+
+from twingpt.cli import main
+
+main()

@@ -1,0 +1,305 @@
+"""The `gpt` command: parse, call, print. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from twingpt.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train and run small GPTs, the same in MLX and in PyTorch.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
+Backend = Annotated[str, typer.Option(help="auto, mlx or torch.")]
+Device = Annotated[str | None, typer.Option(help="A device of the backend: cpu, cuda, cuda:1, mps, gpu … [best]")]
+
+MODEL, DATA, OPTIMIZER, REPORT, WHERE = "Model", "Data", "Optimization", "Reports and checkpoints", "Where and how"
+
+
+def _option(help: str, panel: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train and run small GPTs, the same in MLX and in PyTorch."""
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt train                                    the Python documentation, offline\n\n"
+    "gpt train --data novel.txt --out runs/novel  your own text\n\n"
+    "gpt train --data shakespeare --tokenizer char --preset micro --max-iters 2000\n\n"
+    "gpt train --resume runs/novel --backend mlx  go on, on the other backend\n"
+)
+def train(
+    data: Annotated[str | None, _option("python-docs, shakespeare, or a text file or folder.", DATA)] = None,
+    tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
+    vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
+    preset: Annotated[str | None, _option("micro, tiny, small, medium, gpt2 or large.", MODEL)] = None,
+    shape: Annotated[str | None, _option("qwen3, llama or gpt2: the kind of block.", MODEL)] = None,
+    n_layer: Annotated[int | None, _option("Blocks.", MODEL)] = None,
+    n_head: Annotated[int | None, _option("Query heads.", MODEL)] = None,
+    n_kv_head: Annotated[int | None, _option("Key-value heads; divides n_head.", MODEL)] = None,
+    n_embd: Annotated[int | None, _option("Width.", MODEL)] = None,
+    block_size: Annotated[int | None, _option("Context, in tokens.", MODEL)] = None,
+    dropout: Annotated[float | None, _option("On the embedding and each branch.", MODEL)] = None,
+    batch_size: Annotated[int | None, _option("Windows of a micro-batch.", OPTIMIZER)] = None,
+    gradient_accumulation_steps: Annotated[int | None, _option("Micro-batches of a step.", OPTIMIZER)] = None,
+    max_iters: Annotated[int | None, _option("Steps of the whole schedule.", OPTIMIZER)] = None,
+    stop_after: Annotated[int | None, _option("Stop, saved, when this many steps are done.", OPTIMIZER)] = None,
+    learning_rate: Annotated[float | None, _option("At its highest.", OPTIMIZER)] = None,
+    min_lr: Annotated[float | None, _option("At the end. [a tenth]", OPTIMIZER)] = None,
+    warmup_iters: Annotated[int | None, _option("Steps of linear warm-up.", OPTIMIZER)] = None,
+    lr_schedule: Annotated[str | None, _option("cosine or constant.", OPTIMIZER)] = None,
+    weight_decay: Annotated[float | None, _option("On matrices and embeddings.", OPTIMIZER)] = None,
+    beta1: Annotated[float | None, _option("AdamW's.", OPTIMIZER)] = None,
+    beta2: Annotated[float | None, _option("AdamW's.", OPTIMIZER)] = None,
+    grad_clip: Annotated[float | None, _option("Largest norm of all gradients; 0 is off.", OPTIMIZER)] = None,
+    seed: Annotated[int | None, _option("Of initial weights, data order and dropout.", OPTIMIZER)] = None,
+    eval_interval: Annotated[int | None, _option("Steps between evaluations; 0 is off.", REPORT)] = None,
+    eval_iters: Annotated[int | None, _option("Batches of an evaluation; 0 is the whole split.", REPORT)] = None,
+    log_interval: Annotated[int | None, _option("Steps between reports.", REPORT)] = None,
+    sample_interval: Annotated[int | None, _option("Steps between samples; 0 is off.", REPORT)] = None,
+    checkpoint_interval: Annotated[int | None, _option("Steps between checkpoints; 0 is off.", REPORT)] = None,
+    keep: Annotated[int | None, _option("Latest checkpoints to keep, beside the best.", REPORT)] = None,
+    out: Annotated[Path | None, _option("The run's folder. [runs/DATA-DATE]", WHERE)] = None,
+    resume: Annotated[str | None, _option("Go on with a run: its folder, name, or RUN@STEP.", WHERE)] = None,
+    backend: Annotated[str, _option("auto, mlx or torch.", WHERE)] = "auto",
+    device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps, gpu … [best]", WHERE)] = None,
+    dtype: Annotated[str | None, _option("Compute precision: float32 or bfloat16. [the device's]", WHERE)] = None,
+    compile: Annotated[
+        bool | None, typer.Option(help="Compile the step. [not on a CPU]", rich_help_panel=WHERE)
+    ] = None,
+    json_: Annotated[bool, _option("End with one JSON object on stdout; display on stderr.", WHERE, "--json")] = False,
+) -> None:
+    """Train a GPT, or go on training one, and keep it as checkpoints that other tools open."""
+    given = {key: value for key, value in locals().items() if value is not None}
+    for key in ("stop_after", "out", "resume", "backend", "device", "compile", "json_"):
+        given.pop(key, None)
+    from rich.console import Console
+
+    from twingpt.core import launch
+    from twingpt.core.console import ConsoleReporter
+
+    if resume and out:
+        raise UserError("--resume goes on in the run's own folder: leave out --out.")
+    if stop_after is not None and stop_after < 1:
+        raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
+    if resume:
+        trainer = launch.resume_run(resume, given, backend, device, compile)
+    else:
+        trainer = launch.new_run(given, out, backend, device, compile)
+    console = Console(stderr=json_, highlight=False)
+    reporter = ConsoleReporter(console)
+    trainer.reporters = [*trainer.reporters, reporter]
+    with reporter.live():
+        summary = trainer.fit(stop_after)
+    if json_:
+        print(json.dumps(summary))
+        return
+    run, saved = summary["run"], summary["checkpoint"]
+    console.print(f"\nCheckpoint: [bold]{saved}[/]\nLoss curve: {run}/loss.svg")
+    if summary["reason"] != "finished":
+        console.print(f"Go on:      [bold]gpt train --resume {run}[/]")
+    console.print(f'Try it:     [bold]gpt generate {run} -p "…"[/]')
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    'gpt generate runs/novel -p "It was a"\n\n'
+    'gpt generate runs/novel@best -p "It was a" -m 400 --temp 0.7 --seed 7\n\n'
+    "echo -n 'def ' | gpt generate runs/code -p - --json\n"
+)
+def generate(
+    model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run for its latest one.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from; - reads it from stdin.")] = "",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most.")] = 200,
+    temp: Annotated[float, typer.Option(help="Temperature; 0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this probability.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="Drop those less likely than this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens seen before are less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text, on either backend.")] = 1337,
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Compute precision: float32 or bfloat16.")] = "float32",
+    json_: Json = False,
+) -> None:
+    """Let a model go on from a prompt, streaming its text."""
+    from twingpt.core.generator import load
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    completion = load(model, backend, device, dtype).complete(
+        text,
+        max_tokens,
+        temp=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if not json_:
+        print(text, end="", flush=True)
+    for piece in completion:
+        if not json_:
+            print(piece, end="", flush=True)
+    if not json_:
+        print()
+        return
+    names = ("text", "tokens", "prompt_tokens", "finish_reason", "tokens_per_second")
+    print(json.dumps({name: getattr(completion, name) for name in names}))
+
+
+@app.command(epilog="[bold]Examples[/]\n\ngpt convert runs/novel novel-hf\n\ngpt convert runs/novel@best novel-best\n")
+def convert(
+    model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run for its latest one.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the result.")],
+    json_: Json = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face directory: qwen3, llama or gpt2, by its shape."""
+    from twingpt.core.checkpoint import open_checkpoint
+    from twingpt.weights.huggingface import export
+
+    checkpoint = open_checkpoint(model)
+    family = export(checkpoint, folder)
+    if json_:
+        print(json.dumps({"source": str(checkpoint.folder), "target": str(folder), "family": family}))
+    else:
+        print(f"{folder}: {family}, from {checkpoint.folder}")
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt parity                  small random models of every shape\n\n"
+    "gpt parity runs/novel       a checkpoint\n\n"
+    "gpt parity --json | jq .ok  in a script; the exit code says it too\n"
+)
+def parity(
+    model: Annotated[str | None, typer.Argument(metavar="[CKPT|RUN]", help="A checkpoint. [random models]")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    tolerance: Annotated[float | None, typer.Option(help="Largest difference, of the largest logit.")] = None,
+    backend: Annotated[str, typer.Option(help="mlx, torch, or auto for all that are installed.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the tokens and the random weights.")] = 1337,
+    json_: Json = False,
+) -> None:
+    """Compare both backends and the float64 reference, on every device here; exit 1 if they differ."""
+    from twingpt.core import backend as backends
+    from twingpt.core import parity as measurement
+    from twingpt.core.checkpoint import open_checkpoint
+
+    if backend == "auto":
+        names = [name for name in backends.BACKENDS if backends.installed(name)]
+    else:
+        names = [backends.choose(backend)[0]]
+    if model is None:
+        models = measurement.random_models(seed)
+    else:
+        checkpoint = open_checkpoint(model)
+        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.parameters()))])
+    result = measurement.measure(models, names, dtype, tolerance, seed)
+    if json_:
+        print(json.dumps(result))
+    else:
+        _print_parity(_console(), result)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _print_parity(console: Console, result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table("model", "a", "b", "max diff", "relative", "top-1", "KL", box=box.SIMPLE_HEAD)
+    for pair in result["pairs"]:
+        fine = pair["max_rel_diff"] <= result["tolerance"]
+        table.add_row(
+            pair["model"],
+            f"{pair['a']} {pair['device_a']}",
+            f"{pair['b']} {pair['device_b']}",
+            f"{pair['max_abs_diff']:.1e}",
+            f"[{'green' if fine else 'bold red'}]{pair['max_rel_diff']:.1e}[/]",
+            f"{pair['top1_agreement']:.1%}",
+            f"{pair['kl']:.1e}",
+        )
+    console.print(table)
+    verdict = "[green]They agree[/]" if result["ok"] else "[bold red]They differ[/]"
+    dtype, limit = result["pairs"][0]["dtype"], f"{result['tolerance']:.0e}"
+    console.print(f"{verdict}: in {dtype} a difference may be {limit} of the largest logit.")
+
+
+@app.command(epilog="[bold]Examples[/]\n\ngpt doctor\n\ngpt doctor --json | jq .choice\n")
+def doctor(backend: Backend = "auto", device: Device = None, json_: Json = False) -> None:
+    """Show what this machine has, what will be chosen and why, and test it; exit 1 if the test fails."""
+    from twingpt.core.doctor import examine
+
+    report = examine(backend, device)
+    if json_:
+        print(json.dumps(report))
+    else:
+        _print_doctor(_console(), report)
+    if not report["self_test"]["ok"]:
+        raise typer.Exit(1)
+
+
+def _print_doctor(console: Console, report: dict[str, Any]) -> None:
+    from twingpt.core.console import human_bytes
+
+    console.print(f"[bold]{report['platform']}[/], Python {report['python']}")
+    versions = [f"{name} {version}" for name, version in report["libraries"].items() if version]
+    console.print(", ".join(versions) + "\n")
+    for name, facts in report["backends"].items():
+        if "devices" not in facts:
+            console.print(f"{name}: {facts.get('broken') or 'not installed: ' + facts['install']}", markup=False)
+            continue
+        rest = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("installed", "devices"))
+        console.print(f"[bold]{name}[/]: {rest}")
+        for device in facts["devices"]:
+            memory = human_bytes(device["memory_bytes"]) if device["memory_bytes"] else "memory unknown"
+            dtypes = ", ".join(device["dtypes"])
+            console.print(f"  {device['name']}: {device['description']}, {memory}, {dtypes}")
+    choice, test = report["choice"], report["self_test"]
+    chosen = (
+        f"{choice['backend']} on {choice['device']} in {choice['dtype']}, because" if choice["backend"] else "none:"
+    )
+    console.print(f"\nChoice: [bold]{chosen}[/] {choice['why']}.")
+    verdict = "[green]passed[/]" if test["ok"] else "[bold red]failed[/]"
+    worst = f", at worst {test['max_rel_diff']:.1e}" if test["max_rel_diff"] is not None else ""
+    limit = f"{test['tolerance']:.0e}"
+    console.print(f"Self-test: {verdict}. The largest difference may be {limit} of the largest logit{worst}.")
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"gpt: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        sys.stderr.close()
+        sys.exit(0)

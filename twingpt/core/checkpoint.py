@@ -1,0 +1,264 @@
+"""The checkpoint schema: a model directory that the ecosystem opens, saved atomically and read with suspicion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
+from twingpt.core.parameters import parameter_table, state_table
+from twingpt.core.paths import new_folder, write_synced
+from twingpt.core.portable import portable_config
+from twingpt.core.runs import resolve
+from twingpt.core.tokenizer import Tokenizer, files
+from twingpt.core.tokenizer import load as load_tokenizer
+
+Array = np.ndarray
+Shapes = Mapping[str, tuple[int, ...]]
+
+SCHEMA = 1
+SHARD_BYTES = 5 * 10**9
+LOADED_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".npz")  # what a loader somewhere may pick up
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+
+
+def write_safetensors(path: Path, shapes: Shapes, tensors: Mapping[str, Array]) -> dict[str, Any]:
+    """Write float32 tensors, one at a time in the order of `shapes`, and sync; the file's manifest entry.
+
+    The entry has its size, its SHA-256, and each tensor's CRC-32, which finds a damaged one later.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sha, checks = hashlib.sha256(), {}
+    with path.open("wb") as file:
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            file.write(chunk)
+            sha.update(chunk)
+        for name in shapes:
+            data = np.ascontiguousarray(tensors[name], "<f4").data.cast("B")
+            file.write(data)
+            sha.update(data)
+            checks[name] = f"{zlib.crc32(data):08x}"
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": 8 + len(text) + offset, "sha256": sha.hexdigest(), "crc32": checks}
+
+
+def _shards(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
+    """The tensors in files of at most SHARD_BYTES, in order."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    room = SHARD_BYTES
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = shape
+        room -= size
+    return shards
+
+
+def _write_model(folder: Path, config: GPTConfig, tensors: Mapping[str, Array]) -> dict[str, Any]:
+    """model.safetensors, or numbered shards and their index; the manifest entries of all but the index."""
+    shapes = {name: row.shape for name, row in parameter_table(config).items()}
+    shards = _shards(shapes)
+    if len(shards) == 1:
+        return {MODEL: write_safetensors(folder / MODEL, shapes, tensors)}
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    index = {
+        "metadata": {"total_size": sum(4 * math.prod(shape) for shape in shapes.values())},
+        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+    }
+    write_synced(folder / f"{MODEL}.index.json", json.dumps(index, indent=2).encode())
+    return {file: write_safetensors(folder / file, shard, tensors) for file, shard in zip(names, shards, strict=True)}
+
+
+def save(
+    folder: Path,
+    config: GPTConfig,
+    tokenizer: Tokenizer,
+    tensors: Mapping[str, Array],
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint in one atomic step: at `folder` there is all of it or what was there before.
+
+    `tensors` holds the parameters and, for one that training can continue from, the optimizer state;
+    `training` becomes training_state.json. Raises UserError where it can't be written (a full disk,
+    a folder without permission); nothing half-written stays.
+    """
+    texts = files(tokenizer, config.block_size)
+    texts["config.json"] = json.dumps(portable_config(config, tokenizer.end_of_text), indent=2)
+    ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+    texts["generation_config.json"] = json.dumps(ids, indent=2)
+    if training is not None:
+        texts["training_state.json"] = json.dumps({"schema": SCHEMA, **training}, indent=2)
+    try:
+        with new_folder(folder) as temporary:
+            entries = _write_model(temporary, config, tensors)
+            if training is not None:
+                entries[OPTIMIZER] = write_safetensors(temporary / OPTIMIZER, state_table(config), tensors)
+            for name, text in texts.items():
+                write_synced(temporary / name, text.encode())
+            for path in temporary.iterdir():
+                entries.setdefault(path.name, {"size": path.stat().st_size, "sha256": _sha256(path)})
+            manifest = {"schema": SCHEMA, "files": dict(sorted(entries.items()))}
+            write_synced(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint can't be saved to {folder} ({error.strerror}): free some space or mend the folder; "
+            "earlier checkpoints are untouched."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files are there and match its manifest; tensors are read when asked for."""
+
+    folder: Path
+    config: GPTConfig
+    manifest: Mapping[str, Any]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the model was trained with."""
+        return load_tokenizer(self.folder)
+
+    def training(self) -> dict[str, Any]:
+        """training_state.json, or UserError where the checkpoint holds only a model."""
+        if "training_state.json" not in self.manifest["files"]:
+            raise UserError(f"{self.folder} holds a model without its training state: it can't be resumed.")
+        state: dict[str, Any] = _read_json(self.folder / "training_state.json")
+        return state
+
+    def parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) of every parameter."""
+        table = {name: row.shape for name, row in parameter_table(self.config).items()}
+        names = [name for name in self.manifest["files"] if name.startswith("model") and name.endswith(".safetensors")]
+        yield from read_tensors([self.folder / name for name in names], table)
+
+    def optimizer_state(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) of the optimizer's state."""
+        yield from read_tensors([self.folder / OPTIMIZER], state_table(self.config))
+
+
+def read_tensors(paths: Iterable[Path], table: Shapes) -> Iterator[tuple[str, Array]]:
+    """Yield (name, array) of safetensors files that together hold exactly the float32 tensors of `table`.
+
+    Every header is checked before any tensor is read; UserError names the tensor and the file.
+    """
+    paths, found = list(paths), set()
+    for path in paths:
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    part = file.get_slice(name)
+                    _check_tensor(name, tuple(part.get_shape()), part.get_dtype(), table, path)
+                    found.add(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
+    for name in table:
+        if name not in found:
+            raise UserError(f"The tensor {name} is missing from {', '.join(path.name for path in paths)}.")
+    for path in paths:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def _check_tensor(name: str, shape: tuple[int, ...], dtype: str, table: Shapes, path: Path) -> None:
+    if name not in table:
+        raise UserError(f"{path} has a tensor {name}, which this model has not.")
+    if shape != table[name]:
+        raise UserError(f"The tensor {name} in {path} has shape {shape}, and the model needs {table[name]}.")
+    if dtype != "F32":
+        raise UserError(f"The tensor {name} in {path} is {dtype}, and must be F32.")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is not a whole checkpoint: {path.name} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}.") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
+
+
+def _hash(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    sha = hashlib.sha256()
+    while chunk := file.read(2**20):
+        sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _damaged_tensor(path: Path, checks: Mapping[str, str]) -> str | None:
+    """The first tensor of a safetensors file whose bytes changed, if the header still leads to it."""
+    with path.open("rb") as file:
+        try:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, path.stat().st_size)))
+            for name, check in checks.items():
+                start, end = header[name]["data_offsets"]
+                file.seek(8 + size + start)
+                if f"{zlib.crc32(file.read(min(end - start, path.stat().st_size))):08x}" != check:
+                    return name
+        except (ValueError, KeyError, TypeError, OSError):
+            return None
+    return None
+
+
+def verify(folder: Path, files: Mapping[str, Any]) -> None:
+    """Raise UserError unless every file of the manifest is there, of its size and of its SHA-256."""
+    for name, entry in files.items():
+        path = folder / name
+        if path.name != name or not path.is_file():
+            raise UserError(f"{folder} is not a whole checkpoint: {name} is missing.")
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise UserError(f"{path} has {size} bytes, and its manifest says {entry['size']}: it was cut or altered.")
+        if _sha256(path) != entry["sha256"]:
+            tensor = _damaged_tensor(path, entry.get("crc32", {}))
+            where = f"the tensor {tensor} in {path}" if tensor else str(path)
+            raise UserError(f"The bytes of {where} do not match the manifest's SHA-256: the file is damaged.")
+    extra = [p.name for p in folder.iterdir() if p.suffix in LOADED_SUFFIXES and p.name not in files]
+    extra = [name for name in extra if name != "manifest.json"]
+    if extra:
+        raise UserError(f"{folder} has a file {extra[0]} that its manifest does not list.")
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Find, read and verify the checkpoint that `path` names (see `resolve`)."""
+    folder = resolve(path)
+    manifest = _read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{folder / 'manifest.json'} is not a manifest.")
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(f"{folder} has checkpoint schema {manifest.get('schema')}, and this version reads {SCHEMA}.")
+    try:
+        verify(folder, manifest["files"])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'manifest.json'} is not a manifest.") from None
+    content = _read_json(folder / "config.json")
+    if not isinstance(content, dict) or not isinstance(content.get("twingpt"), dict):
+        raise UserError(f"{folder / 'config.json'} has no twingpt section.")
+    return Checkpoint(folder, GPTConfig.from_dict(content["twingpt"]), manifest)

@@ -1,0 +1,130 @@
+"""A run on the terminal: a line a milestone, and a bar with loss, speed, memory and time left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from twingpt.core.events import Evaluated, Event, RunEnded, RunStarted, Sampled, Saved, Trained
+
+
+def human_bytes(count: float) -> str:
+    """A count of bytes to read: 512 MB, 1.3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit != "GB" else f"{count:.1f} GB"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_count(count: float) -> str:
+    """A count to read: 950, 12.3k, 10.7M."""
+    for unit in ("", "k", "M"):
+        if count < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f}B"
+
+
+def human_time(seconds: float) -> str:
+    """A span to read: 42s, 3:05, 2:10:00."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class _TimeLeft(ProgressColumn):
+    """Steps left over the run's own speed, which is steadier than the bar's."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.fields["steps_per_second"]
+        left = human_time((task.total - task.completed) / speed) if speed and task.total else "–"
+        return Text(f"ETA {left}", style="cyan")
+
+
+class ConsoleReporter:
+    """Prints a run's events; on a terminal with a live bar below them, elsewhere as plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.tokens_per_step = 1
+        self.progress = Progress(
+            TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("loss [bold green]{task.fields[loss]}[/]  val [bold magenta]{task.fields[val]}[/]"),
+            TextColumn("{task.fields[speed]} tok/s  {task.fields[memory]}"),
+            _TimeLeft(),
+            console=console,
+            expand=True,
+        )
+        self.task = self.progress.add_task(
+            "train", total=None, loss="–", val="–", speed="–", memory="", steps_per_second=0.0
+        )
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Keep the bar on the screen for the time of the block."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with self.progress:
+            yield
+
+    def report(self, event: Event) -> None:
+        """Print an event, or move the bar."""
+        if isinstance(event, RunStarted):
+            self._started(event)
+        elif isinstance(event, Trained):
+            self._trained(event)
+        elif isinstance(event, Evaluated):
+            self.progress.update(self.task, val=f"{event.val_loss:.3f}")
+            best = "  [green]best so far[/]" if event.best else ""
+            self.console.print(
+                f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte{best}"
+            )
+        elif isinstance(event, Sampled):
+            title = f"a sample after {event.step:,} steps"
+            self.console.print(Panel(escape(event.text.strip()), title=title, border_style="dim"))
+        elif isinstance(event, Saved):
+            self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]")
+        elif isinstance(event, RunEnded):
+            self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
+
+    def _started(self, event: RunStarted) -> None:
+        self.tokens_per_step = event.tokens_per_step
+        self.progress.update(self.task, total=event.max_iters, completed=event.step)
+        verb = f"goes on after step {event.step:,}" if event.step else "starts"
+        self.console.print(
+            f"[bold]{escape(event.run)}[/] {verb}: {human_count(event.parameters)} parameters on "
+            f"{event.backend} {event.device} in {event.dtype}"
+        )
+        epochs = event.max_iters * event.tokens_per_step / max(1, event.train_tokens)
+        self.console.print(
+            f"{escape(event.data)}: {human_count(event.train_tokens)} tokens to train on, "
+            f"{human_count(event.val_tokens)} held out, vocabulary {event.vocab_size:,}; "
+            f"{event.max_iters:,} steps of {event.tokens_per_step:,} tokens, {epochs:.1f} epochs"
+        )
+
+    def _trained(self, event: Trained) -> None:
+        speed, memory = human_count(event.tokens_per_second), human_bytes(event.memory_bytes)
+        steps_per_second = event.tokens_per_second / self.tokens_per_step
+        self.progress.update(
+            self.task,
+            completed=event.step,
+            loss=f"{event.loss:.3f}",
+            speed=speed,
+            memory=memory,
+            steps_per_second=steps_per_second,
+        )
+        if not self.console.is_terminal:
+            total = self.progress.tasks[0].total or event.step
+            left = human_time((total - event.step) / steps_per_second) if steps_per_second else "–"
+            self.console.print(f"step {event.step:,}: loss {event.loss:.4f}, {speed} tok/s, {memory}, ETA {left}")

@@ -1,0 +1,1 @@
+"""From text to batches: sources, preparation into token shards, and the order of windows."""

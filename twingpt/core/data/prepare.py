@@ -1,0 +1,70 @@
+"""A source and a tokenizer's name to a prepared data set, made once and found again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from twingpt.core import paths, rng
+from twingpt.core.data import shards
+from twingpt.core.data.shards import TokenDataset
+from twingpt.core.data.sources import Source, load
+from twingpt.core.errors import UserError
+from twingpt.core.tokenizer import Tokenizer, make
+
+Array = np.ndarray
+
+VAL_FRACTION = 0.1
+
+
+def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Training and held-out documents.
+
+    A document is held out by its hash, so that adding others moves none. Where that is far from a
+    tenth of the text, as with few documents, the last tenth of each document is held out instead.
+    """
+    held = [rng.digest("val", document) % 10_000 < VAL_FRACTION * 10_000 for document in documents]
+    share = sum(len(d) for d, out in zip(documents, held, strict=True) if out) / sum(map(len, documents))
+    if VAL_FRACTION / 2 < share < VAL_FRACTION * 2:
+        train = [document for document, out in zip(documents, held, strict=True) if not out]
+        return train, [document for document, out in zip(documents, held, strict=True) if out]
+    pairs = [(document, int(len(document) * (1 - VAL_FRACTION))) for document in documents]
+    return [document[:cut] for document, cut in pairs], [document[cut:] for document, cut in pairs]
+
+
+def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> Array:
+    """All documents, each followed by the end-of-text token, (n,) int32."""
+    end = np.array([tokenizer.end_of_text], np.int32)
+    return np.concatenate([part for document in documents for part in (tokenizer.encode(document), end)])
+
+
+def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None = None) -> TokenDataset:
+    """The data set of source `spec` under the tokenizer called `kind`, or under the one given.
+
+    It is found again by the digest of all it depends on, in `paths.home()/data`.
+    """
+    source = load(spec)
+    folder = paths.home() / "data" / f"{source.name}-{_key(source, kind, vocab_size, tokenizer)}"
+    if not folder.exists():
+        _write(folder, source, kind, vocab_size, tokenizer)
+    return TokenDataset(folder)
+
+
+def _key(source: Source, kind: str, vocab_size: int, tokenizer: Tokenizer | None) -> str:
+    how = tokenizer.digest if tokenizer else f"{kind}-{vocab_size if kind == 'bpe' else ''}"
+    parts = [str(shards.SCHEMA), source.digest(), how]
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
+
+
+def _write(folder: Path, source: Source, kind: str, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    train, val = split(source.documents)
+    tokenizer = tokenizer or make(kind, train, source.documents, vocab_size)
+    splits = {"train": tokenize(train, tokenizer), "val": tokenize(val, tokenizer)}
+    facts = {"source": source.digest(), "documents": {"train": len(train), "val": len(val)}}
+    try:
+        shards.write(folder, source.name, tokenizer, splits, facts)
+    except OSError as error:
+        raise UserError(f"The prepared data can't be written to {folder}: {error.strerror}.") from error

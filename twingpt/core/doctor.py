@@ -1,0 +1,60 @@
+"""What this machine has, what will be chosen and why, and whether it computes rightly."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from typing import Any
+
+from twingpt.core import backend as backends
+from twingpt.core import parity
+from twingpt.core.errors import UserError
+
+LIBRARIES = ("twingpt", "torch", "mlx", "numpy", "safetensors", "tokenizers", "tiktoken", "transformers", "mlx-lm")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _backend(name: str) -> dict[str, Any]:
+    if not backends.installed(name):
+        return {"installed": False, "install": backends.how_to_install(name)}
+    try:
+        engines = backends.get(name)
+        devices = [dataclasses.asdict(device) for device in engines.devices()]
+        return {"installed": True, "devices": devices, **engines.details()}
+    except (ImportError, OSError, RuntimeError) as error:  # a broken installation is a finding, not a crash
+        return {"installed": True, "broken": f"{type(error).__name__}: {error}"}
+
+
+def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
+    """Platform, libraries, backends with their devices, the choice, and the self-test's parity figures."""
+    # MLX first: its BLAS has to be opened before mlx is imported, and torch's import doesn't mind.
+    found = {name: _backend(name) for name in backends.BACKENDS}
+    working = [name for name, facts in found.items() if "devices" in facts]
+    report: dict[str, Any] = {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "backends": found,
+    }
+    try:
+        chosen, why = backends.choose(backend)
+        target = backends.find_device(backends.get(chosen), device)
+        choice: dict[str, str | None] = {
+            "backend": chosen,
+            "device": target.name,
+            "dtype": target.default_dtype,
+            "why": why,
+        }
+    except UserError as error:
+        choice = {"backend": None, "device": None, "dtype": None, "why": str(error)}
+    test = parity.measure(parity.random_models(seed=1337), working)
+    worst = max((pair["max_rel_diff"] for pair in test["pairs"]), default=None)
+    self_test = {"ok": test["ok"] and bool(working), "tolerance": test["tolerance"], "max_rel_diff": worst}
+    return {**report, "choice": choice, "self_test": self_test}

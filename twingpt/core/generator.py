@@ -1,0 +1,142 @@
+"""The generation loop: it drives a decode engine and never waits for the token it has just asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from twingpt.core import backend as backends
+from twingpt.core import rng
+from twingpt.core.backend import DecodeEngine, Handle, check_tokens
+from twingpt.core.checkpoint import open_checkpoint
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
+from twingpt.core.sampler import Sampling
+from twingpt.core.tokenizer import Tokenizer
+
+Array = np.ndarray
+
+
+def generate_tokens(
+    engine: DecodeEngine, prompt: Array, sampling: Sampling, max_tokens: int, seed: int
+) -> Iterator[int]:
+    """Yield up to `max_tokens` ids that follow `prompt` (n,), each read while the next is being computed.
+
+    The token at position i of the text is drawn with the uniform keyed by (seed, i). When block_size
+    positions are full, the model goes on from the last half of them.
+    """
+    block_size = engine.config.block_size
+    text = [int(token) for token in prompt]
+    context = text[-block_size:]
+    handle: Handle = engine.prefill(np.array([context]))
+    filled, unread = len(context), None
+    for position in range(len(text), len(text) + max_tokens):
+        if filled == block_size:
+            if unread is not None:
+                text.append(int(engine.read(unread)[0]))
+                unread = None
+                yield text[-1]
+            context = text[-max(1, block_size // 2) :]
+            handle, filled = engine.prefill(np.array([context])), len(context)
+        handle = engine.step(handle, sampling, np.array([rng.uniform(seed, position)]))
+        filled += 1
+        if unread is not None:
+            text.append(int(engine.read(unread)[0]))
+            yield text[-1]
+        unread = handle
+    if unread is not None:
+        yield int(engine.read(unread)[0])
+
+
+class Completion:
+    """Text being generated: iterate for its pieces, then read what became of it."""
+
+    def __init__(self, tokens: Iterator[int], tokenizer: Tokenizer, prompt_tokens: Array) -> None:
+        self._source = tokens
+        self._tokenizer = tokenizer
+        self.prompt_tokens = [int(token) for token in prompt_tokens]
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason = "length"
+        self.seconds = 0.0
+
+    def _until_end_of_text(self) -> Iterator[int]:
+        for token in self._source:
+            if token == self._tokenizer.end_of_text:
+                self.finish_reason = "stop"
+                return
+            self.tokens.append(token)
+            yield token
+
+    def __iter__(self) -> Iterator[str]:
+        start = time.perf_counter()
+        for piece in self._tokenizer.stream(self._until_end_of_text()):
+            self.text += piece
+            self.seconds = time.perf_counter() - start
+            if piece:
+                yield piece
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over wall-clock time, the prompt's included."""
+        return len(self.tokens) / self.seconds if self.seconds else 0.0
+
+
+class LanguageModel:
+    """A trained model ready to run: text or tokens in, text or logits out."""
+
+    def __init__(self, config: GPTConfig, tokenizer: Tokenizer, engine: DecodeEngine) -> None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {config.vocab_size}."
+            )
+        self.config, self.tokenizer, self.engine = config, tokenizer, engine
+
+    def logits(self, tokens: Array) -> Array:
+        """(B, T) ids -> (B, T, V) float32 logits. Raises UserError for an id or a length it can't take."""
+        return self.engine.forward(check_tokens(tokens, self.config))
+
+    def complete(
+        self,
+        prompt: str,
+        max_tokens: int = 200,
+        *,
+        temp: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 1337,
+    ) -> Completion:
+        """A text that goes on from `prompt`, generated as it is iterated over.
+
+        An empty prompt begins a new document. Raises UserError for a sampling setting out of range,
+        or a prompt that the tokenizer can't encode.
+        """
+        sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
+        if max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, and is {max_tokens}.")
+        ids = self.tokenizer.encode(prompt)
+        context = ids if len(ids) else np.array([self.tokenizer.end_of_text])
+        tokens = generate_tokens(self.engine, context, sampling, max_tokens, seed)
+        return Completion(tokens, self.tokenizer, ids)
+
+    def generate(self, prompt: str, max_tokens: int = 200, **settings: float) -> str:
+        """The text that `complete` yields, whole; takes the same settings."""
+        return "".join(self.complete(prompt, max_tokens, **settings))  # type: ignore[arg-type]
+
+
+def load(path: str | Path, backend: str = "auto", device: str | None = None, dtype: str | None = None) -> LanguageModel:
+    """Open a checkpoint, or a run's latest one (RUN@best, RUN@STEP for another), on a backend.
+
+    Raises UserError for a damaged checkpoint, or a backend, device or dtype that isn't there.
+    """
+    checkpoint = open_checkpoint(path)
+    engines = backends.get(backend)
+    target = backends.find_device(engines, device)
+    compute = backends.find_dtype(target, dtype or "float32")
+    engine = engines.DecodeEngine(checkpoint.config, checkpoint.parameters(), target, compute)
+    return LanguageModel(checkpoint.config, checkpoint.tokenizer(), engine)

@@ -1,0 +1,188 @@
+"""From a command's options to a Trainer: a new run, or one that goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twingpt.core import backend as backends
+from twingpt.core.backend import Backend, Device
+from twingpt.core.checkpoint import Checkpoint, open_checkpoint
+from twingpt.core.config import GPTConfig, TrainConfig, preset, unknown_choice
+from twingpt.core.data.prepare import prepare
+from twingpt.core.data.shards import TokenDataset
+from twingpt.core.errors import UserError
+from twingpt.core.events import JSONLReporter, Reporter, forget_after
+from twingpt.core.parameters import initialise
+from twingpt.core.paths import write_atomically
+from twingpt.core.plot import PlotReporter
+from twingpt.core.runs import find_run
+from twingpt.core.trainer import Progress, Trainer
+
+SCHEMA = 1
+MODEL_KEYS = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
+TRAIN_KEYS = {field.name for field in dataclasses.fields(TrainConfig)}
+SHAPE_KEYS = {"preset", "shape"}
+# What a resumed run may change: how far it goes, what it reports, where it finds its data. The rest
+# decides the weights, so a change would be another run.
+RESUME_KEYS = {
+    "data",
+    "dtype",
+    "max_iters",
+    "eval_interval",
+    "eval_iters",
+    "log_interval",
+    "sample_interval",
+    "checkpoint_interval",
+    "keep",
+}
+
+# What a run is without flags: on two CPU cores text worth reading in minutes, on a GPU a larger model.
+RECIPES: dict[str, dict[str, Any]] = {
+    "cpu": {"preset": "micro", "batch_size": 16, "max_iters": 600, "learning_rate": 3e-3, "min_lr": 3e-4},
+    "gpu": {"preset": "tiny", "batch_size": 32, "max_iters": 2000, "dropout": 0.1},
+}
+
+Options = Mapping[str, Any]
+
+
+def new_run(options: Options, out: Path | None, backend: str, device: str | None, compile: bool | None) -> Trainer:
+    """A Trainer for a new run in `out`, or in a folder of its own under runs/.
+
+    `options` are fields of GPTConfig and TrainConfig, `preset` and `shape`; what is not given comes
+    from the recipe of the device's kind. Raises UserError for anything that can't be; then nothing
+    has been written but the prepared data.
+    """
+    for key in options:
+        if key not in MODEL_KEYS | TRAIN_KEYS | SHAPE_KEYS:
+            raise unknown_choice("option", key, MODEL_KEYS | TRAIN_KEYS | SHAPE_KEYS)
+    engines = backends.get(backend)
+    target = backends.find_device(engines, device)
+    values = RECIPES["cpu" if target.kind == "cpu" else "gpu"] | dict(options)
+    values["dtype"] = backends.find_dtype(target, options.get("dtype"))
+    if "min_lr" not in options and "learning_rate" in options:
+        values["min_lr"] = options["learning_rate"] / 10
+    train = TrainConfig.from_dict({key: value for key, value in values.items() if key in TRAIN_KEYS})
+    shape = {key: value for key, value in values.items() if key in MODEL_KEYS}
+    model = preset(values["preset"], 256, values.get("shape"), **shape)  # wrong before any work is done
+    run = out or Path("runs") / f"{Path(train.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if (run / "run.json").exists():
+        raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
+    data = prepare(train.data, train.tokenizer, train.vocab_size)
+    config = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
+    trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
+    trainer.engine.load(initialise(config, train.seed))
+    _write_run(trainer, created=True)
+    return trainer
+
+
+def resume_run(name: str, options: Options, backend: str, device: str | None, compile: bool | None) -> Trainer:
+    """A Trainer that goes on from the latest checkpoint of a run (RUN@STEP: from that one), on any backend.
+
+    `options` may change what RESUME_KEYS names; anything else that differs from the run's own is a
+    UserError, as are data that are no longer the same.
+    """
+    saved = open_checkpoint(name)
+    run = find_run(saved.folder.parent.parent)
+    state = saved.training()
+    train = _resumed_config(saved, state, options)
+    engines = backends.get(backend)
+    target = backends.find_device(engines, device)
+    if train.dtype not in target.dtypes and "dtype" not in options:
+        train = dataclasses.replace(train, dtype=target.default_dtype)
+    backends.find_dtype(target, train.dtype)
+    data = _resumed_data(run, saved, train, state["data"], moved="data" in options)
+    fields = {field.name: state[field.name] for field in dataclasses.fields(Progress)}
+    fields = {key: math.nan if value is None else value for key, value in fields.items()}
+    if math.isnan(fields["best_val_loss"]):
+        fields["best_val_loss"] = math.inf
+    trainer = _trainer(run, saved.config, train, data, engines, target, compile, Progress(**fields))
+    trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
+    trainer.saved_at = trainer.progress.step
+    forget_after(run / "metrics.jsonl", trainer.progress.step)
+    _write_run(trainer, created=False)
+    return trainer
+
+
+def _resumed_config(saved: Checkpoint, state: Options, options: Options) -> TrainConfig:
+    stored = state["train"]
+    now = stored | saved.config.to_dict()
+    for key, value in options.items():
+        if key in RESUME_KEYS:
+            continue
+        if key not in now:
+            raise UserError(f"--{key.replace('_', '-')} can't change when a run goes on: leave it out.")
+        if value != (stored.get(key, now[key])):
+            raise UserError(
+                f"--{key.replace('_', '-')} {value} conflicts with the run, which has {stored.get(key, now[key])}: "
+                "leave it out, or start a new run."
+            )
+    changes = {key: value for key, value in options.items() if key in RESUME_KEYS}
+    return TrainConfig.from_dict({**stored, **changes})
+
+
+def _resumed_data(run: Path, saved: Checkpoint, train: TrainConfig, fingerprint: str, moved: bool) -> TokenDataset:
+    """The data that the run was trained on: prepared earlier, or prepared again with its tokenizer."""
+    prepared = Path(json.loads((run / "run.json").read_text())["data"]["folder"])
+    if prepared.exists() and not moved:
+        data = TokenDataset(prepared)
+    else:
+        data = prepare(train.data, train.tokenizer, train.vocab_size, saved.tokenizer())
+    if data.fingerprint != fingerprint:
+        raise UserError(
+            f"The data {train.data} is not what {run} was trained on (its fingerprint differs): "
+            "give --data the original, or start a new run."
+        )
+    return data
+
+
+def _trainer(
+    run: Path,
+    config: GPTConfig,
+    train: TrainConfig,
+    data: TokenDataset,
+    engines: Backend,
+    device: Device,
+    compile: bool | None,
+    progress: Progress,
+) -> Trainer:
+    if compile is None:  # on a CPU compiling takes longer than the run that it would speed up
+        compile = device.kind != "cpu"
+    data.check(config)
+    engine = engines.TrainEngine(config, device, train.dtype, compile)
+    reporters: list[Reporter] = [JSONLReporter(run / "metrics.jsonl"), PlotReporter(run)]
+    return Trainer(run, config, train, data, engines, device, engine, reporters, progress)
+
+
+def _write_run(trainer: Trainer, created: bool) -> None:
+    """run.json: the resolved configuration, the data's fingerprint, versions and device, of each start."""
+    path = trainer.run / "run.json"
+    start = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "step": trainer.progress.step,
+        "backend": trainer.backend.NAME,
+        "device": dataclasses.asdict(trainer.device),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("numpy", "twingpt", trainer.backend.NAME)},
+    }
+    try:
+        trainer.run.mkdir(parents=True, exist_ok=True)
+        starts = [] if created else json.loads(path.read_text())["starts"]
+        content = {
+            "schema": SCHEMA,
+            "config": trainer.config.to_dict(),
+            "train": trainer.train.to_dict(),
+            "data": {"folder": str(trainer.data.folder.resolve()), "fingerprint": trainer.data.fingerprint},
+            "starts": [*starts, start],
+        }
+        write_atomically(path, json.dumps(content, indent=2))
+    except OSError as error:
+        raise UserError(f"The run can't be written to {trainer.run}: {error.strerror}.") from error

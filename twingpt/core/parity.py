@@ -1,0 +1,123 @@
+"""How far the backends are from the reference and from each other, on every device of the machine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from twingpt.core import backend as backends
+from twingpt.core import reference, rng
+from twingpt.core.config import SHAPES, GPTConfig
+from twingpt.core.errors import UserError
+from twingpt.core.parameters import initialise
+
+Array = np.ndarray
+
+# Of the largest |logit|. bfloat16 keeps 8 bits, and a model of a few layers loses about two of them.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}
+BATCH, MAX_TIME = 2, 64
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two implementations' logits on the same tokens; `max_rel_diff` is of the largest |logit| of `a`.
+
+    `kl` is the mean over positions of KL(a || b) in nats, `top1_agreement` the share of positions
+    whose most likely token is the same.
+    """
+
+    model: str
+    a: str
+    b: str
+    device_a: str
+    device_b: str
+    dtype: str
+    max_abs_diff: float
+    max_rel_diff: float
+    top1_agreement: float
+    kl: float
+
+
+def random_models(seed: int) -> Iterator[tuple[str, GPTConfig, dict[str, Array]]]:
+    """A small random model of each shape, and one with the switches that the shapes leave off."""
+    small = {"vocab_size": 512, "block_size": MAX_TIME, "n_layer": 4, "n_head": 4, "n_embd": 128, "init_std": 0.08}
+    awkward = {
+        "n_kv_head": 1,
+        "head_dim": 40,
+        "mlp": "relu2",
+        "tie_embeddings": False,
+        "attn_softcap": 20.0,
+        "logit_softcap": 15.0,
+        "sliding_window": 16,
+        "rope_fraction": 0.5,
+        "no_rope_layers": (3,),
+    }
+    for name, switches in {**SHAPES, "awkward": awkward}.items():
+        config = GPTConfig.from_dict(small | ({"n_kv_head": 2} if name == "qwen3" else {}) | switches)
+        yield name, config, dict(initialise(config, seed))
+
+
+def logits_by_engine(
+    config: GPTConfig, params: Mapping[str, Array], tokens: Array, names: Sequence[str], dtype: str
+) -> Iterator[tuple[str, str, Array]]:
+    """Yield (implementation, device, logits): the reference, then each backend on each device that has `dtype`."""
+    yield "reference", "float64", reference.forward(params, tokens, config)
+    for name in names:
+        engines = backends.get(name)
+        for device in engines.devices():
+            if dtype in device.dtypes:
+                engine = engines.DecodeEngine(config, params.items(), device, dtype)
+                label = device.name if device.name in (device.kind, f"{device.kind}:0") else device.kind
+                yield name, label, engine.forward(tokens)
+
+
+def compare(model: str, a: tuple[str, str, Array], b: tuple[str, str, Array], dtype: str) -> Pair:
+    """Measure `b` against `a`."""
+    (name_a, device_a, x), (name_b, device_b, y) = a, b
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    log_p, log_q = (z - z.max(-1, keepdims=True) for z in (x, y))
+    log_p, log_q = (z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in (log_p, log_q))
+    difference = float(np.abs(x - y).max())
+    return Pair(
+        model=model,
+        a=name_a,
+        b=name_b,
+        device_a=device_a,
+        device_b=device_b,
+        dtype=dtype,
+        max_abs_diff=difference,
+        max_rel_diff=difference / float(np.abs(x).max()),
+        top1_agreement=float((x.argmax(-1) == y.argmax(-1)).mean()),
+        kl=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+    )
+
+
+def measure(
+    models: Iterator[tuple[str, GPTConfig, dict[str, Array]]],
+    names: Sequence[str],
+    dtype: str = "float32",
+    tolerance: float | None = None,
+    seed: int = 1337,
+) -> dict[str, Any]:
+    """Every pair of implementations on every model: {"ok", "tolerance", "pairs"}.
+
+    `ok` is whether each pair's `max_rel_diff` is finite and at most `tolerance`.
+    """
+    if dtype not in TOLERANCES:
+        raise UserError(f"Parity is measured in {' or '.join(TOLERANCES)}, not in {dtype}.")
+    limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    pairs = []
+    for model, config, params in models:
+        shape = (BATCH, min(MAX_TIME, config.block_size))
+        tokens = rng.generator("parity", seed).integers(0, config.vocab_size, shape)
+        results = list(logits_by_engine(config, params, tokens, names, dtype))
+        pairs += [compare(model, a, b, dtype) for a, b in itertools.combinations(results, 2)]
+    return {
+        "ok": all(pair.max_rel_diff <= limit for pair in pairs),
+        "tolerance": limit,
+        "pairs": [asdict(pair) for pair in pairs],
+    }

@@ -1,0 +1,67 @@
+"""Where files go, and writing them so that a crash leaves the old one or the new one, never half."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def home() -> Path:
+    """The folder of prepared data and downloads: $TWINGPT_HOME, or ~/.cache/twingpt."""
+    return Path(os.environ.get("TWINGPT_HOME") or Path.home() / ".cache" / "twingpt")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk; it may be half there after a crash."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Replace a file by one rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_synced(temporary, content.encode())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends, and is removed if it fails.
+
+    A folder that was at `path` is replaced. The caller syncs the files it writes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp's 0o700 would follow the folder around
+        yield temporary
+        sync_folder(temporary)
+        if path.exists():
+            old = temporary.with_suffix(".old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

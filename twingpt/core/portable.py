@@ -1,0 +1,73 @@
+"""config.json as transformers, mlx-lm and what reads their layout expect it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twingpt.core.config import GPTConfig
+
+
+def model_type(config: GPTConfig) -> str:
+    """The transformers family that computes exactly this model: qwen3, llama, or twingpt for none."""
+    plain = config.position == "rope" and not config.no_rope_layers and config.rope_fraction == 1
+    plain = plain and config.norm == "rmsnorm" and config.mlp == "swiglu"
+    plain = plain and not (config.attn_softcap or config.logit_softcap or config.sliding_window)
+    plain = plain and config.qkv_bias == config.attn_out_bias
+    if plain and config.qk_norm and not config.mlp_bias:
+        return "qwen3"
+    return "llama" if plain and not config.qk_norm else "twingpt"
+
+
+def portable_config(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
+    """config.json: transformers' fields, and our own configuration under "twingpt".
+
+    RoPE is written twice: transformers 5 reads rope_parameters, mlx-lm and older ones the top level.
+    """
+    family = model_type(config)
+    architecture = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}.get(family, "TwinGPT")
+    scaling = _portable_rope_scaling(config)
+    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
+    return {
+        "model_type": family,
+        "architectures": [architecture],
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_inner,
+        "hidden_act": "silu" if config.mlp == "swiglu" else config.mlp,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": rope,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.init_std,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "twingpt": config.to_dict(),
+    }
+
+
+def _portable_rope_scaling(config: GPTConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    fields: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
+    if scaling.type != "linear":
+        fields["original_max_position_embeddings"] = scaling.original_block_size
+    if scaling.type == "llama3":
+        fields |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.type == "yarn":
+        fields |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        if scaling.attention_factor is not None:
+            fields["attention_factor"] = scaling.attention_factor
+    return fields

@@ -1,0 +1,278 @@
+"""The training loop: it drives an engine, knows no backend, and reads results only after the next step is under way."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from twingpt.core import checkpoint, rng, runs
+from twingpt.core.backend import Backend, Device, Handle, TrainEngine
+from twingpt.core.config import GPTConfig, TrainConfig
+from twingpt.core.data.shards import TokenDataset
+from twingpt.core.errors import UserError
+from twingpt.core.events import Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Saved, Trained
+from twingpt.core.generator import LanguageModel
+from twingpt.core.parameters import parameter_count
+from twingpt.core.schedule import hyperparameters, learning_rate
+
+SAMPLE_TOKENS = 120
+
+
+@dataclass
+class Progress:
+    """Where a run is: what training_state.json keeps beside the tensors."""
+
+    step: int = 0
+    train_loss: float = math.nan
+    val_loss: float = math.nan
+    val_bpb: float = math.nan
+    best_val_loss: float = math.inf
+
+
+class Trainer:
+    """One run: its folder, configuration, data and engine, and how far it is."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: GPTConfig,
+        train: TrainConfig,
+        data: TokenDataset,
+        backend: Backend,
+        device: Device,
+        engine: TrainEngine,
+        reporters: Sequence[Reporter],
+        progress: Progress,
+    ) -> None:
+        data.check(config)
+        self.run, self.config, self.train, self.data = run, config, train, data
+        self.backend, self.device, self.engine = backend, device, engine
+        self.reporters, self.progress = reporters, progress
+        self.unread: list[Handle] = []  # updates since the last report, oldest first
+        self.evaluated_at = self.saved_at = -1  # the step of the last evaluation and checkpoint
+        self.interrupted = False
+        self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
+        self.speeds: list[float] = []  # tokens per second, of each report
+
+    def fit(self, stop_after: int | None = None) -> dict[str, Any]:
+        """Train to the end of the schedule, or to `stop_after` steps, saving at the end; the run's summary.
+
+        SIGINT and SIGTERM end it after the step under way, saved. Raises UserError for a loss that is
+        not finite, or a checkpoint that can't be saved.
+        """
+        start, progress = time.perf_counter(), self.progress
+        stop = min(self.train.max_iters, stop_after or self.train.max_iters)
+        self._started()
+        with self._interruptible():
+            self.clock = time.perf_counter()
+            while progress.step < stop and not self.interrupted:
+                self._milestones()
+                self._step()
+                if (progress.step - 1) % self.train.log_interval == 0:
+                    self._report_training(unread=1)
+            self._finish()
+        done = progress.step >= self.train.max_iters
+        reason = "interrupted" if self.interrupted else "finished" if done else "stop-after"
+        seconds = time.perf_counter() - start
+        self._report(RunEnded(progress.step, reason, seconds))
+        return self._summary(reason, seconds)
+
+    def _step(self) -> None:
+        """Enqueue one optimizer step."""
+        train, step = self.train, self.progress.step
+        for micro in range(train.gradient_accumulation_steps):
+            number = step * train.gradient_accumulation_steps + micro
+            tokens, targets = self.data.batch(
+                number * train.batch_size, train.batch_size, self.config.block_size, train.seed
+            )
+            self.engine.micro(tokens, targets, rng.digest("dropout", train.seed, number) % 2**32)
+        self.unread.append(self.engine.update(hyperparameters(train, step)))
+        self.progress.step += 1
+
+    def _milestones(self) -> None:
+        """Evaluate, sample and save where the present step asks for it."""
+        train, step = self.train, self.progress.step
+        if train.eval_interval and step % train.eval_interval == 0 and self.evaluated_at != step:
+            improved = self._evaluate()
+            if improved and step:
+                self._save()
+        if step and train.sample_interval and step % train.sample_interval == 0:
+            self._sample()
+        if step and train.checkpoint_interval and step % train.checkpoint_interval == 0:
+            self._save()
+
+    def _finish(self) -> None:
+        """Leave the run evaluated and saved where it stands."""
+        if self.unread:
+            self._report_training(unread=0)
+        if self.evaluated_at != self.progress.step:
+            self._evaluate()
+        if self.train.sample_interval and not self.interrupted:
+            self._sample()
+        self._save()
+
+    def _report_training(self, unread: int) -> None:
+        """Read all but the last `unread` updates, and report their means."""
+        train, count = self.train, len(self.unread) - unread
+        if count < 1:
+            return
+        rows = self.engine.read(self.unread[:count])
+        self.unread = self.unread[count:]
+        step = self.progress.step - unread
+        for i, row in enumerate(rows):
+            if not np.isfinite(row).all():
+                raise UserError(
+                    f"The loss of step {step - count + i + 1} is not finite: lower --learning-rate; "
+                    "the last checkpoint is good."
+                )
+        loss, grad_norm = rows.mean(axis=0)
+        self.progress.train_loss = float(loss)
+        now, memory = time.perf_counter(), self.engine.memory()
+        if self.progress.step > self.clock_step:
+            self.speeds.append((self.progress.step - self.clock_step) * self._tokens_per_step / (now - self.clock))
+        self.clock, self.clock_step = now, self.progress.step
+        rate, tokens = learning_rate(train, step - 1), step * self._tokens_per_step
+        self._report(
+            Trained(step, float(loss), float(grad_norm), rate, tokens, self.speeds[-1], memory.now, memory.peak)
+        )
+
+    def _evaluate(self) -> bool:
+        """Held-out loss; whether it is the best so far."""
+        with self._stopped_clock():
+            handles, count, size = [], 0, 0
+            for tokens, targets in self.data.validation(
+                self.train.batch_size, self.config.block_size, self.train.eval_iters
+            ):
+                handles.append(self.engine.evaluate(tokens, targets))
+                counted = targets[targets >= 0]
+                count += counted.size
+                size += int(self.data.tokenizer.byte_lengths[counted].sum())
+            nats = float(self.engine.read(handles).sum())
+        progress = self.progress
+        self.evaluated_at = progress.step
+        progress.val_loss, progress.val_bpb = nats / count, nats / math.log(2) / max(1, size)
+        improved = progress.val_loss < progress.best_val_loss
+        progress.best_val_loss = min(progress.val_loss, progress.best_val_loss)
+        self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved))
+        return improved
+
+    def _sample(self) -> None:
+        """Let the model write from the start of a document."""
+        with self._stopped_clock():
+            model = LanguageModel(self.config, self.data.tokenizer, self.engine.decoder())
+            text = model.generate("", SAMPLE_TOKENS, seed=self.train.seed)
+        self._report(Sampled(self.progress.step, text))
+
+    def _save(self) -> None:
+        """Checkpoint the run, point `latest` (and `best`) at it, and drop what is no longer kept."""
+        progress = self.progress
+        if self.saved_at == progress.step:
+            return
+        self._report_training(unread=0)  # never save what was not seen to be finite
+        with self._stopped_clock():
+            folder = runs.checkpoint_folder(self.run, progress.step)
+            training = vars(progress) | {
+                "val_loss": _finite(progress.val_loss),
+                "val_bpb": _finite(progress.val_bpb),
+                "train_loss": _finite(progress.train_loss),
+                "best_val_loss": _finite(progress.best_val_loss),
+                "tokens": progress.step * self._tokens_per_step,
+                "data": self.data.fingerprint,
+                "train": self.train.to_dict(),
+                "backend": self.backend.NAME,
+            }
+            checkpoint.save(folder, self.config, self.data.tokenizer, dict(self.engine.state()), training)
+            runs.point(self.run, "latest", folder)
+            if self.evaluated_at == progress.step and progress.val_loss == progress.best_val_loss:
+                runs.point(self.run, "best", folder)
+            runs.prune(self.run, self.train.keep)
+        self.saved_at = progress.step
+        self._report(Saved(progress.step, str(folder)))
+
+    def _started(self) -> None:
+        train, manifest = self.train, self.data.manifest
+        self._report(
+            RunStarted(
+                step=self.progress.step,
+                max_iters=train.max_iters,
+                run=str(self.run),
+                backend=self.backend.NAME,
+                device=self.device.name,
+                dtype=train.dtype,
+                parameters=parameter_count(self.config),
+                tokens_per_step=self._tokens_per_step,
+                data=manifest["name"],
+                train_tokens=manifest["splits"]["train"]["tokens"],
+                val_tokens=manifest["splits"]["val"]["tokens"],
+                vocab_size=self.config.vocab_size,
+            )
+        )
+
+    def _summary(self, reason: str, seconds: float) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "run": str(self.run),
+            "checkpoint": str(runs.checkpoint_folder(self.run, progress.step)),
+            "backend": self.backend.NAME,
+            "device": self.device.name,
+            "dtype": self.train.dtype,
+            "step": progress.step,
+            "max_iters": self.train.max_iters,
+            "reason": reason,
+            "train_loss": _finite(progress.train_loss),
+            "val_loss": progress.val_loss,
+            "val_bpb": progress.val_bpb,
+            "best_val_loss": progress.best_val_loss,
+            "tokens_per_second": float(np.median(self.speeds)) if self.speeds else None,
+            "peak_memory_bytes": self.engine.memory().peak,
+            "seconds": seconds,
+        }
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.train.batch_size * self.train.gradient_accumulation_steps * self.config.block_size
+
+    def _report(self, event: Event) -> None:
+        for reporter in self.reporters:
+            reporter.report(event)
+
+    @contextmanager
+    def _stopped_clock(self) -> Iterator[None]:
+        """Leave the time of the block out of the training speed."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks to stop after the step under way; the next one acts as usual."""
+        previous: dict[int, Any] = {}
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            signal.signal(number, previous[number])
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                previous[number] = signal.signal(number, stop)
+            except ValueError:  # not in the main thread: whoever runs the thread stops it
+                break
+        try:
+            yield
+        finally:
+            for restored, handler in previous.items():
+                signal.signal(restored, handler)
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None where JSON has no word for it."""
+    return value if math.isfinite(value) else None
