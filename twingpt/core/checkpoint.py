@@ -8,6 +8,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,25 +161,25 @@ class Checkpoint:
 def read_tensors(paths: Iterable[Path], table: Shapes) -> Iterator[tuple[str, Array]]:
     """Yield (name, array) of safetensors files that together hold exactly the float32 tensors of `table`.
 
-    Every header is checked before any tensor is read; UserError names the tensor and the file.
+    They come in the order of `table`, one at a time. Every header is checked before any tensor is
+    read; UserError names the tensor and the file.
     """
-    paths, found = list(paths), set()
-    for path in paths:
-        try:
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118  (not a dict)
-                    part = file.get_slice(name)
+    with ExitStack() as stack:
+        files, homes = {}, {}
+        for path in paths:
+            try:
+                files[path] = stack.enter_context(safe_open(path, framework="np"))
+                for name in files[path].keys():  # noqa: SIM118  (not a dict)
+                    part = files[path].get_slice(name)
                     _check_tensor(name, tuple(part.get_shape()), part.get_dtype(), table, path)
-                    found.add(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
-    for name in table:
-        if name not in found:
-            raise UserError(f"The tensor {name} is missing from {', '.join(path.name for path in paths)}.")
-    for path in paths:
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+                    homes[name] = path
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
+        for name in table:
+            if name not in homes:
+                raise UserError(f"The tensor {name} is missing from {', '.join(path.name for path in files)}.")
+        for name in table:
+            yield name, files[homes[name]].get_tensor(name)
 
 
 def _check_tensor(name: str, shape: tuple[int, ...], dtype: str, table: Shapes, path: Path) -> None:

@@ -145,6 +145,8 @@ class GPTConfig:
 
     def _derive(self) -> None:
         self._check_positive("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        if self.block_size < 2:
+            _fail("block_size must be at least 2: a token and the next one.")
         if not self.n_kv_head:
             object.__setattr__(self, "n_kv_head", self.n_head)
         if not self.head_dim:

@@ -133,7 +133,7 @@ class CharTokenizer(Tokenizer):
         vocab = {**self._ids, END_OF_TEXT: self.end_of_text}
         return self._json(
             {"type": "WordLevel", "vocab": vocab, "unk_token": "<|unknown|>"},
-            {"type": "Split", "pattern": {"Regex": "(?s:.)"}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
             {"type": "Fuse"},
         )
 

@@ -1,0 +1,233 @@
+"""parity, doctor, convert, --help, start-up, and what every mistake looks like."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.test_train import SMALL, train
+from tests.conftest import BOTH, needs
+from twingpt.core import backend as backends
+from twingpt.core import runs
+
+
+def test_parity_of_random_models(gpt, twins):
+    code, out, err = gpt("parity", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["ok"] is True and result["tolerance"] == 1e-5
+    kinds = {(pair["a"], pair["b"]) for pair in result["pairs"]}
+    assert kinds >= {("reference", "mlx"), ("reference", "torch"), ("mlx", "torch")}
+    fields = {"a", "b", "device_a", "device_b", "dtype", "max_abs_diff", "max_rel_diff", "top1_agreement", "kl"}
+    for pair in result["pairs"]:
+        assert fields <= set(pair)
+        assert 0 < pair["max_rel_diff"] <= 1e-5 and pair["top1_agreement"] == 1 and abs(pair["kl"]) < 1e-9
+
+
+def test_parity_of_a_checkpoint_and_its_exit_code(gpt, saved):
+    assert gpt("parity", saved, "--json")[0] == 0
+    code, out, _ = gpt("parity", saved, "--json", "--tolerance", 1e-12)
+    assert code == 1 and json.loads(out)["ok"] is False
+    code, out, _ = gpt("parity", saved, "--tolerance", 1e-12)
+    assert code == 1 and "They differ" in out
+
+
+def test_parity_table(gpt, saved):
+    code, out, _ = gpt("parity", saved)
+    assert code == 0 and "They agree" in out and "reference" in out
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_parity_of_one_backend_in_bfloat16(gpt, saved, backend):
+    code, out, err = gpt("parity", saved, "--backend", backend, "--dtype", "bfloat16", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert {pair["b"] for pair in result["pairs"]} == {backend}
+    assert all(1e-5 < pair["max_rel_diff"] <= result["tolerance"] for pair in result["pairs"])
+
+
+def test_doctor(gpt):
+    code, out, err = gpt("doctor", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    chosen, why = backends.choose()
+    assert report["choice"]["backend"] == chosen and report["choice"]["why"] == why
+    assert report["self_test"]["ok"] is True and 0 < report["self_test"]["max_rel_diff"] <= 1e-5
+    assert report["libraries"]["numpy"] and report["backends"][chosen]["devices"][-1]["name"] == "cpu"
+    code, out, _ = gpt("doctor")
+    assert code == 0 and "Choice:" in out and "Self-test: passed" in out
+
+
+@needs("mlx")
+def test_doctor_says_which_blas_mlx_got(gpt):
+    blas = json.loads(gpt("doctor", "--json")[1])["backends"]["mlx"]["blas"]
+    assert blas.startswith(("OpenBLAS", "torch", "Accelerate"))
+
+
+def test_doctor_without_mlx(gpt, monkeypatch):
+    monkeypatch.setattr(backends, "installed", lambda name: name == "torch")
+    code, out, _ = gpt("doctor")
+    assert code == 0 and "mlx: not installed: pip install" in out
+
+
+def run_python(code: str, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+LIGHT = (
+    "import sys; bad = {'torch', 'mlx', 'mlx.core', 'matplotlib', 'tokenizers'} & set(sys.modules); assert not bad, bad"
+)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["parity", "-h"]])
+def test_help_loads_no_framework(arguments):
+    done = run_python(
+        f"import sys; sys.argv = ['gpt', *{arguments}]\n"
+        "from twingpt.cli import main\n"
+        "try: main()\nexcept SystemExit as stop: assert stop.code in (0, None)\n"
+        f"{LIGHT}; assert 'numpy' not in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_importing_the_package_loads_no_framework():
+    assert run_python(f"import twingpt, sys; twingpt.GPTConfig; twingpt.load\n{LIGHT}").returncode == 0
+
+
+def test_help_has_examples(gpt):
+    for command in ("train", "generate", "parity", "doctor", "convert"):
+        code, out, _ = gpt(command, "--help")
+        assert code == 0 and "Examples" in out and f"gpt {command}" in out
+
+
+def test_convert_refuses_to_overwrite_and_what_has_no_family(gpt, saved, tmp_path):
+    code, out, err = gpt("convert", saved, tmp_path / "hf", "--json")
+    assert code == 0 and json.loads(out)["family"] == "qwen3", err
+    code, _, err = gpt("convert", saved, tmp_path / "hf")
+    assert code == 2 and "exists already" in err
+
+
+# Mistakes ---------------------------------------------------------------------------------------------------
+
+
+def mistake(gpt, *arguments) -> str:
+    code, out, err = gpt(*arguments)
+    assert code == 2 and out == "", (code, out)
+    assert err.startswith("gpt: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "tinny"], "Unknown preset 'tinny': did you mean 'tiny'?"),
+        (["--shape", "gpt3"], "Unknown shape 'gpt3': did you mean 'gpt2'?"),
+        (["--n-embd", 30, "--n-head", 4], "n_embd 30 is not divisible by n_head 4"),
+        (["--n-head", 4, "--n-kv-head", 3], "n_head 4 is not divisible by n_kv_head 3"),
+        (["--tokenizer", "words"], "Unknown tokenizer 'words'"),
+        (["--vocab-size", 10], "need 257"),
+        (["--data", "nothing.txt"], "There is no file or folder nothing.txt"),
+        (["--backend", "jax"], "Unknown backend 'jax'"),
+        (["--device", "tpu"], "device 'tpu'"),
+        (["--dtype", "float8"], "Unknown dtype on"),
+        (["--lr-schedule", "linear"], "Unknown lr_schedule 'linear'"),
+        (["--batch-size", 0], "batch_size must be at least 1"),
+        (["--learning-rate", "nan"], "learning_rate must be a number"),
+        (["--stop-after", 0], "--stop-after must be at least 1"),
+        (["--resume", "nothing"], "There is no run nothing"),
+    ],
+)
+def test_train_mistakes_write_nothing(gpt, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in mistake(gpt, "train", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\xff\xfe\x00", "is not UTF-8 text: byte 0 is 0xff"),
+        (b"Too short.", "fewer than one block"),
+    ],
+)
+def test_data_mistakes_write_no_run(gpt, tmp_path, content, message):
+    (tmp_path / "data.txt").write_bytes(content)
+    err = mistake(gpt, "train", "--data", tmp_path / "data.txt", "--out", tmp_path / "run", "--tokenizer", "byte")
+    assert message in err and not (tmp_path / "run").exists()
+
+
+@needs("torch")
+def test_resume_mistakes_change_nothing(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    train(gpt, "--data", prose, "--out", run, *SMALL, "--stop-after", 4)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for arguments, message in (
+        (["--n-layer", 3], "--n-layer 3 conflicts with the run, which has 2"),
+        (["--learning-rate", 1.0], "--learning-rate 1.0 conflicts with the run"),
+        (["--tokenizer", "char"], "--tokenizer char conflicts with the run, which has byte"),
+        (["--seed", 7], "--seed 7 conflicts"),
+        (["--preset", "small"], "--preset can't change when a run goes on"),
+        (["--out", tmp_path / "other"], "leave out --out"),
+        (["--max-iters", 0], "max_iters must be at least 1"),
+    ):
+        assert message in mistake(gpt, "train", "--resume", run, *arguments)
+    assert "holds a run already: go on with --resume" in mistake(gpt, "train", "--data", prose, "--out", run, *SMALL)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert train(gpt, "--resume", run, "--n-layer", 2, "--seed", 1337)["step"] == 12  # what agrees is no conflict
+
+
+@needs("torch")
+def test_a_damaged_checkpoint_is_not_resumed(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    train(gpt, "--data", prose, "--out", run, *SMALL, "--stop-after", 4)
+    path = runs.resolve(run) / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "do not match the manifest" in mistake(gpt, "train", "--resume", run)
+    assert "do not match the manifest" in mistake(gpt, "generate", run, "-p", "x")
+
+
+@needs("torch")
+def test_a_full_disk_during_training_keeps_the_last_checkpoint(gpt, prose, tmp_path, monkeypatch):
+    from twingpt.core import checkpoint
+
+    run, real, calls = tmp_path / "run", checkpoint.write_safetensors, [0]
+
+    def fills_up(path, shapes, tensors):
+        calls[0] += 1
+        if calls[0] > 2:  # the second checkpoint's model
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return real(path, shapes, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", fills_up)
+    code, _, err = gpt("train", "--data", prose, "--out", run, *SMALL, "--json")
+    assert code == 2 and "No space left on device" in err and "earlier checkpoints are untouched" in err
+    monkeypatch.undo()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    assert train(gpt, "--resume", run)["step"] == 12
+
+
+def test_a_backend_that_is_not_installed_names_the_extra(gpt, monkeypatch):
+    monkeypatch.setattr(backends, "installed", lambda name: name == "torch")
+    monkeypatch.setattr(backends.platform, "system", lambda: "Linux")
+    assert "pip install 'twingpt[mlx-cpu]'" in mistake(gpt, "train", "--backend", "mlx")
+
+
+def test_unknown_option_and_command(gpt):
+    assert gpt("train", "--n-layres", 3)[0] == 2
+    assert gpt("trian")[0] == 2
+
+
+def test_debug_shows_the_traceback():
+    done = run_python(
+        "import sys; sys.argv = ['gpt', '--debug', 'train', '--preset', 'none']\nfrom twingpt.cli import main\nmain()"
+    )
+    assert done.returncode == 1 and "Traceback" in done.stderr and "Unknown preset" in done.stderr

@@ -1,0 +1,198 @@
+"""gpt train: a run from text to checkpoints, and going on with it exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import BOTH, needs
+from twingpt.core import runs
+from twingpt.core.checkpoint import open_checkpoint
+from twingpt.core.events import read_events
+
+SMALL = [
+    "--tokenizer", "byte", "--n-layer", 2, "--n-head", 4, "--n-kv-head", 2, "--n-embd", 32, "--block-size", 32,
+    "--batch-size", 4, "--max-iters", 12, "--warmup-iters", 2, "--eval-interval", 4, "--eval-iters", 4,
+    "--checkpoint-interval", 4, "--sample-interval", 0, "--log-interval", 2,
+]  # fmt: skip
+
+KEYS = {
+    "run", "checkpoint", "backend", "device", "dtype", "step", "train_loss", "val_loss", "val_bpb",
+    "tokens_per_second", "peak_memory_bytes", "seconds",
+}  # fmt: skip
+
+both = pytest.mark.parametrize("backend", BOTH)
+
+
+def tensors(run) -> dict[str, np.ndarray]:
+    opened = open_checkpoint(run)
+    return dict(opened.parameters()) | dict(opened.optimizer_state())
+
+
+def equal(a, b) -> bool:
+    return list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def train(gpt, *arguments) -> dict:
+    code, out, err = gpt("train", "--json", *arguments)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def logged(run, event="trained") -> list[dict]:
+    return [entry for entry in read_events(run / "metrics.jsonl") if entry["event"] == event]
+
+
+@both
+def test_a_run_from_text_to_checkpoints(gpt, prose, tmp_path, backend):
+    run = tmp_path / "run"
+    result = train(gpt, "--data", prose, "--out", run, "--backend", backend, *SMALL)
+    assert set(result) >= KEYS
+    assert result["backend"] == backend and result["device"] == "cpu" and result["step"] == 12
+    assert result["run"] == str(run) and result["val_loss"] < 5.4 and 0 < result["val_bpb"] < 8
+    assert {path.name for path in run.iterdir()} == {
+        "run.json", "metrics.jsonl", "checkpoints", "latest", "best", "loss.svg",
+    }  # fmt: skip
+    assert [path.name for path in runs.checkpoints(run)] == ["step-00000008", "step-00000012"]
+    assert (run / "latest").read_text() == "step-00000012\n"
+    described = json.loads((run / "run.json").read_text())
+    assert described["config"]["n_embd"] == 32 and described["train"]["max_iters"] == 12
+    assert [entry["step"] for entry in logged(run)] == [2, 4, 6, 8, 10, 12]
+    assert [entry["step"] for entry in logged(run, "evaluated")] == [0, 4, 8, 12]
+    assert logged(run, "evaluated")[-1]["val_loss"] == result["val_loss"]
+    state = open_checkpoint(run).training()
+    assert state["step"] == 12 and state["tokens"] == 12 * 4 * 32 and state["val_loss"] == result["val_loss"]
+
+
+@both
+def test_a_resumed_run_is_bit_identical(gpt, prose, tmp_path, backend):
+    common = ["--data", prose, "--backend", backend, *SMALL, "--dropout", 0.1, "--gradient-accumulation-steps", 2]
+    train(gpt, *common, "--out", tmp_path / "whole")
+    stopped = train(gpt, *common, "--out", tmp_path / "parts", "--stop-after", 5)
+    assert stopped["step"] == 5 and stopped["reason"] == "stop-after"
+    train(gpt, "--resume", tmp_path / "parts", "--backend", backend, "--stop-after", 7)
+    last = train(gpt, "--resume", tmp_path / "parts", "--backend", backend)
+    assert last["step"] == 12
+    assert equal(tensors(tmp_path / "whole"), tensors(tmp_path / "parts"))
+    whole, parts = (logged(tmp_path / name, "evaluated") for name in ("whole", "parts"))
+    assert whole[-1]["val_loss"] == parts[-1]["val_loss"]
+
+
+def test_a_run_goes_on_on_the_other_backend(gpt, prose, tmp_path, twins):
+    """Losses follow those of the run that stayed where it was: state and data position are carried over."""
+    common = ["--data", prose, *SMALL, "--max-iters", 60, "--eval-interval", 0, "--log-interval", 1, "--keep", 99]
+    train(gpt, *common, "--out", tmp_path / "stays", "--backend", "torch")
+    for first, second in (("torch", "mlx"), ("mlx", "torch")):
+        run = tmp_path / f"{first}-{second}"
+        train(gpt, *common, "--out", run, "--backend", first, "--stop-after", 30)
+        result = train(gpt, "--resume", run, "--backend", second)
+        assert result["backend"] == second and result["step"] == 60
+        stayed, moved = ([entry["loss"] for entry in logged(where)] for where in (tmp_path / "stays", run))
+        assert len(stayed) == len(moved) == 60
+        assert np.abs(np.subtract(stayed, moved))[:10].max() <= 1e-4
+        assert np.abs(np.subtract(stayed, moved)).max() <= 2e-3
+        starts = json.loads((run / "run.json").read_text())["starts"]
+        assert [start["backend"] for start in starts] == [first, second]
+
+
+@needs("torch")
+def test_resuming_from_an_earlier_checkpoint_forgets_what_came_after(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    train(gpt, "--data", prose, "--out", run, "--backend", "torch", *SMALL, "--keep", 99)
+    before = tensors(run)
+    result = train(gpt, "--resume", f"{run}@4", "--backend", "torch")
+    assert result["step"] == 12 and equal(before, tensors(run))
+    assert [entry["step"] for entry in logged(run)] == [2, 4, 6, 8, 10, 12]
+
+
+@needs("torch")
+def test_a_longer_schedule_and_a_finished_run(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    train(gpt, "--data", prose, "--out", run, "--backend", "torch", *SMALL)
+    done = train(gpt, "--resume", run, "--backend", "torch")
+    assert done["step"] == 12 and done["reason"] == "finished"
+    assert train(gpt, "--resume", run, "--backend", "torch", "--max-iters", 16)["step"] == 16
+
+
+@needs("torch")
+def test_resume_without_the_prepared_data_or_the_original(gpt, prose, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    common = ["--data", prose, "--backend", "torch", *SMALL]
+    train(gpt, *common, "--tokenizer", "bpe", "--vocab-size", 300, "--out", run, "--stop-after", 4)
+    monkeypatch.setenv("TWINGPT_HOME", str(tmp_path / "another"))
+    (tmp_path / "another").mkdir()
+    moved = prose.rename(tmp_path / "moved.txt")
+    folder = json.loads((run / "run.json").read_text())["data"]["folder"]
+    os.rename(folder, folder + "-gone")
+    code, _, err = gpt("train", "--resume", run, "--backend", "torch")
+    assert code == 2 and "There is no file or folder" in err
+    assert train(gpt, "--resume", run, "--backend", "torch", "--data", moved)["step"] == 12
+    moved.write_text(moved.read_text() + "Something else.")
+    code, _, err = gpt("train", "--resume", run, "--backend", "torch", "--data", moved)
+    assert code == 2 and "fingerprint differs" in err
+
+
+@needs("torch")
+def test_ctrl_c_saves_and_says_how_to_go_on(prose, tmp_path):
+    command = [sys.executable, "-m", "twingpt", "train", "--data", prose, "--out", "run", "--backend", "torch", *SMALL]
+    command += ["--max-iters", 100000, "--checkpoint-interval", 0, "--eval-interval", 0]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not logged(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "interrupted after" in out and "gpt train --resume run" in out and "Traceback" not in out
+    opened = open_checkpoint(tmp_path / "run")
+    assert 0 < opened.training()["step"] < 100000
+
+
+@needs("torch")
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    common = ["--data", prose, "--out", run, "--backend", "torch", *SMALL, "--grad-clip", 0, "--warmup-iters", 0]
+    code, _, err = gpt("train", *common, "--learning-rate", 1e30, "--eval-interval", 0)
+    assert code == 2 and "is not finite: lower --learning-rate" in err
+    assert not runs.checkpoints(run)
+
+
+@both
+def test_samples_and_the_display(gpt, prose, tmp_path, backend):
+    code, out, err = gpt(
+        "train", "--data", prose, "--out", tmp_path / "run", "--backend", backend, *SMALL, "--sample-interval", 6
+    )
+    assert code == 0 and err == ""
+    assert "parameters on " + backend in out and "a sample after 6 steps" in out and "best so far" in out
+    assert "gpt generate" in out and "ETA" in out
+    assert [entry["step"] for entry in logged(tmp_path / "run", "sampled")] == [6, 12]
+
+
+@needs("torch")
+def test_a_text_file_gets_a_bpe_of_its_own(gpt, prose, tmp_path):
+    arguments = [a for a in SMALL if a not in ("--tokenizer", "byte")]
+    train(gpt, "--data", prose, "--out", tmp_path / "run", "--vocab-size", 300, *arguments, "--max-iters", 2)
+    assert open_checkpoint(tmp_path / "run").tokenizer().kind == "bpe"
+
+
+@both
+def test_bfloat16_run(gpt, prose, tmp_path, backend):
+    result = train(gpt, "--data", prose, "--out", tmp_path / "run", "--backend", backend, *SMALL, "--dtype", "bfloat16")
+    assert result["dtype"] == "bfloat16"
+    assert all(array.dtype == np.float32 for array in tensors(tmp_path / "run").values())
+
+
+@needs("torch")
+def test_gpt2_shape_trains_too(gpt, prose, tmp_path):
+    arguments = [a for a in SMALL if a not in ("--n-kv-head", 2)]
+    position = SMALL.index("--n-layer")
+    arguments = ["--tokenizer", "byte", "--n-layer", 2, *SMALL[position + 2 : position + 4], *SMALL[position + 6 :]]
+    train(gpt, "--data", prose, "--out", tmp_path / "run", "--shape", "gpt2", *arguments)
+    assert open_checkpoint(tmp_path / "run").config.position == "learned"

@@ -1,0 +1,104 @@
+"""Settings for the whole suite, and the small models that many tests share."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Before any framework is imported: workers share the cores, and nothing may touch the user's own cache.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+os.environ["TWINGPT_HOME"] = tempfile.mkdtemp(prefix="twingpt-test-home-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+if (SHARED / "tiktoken").is_dir():
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
+
+import numpy as np
+import pytest
+
+from twingpt.core import backend as backends
+from twingpt.core import checkpoint
+from twingpt.core.config import GPTConfig
+from twingpt.core.parameters import initialise
+from twingpt.core.tokenizer import ByteTokenizer
+
+
+def needs(name: str):
+    return pytest.mark.skipif(not backends.installed(name), reason=f"the {name} backend is not installed")
+
+
+BOTH = [pytest.param("torch", marks=needs("torch")), pytest.param("mlx", marks=needs("mlx"))]
+
+
+@pytest.fixture(params=BOTH)
+def engines(request):
+    """Each installed backend in turn."""
+    return backends.get(request.param)
+
+
+@pytest.fixture(scope="session")
+def twins():
+    """Both backends, or a skip."""
+    missing = [name for name in backends.BACKENDS if not backends.installed(name)]
+    if missing:
+        pytest.skip(f"the {missing[0]} backend is not installed")
+    return backends.get("mlx"), backends.get("torch")
+
+
+def cpu(engines):
+    return backends.find_device(engines, "cpu")
+
+
+@pytest.fixture
+def shakespeare() -> Path:
+    """Tiny Shakespeare, where this checkout has it."""
+    path = SHARED / "data" / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip("../shared/data/tinyshakespeare.txt is not here")
+    return path
+
+
+@pytest.fixture
+def prose(tmp_path) -> Path:
+    """A text file large enough to train on, of a few kilobytes."""
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "dog", "bird", "sat", "ran", "flew", "on", "over", "mat", "hill", "tree", "and"]
+    lines = [" ".join(rng.choice(words, 9)).capitalize() + "." for _ in range(400)]
+    path = tmp_path / "prose.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A small byte-level checkpoint with optimizer state, made without a backend."""
+    config = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, init_std=0.1)
+    folder = tmp_path / "run" / "checkpoints" / "step-00000003"
+    tensors = dict(initialise(config, 0))
+    tensors |= {f"adamw.{slot}.{name}": np.abs(array) for name, array in tensors.items() for slot in "mv"}
+    checkpoint.save(folder, config, ByteTokenizer(), tensors, {"step": 3})
+    return folder
+
+
+@pytest.fixture
+def gpt(capsys, monkeypatch):
+    """Run the command in this process: gpt("train", …) -> (exit code, stdout, stderr)."""
+    from twingpt.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpt", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -1,0 +1,200 @@
+"""Our checkpoints as transformers and mlx-lm open them: the same logits, the same token ids."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+
+from tests.conftest import needs
+from twingpt import GPTConfig
+from twingpt.core import checkpoint, reference
+from twingpt.core.checkpoint import open_checkpoint
+from twingpt.core.config import SHAPES
+from twingpt.core.data.sources import load
+from twingpt.core.parameters import initialise
+from twingpt.core.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, tiktoken_gpt2, train_bpe
+from twingpt.weights.huggingface import export
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SMALL = {"vocab_size": 600, "block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 64, "init_std": 0.1}
+
+PORTABLE = {
+    "default": {"n_kv_head": 2},
+    "untied": {"tie_embeddings": False, "n_kv_head": 1},
+    "explicit head_dim": {"head_dim": 40},
+    "llama": {"qk_norm": False},
+    "llama with biases": {"qk_norm": False, "qkv_bias": True, "attn_out_bias": True, "mlp_bias": True},
+    "qwen3 with attention biases": {"qkv_bias": True, "attn_out_bias": True},
+    "large theta": {"rope_theta": 500000.0},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama3": {
+        "qk_norm": False,
+        "rope_scaling": {"type": "llama3", "factor": 8.0, "original_block_size": 16},
+    },
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_block_size": 16}},
+}
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(load("python-docs").documents, 600)
+
+
+def save(folder, config, tokenizer):
+    checkpoint.save(folder, config, tokenizer, dict(initialise(config, 5)))
+    return folder
+
+
+def our_logits(folder, tokens):
+    opened = open_checkpoint(folder)
+    return reference.forward(dict(opened.parameters()), tokens, opened.config)
+
+
+def transformers_logits(folder, tokens):
+    import torch
+
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def mlx_lm_logits(folder, tokens):
+    import twingpt.backends.mlx  # noqa: F401  (opens a fast BLAS before mlx_lm imports mlx)
+
+    mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    import mlx.core as mx
+
+    model, _ = mlx_lm.load(str(folder))
+    return np.array(model(mx.array(tokens)).tolist())
+
+
+def relative(a, b) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def some_tokens(vocab_size):
+    return np.random.default_rng(0).integers(0, vocab_size, (2, 50))
+
+
+@needs("torch")
+@pytest.mark.parametrize("switches", PORTABLE.values(), ids=PORTABLE)
+def test_transformers_computes_the_same(tmp_path, bpe, switches):
+    folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, **switches}), bpe)
+    tokens = some_tokens(600)
+    assert relative(transformers_logits(folder, tokens), our_logits(folder, tokens)) <= 1e-5
+
+
+# mlx-lm's llama and qwen3 know linear and llama3 scaling; its yarn rounds its ramp otherwise.
+@needs("mlx")
+@pytest.mark.parametrize("name", [name for name in PORTABLE if name not in ("yarn", "qwen3 with attention biases")])
+def test_mlx_lm_computes_the_same(tmp_path, bpe, name):
+    folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, **PORTABLE[name]}), bpe)
+    tokens = some_tokens(600)
+    assert relative(mlx_lm_logits(folder, tokens), our_logits(folder, tokens)) <= 1e-5
+
+
+@needs("torch")
+@needs("mlx")
+def test_a_gpt2_shaped_checkpoint_is_exported(tmp_path, bpe):
+    config = GPTConfig.from_dict({**SMALL, **SHAPES["gpt2"]})
+    folder = save(tmp_path / "model", config, bpe)
+    assert export(open_checkpoint(folder), tmp_path / "hf") == "gpt2"
+    tokens = some_tokens(600)
+    assert relative(transformers_logits(tmp_path / "hf", tokens), our_logits(folder, tokens)) <= 1e-5
+    assert relative(mlx_lm_logits(tmp_path / "hf", tokens), our_logits(folder, tokens)) <= 1e-5
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").vocab_size == 599
+
+
+@needs("torch")
+def test_the_default_shape_is_exported_as_it_is(tmp_path, bpe):
+    folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, "n_kv_head": 2}), bpe)
+    assert export(open_checkpoint(folder), tmp_path / "hf") == "qwen3"
+    tokens = some_tokens(600)
+    assert relative(transformers_logits(tmp_path / "hf", tokens), our_logits(folder, tokens)) <= 1e-5
+
+
+def test_a_model_without_a_family_is_refused(tmp_path, bpe):
+    from twingpt import UserError
+
+    folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, "mlp": "relu2"}), bpe)
+    with pytest.raises(UserError, match="No transformers family computes this model"):
+        export(open_checkpoint(folder), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@needs("torch")
+def test_a_trained_run_opens_as_it_stands(tmp_path):
+    """From `gpt train` to transformers' and mlx-lm's own generation, with nothing between."""
+    from twingpt.core import launch
+
+    options = {"vocab_size": 400, "n_layer": 2, "n_embd": 64, "block_size": 32, "max_iters": 40, "eval_iters": 1}
+    run = tmp_path / "run"
+    folder = launch.new_run({**options, "sample_interval": 0}, run, "torch", "cpu", None).fit()["checkpoint"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("The value of", return_tensors="pt").input_ids
+    theirs = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    import twingpt
+
+    ours = twingpt.load(run, "torch").complete("The value of", 20, temp=0)
+    list(ours)
+    assert ours.prompt_tokens == ids[0].tolist() and ours.tokens == theirs.tolist()[: len(ours.tokens)]
+    assert model.config.eos_token_id == tokenizer.eos_token_id == open_checkpoint(folder).tokenizer().end_of_text
+
+
+ALPHABETS = [
+    (0x20, 0x7E), (0x09, 0x0D), (0xA0, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF), (0x5D0, 0x5EA), (0x900, 0x97F),
+    (0x3040, 0x30FF), (0x4E00, 0x4EFF), (0x2000, 0x206F), (0x1F300, 0x1F6FF), (0x300, 0x36F), (0xE000, 0xE0FF),
+]  # fmt: skip
+
+
+def fuzzed(count: int, seed: int) -> list[str]:
+    """Strings of many scripts, spaces and digits, whole Unicode now and then."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        ranges = [*rng.sample(ALPHABETS, rng.randint(1, 4)), (0x20, 0x20), (0x30, 0x39)]
+        text = "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 40)))
+        if rng.random() < 0.2:
+            text += "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(5))
+        texts.append(text)
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte", "gpt2"])
+def test_token_ids_on_ten_thousand_strings(tmp_path, bpe, kind):
+    if kind == "gpt2" and "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("../shared/tiktoken is not here")
+    tokenizer = {"bpe": lambda: bpe, "byte": ByteTokenizer, "gpt2": tiktoken_gpt2}[kind]()
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=8)
+    theirs = transformers.AutoTokenizer.from_pretrained(save(tmp_path / "model", config, tokenizer))
+    texts = fuzzed(10_000, seed=1)
+    for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
+        assert tokenizer.encode(text).tolist() == ids, repr(text)
+    assert theirs.decode(tokenizer.encode(texts[0])) == texts[0]
+    assert theirs.eos_token_id == tokenizer.end_of_text == theirs(END_OF_TEXT)["input_ids"][0]
+    assert theirs.decode([*tokenizer.encode("a b"), tokenizer.end_of_text], skip_special_tokens=True) == "a b"
+
+
+def test_character_ids(tmp_path):
+    text = "\n".join(load("python-docs").documents)[:50_000]
+    tokenizer = CharTokenizer(text)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=8)
+    theirs = transformers.AutoTokenizer.from_pretrained(save(tmp_path / "model", config, tokenizer))
+    assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
+    assert theirs.decode(tokenizer.encode(text[:500])) == text[:500]
+
+
+@needs("mlx")
+def test_mlx_lm_tokenizes_the_same(tmp_path, bpe):
+    import twingpt.backends.mlx  # noqa: F401
+
+    mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, "n_kv_head": 2}), bpe)
+    _, theirs = mlx_lm.load(str(folder))
+    for text in fuzzed(10_000, seed=2):
+        assert theirs.encode(text) == bpe.encode(text).tolist(), repr(text)
+    assert theirs.eos_token_ids == {bpe.end_of_text}

@@ -1,0 +1,151 @@
+"""Training engines: the same losses on both backends, accumulation, dropout, precision, evaluation."""
+
+import numpy as np
+import pytest
+
+from tests.conftest import cpu
+from twingpt import GPTConfig, TrainConfig
+from twingpt.core import backend as backends
+from twingpt.core.config import SHAPES
+from twingpt.core.data.prepare import prepare
+from twingpt.core.parameters import initialise
+from twingpt.core.schedule import hyperparameters
+
+TRAIN = TrainConfig(max_iters=60, learning_rate=1e-3, warmup_iters=5, batch_size=8)
+
+
+def losses(engines, config, data, steps=60, dtype="float32", compile=False, train=TRAIN):
+    engine = engines.TrainEngine(config, cpu(engines), dtype, compile)
+    engine.load(initialise(config, 1))
+    handles = []
+    for step in range(steps):
+        tokens, targets = data.batch(step * train.batch_size, train.batch_size, config.block_size, 1)
+        engine.micro(tokens, targets, key=step)
+        handles.append(engine.update(hyperparameters(train, step)))
+    return engine.read(handles)[:, 0]
+
+
+@pytest.fixture(scope="module")
+def docs():
+    return prepare("python-docs", "bpe", 512)
+
+
+@pytest.mark.parametrize("shape", ["qwen3", "gpt2"])
+def test_sixty_steps_follow_each_other(twins, docs, shape):
+    values = {"vocab_size": 512, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, **SHAPES[shape]}
+    config = GPTConfig.from_dict(values | ({"n_kv_head": 2} if shape == "qwen3" else {}))
+    ours, theirs = (losses(engines, config, docs) for engines in twins)
+    assert np.abs(ours - theirs)[:10].max() <= 1e-4
+    assert np.abs(ours - theirs).max() <= 2e-3
+    assert theirs[-5:].mean() < theirs[:5].mean() - 1  # and it learns
+
+
+CONFIG = GPTConfig(vocab_size=512, block_size=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
+
+
+def test_accumulation_equals_one_large_batch(engines, docs):
+    tokens, targets = docs.batch(0, 8, 32, 1)
+    states = []
+    for parts in (1, 4):
+        engine = engines.TrainEngine(CONFIG, cpu(engines))
+        engine.load(initialise(CONFIG, 1))
+        for x, y in zip(np.split(tokens, parts), np.split(targets, parts), strict=True):
+            engine.micro(x, y, key=0)
+        loss, norm = engine.read([engine.update(hyperparameters(TRAIN, 3))])[0]
+        states.append((loss, norm))
+    np.testing.assert_allclose(states[0], states[1], rtol=1e-5)
+
+
+def test_evaluation_sums_nats_and_ignores_padding(engines, docs):
+    from twingpt.core import reference
+
+    params = dict(initialise(CONFIG, 1))
+    engine = engines.TrainEngine(CONFIG, cpu(engines))
+    engine.load(params.items())
+    tokens, targets = docs.batch(0, 3, 32, 1)
+    targets = targets.copy()
+    targets[1, 20:] = -1
+    expected = reference.cross_entropy(reference.forward(params, tokens, CONFIG), targets).sum()
+    assert engine.read([engine.evaluate(tokens, targets)])[0, 0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_dropout_is_keyed_trains_and_is_off_in_evaluation(engines, docs):
+    import dataclasses
+
+    config = dataclasses.replace(CONFIG, dropout=0.5)
+    tokens, targets = docs.batch(0, 8, 32, 1)
+
+    def gradient(key):
+        engine = engines.TrainEngine(config, cpu(engines))
+        engine.load(initialise(config, 1))
+        engine.micro(tokens, targets, key=key)
+        return np.array(engine.gradients()["model.layers.0.mlp.up_proj.weight"].tolist())
+
+    assert np.array_equal(gradient(1), gradient(1))
+    assert not np.allclose(gradient(1), gradient(2))
+    engine = engines.TrainEngine(config, cpu(engines))
+    engine.load(initialise(config, 1))
+    nats = engine.read([engine.evaluate(tokens, targets) for _ in range(2)])
+    plain = engines.TrainEngine(CONFIG, cpu(engines))
+    plain.load(initialise(CONFIG, 1))
+    assert nats[0] == nats[1] == plain.read([plain.evaluate(tokens, targets)])[0]
+    curve = losses(engines, dataclasses.replace(CONFIG, dropout=0.1), docs)
+    assert curve[-5:].mean() < curve[0] - 0.5
+
+
+def test_dropout_keeps_the_mean(engines):
+    if engines.NAME == "torch":
+        import torch
+
+        from twingpt.backends.torch.model import Dropout
+
+        torch.manual_seed(0)
+        y = Dropout(0.3)(torch.ones(200_000))
+    else:
+        import mlx.core as mx
+
+        from twingpt.backends.mlx.model import Dropout
+
+        y = Dropout(0.3, mx.random.key(0))(mx.ones(200_000))
+    y = np.array(y.tolist())
+    assert (y == 0).mean() == pytest.approx(0.3, abs=0.01)
+    assert y.mean() == pytest.approx(1.0, abs=0.01)
+
+
+def test_bfloat16_trains_on_float32_masters(engines, docs):
+    plain = losses(engines, CONFIG, docs, steps=30)
+    half = losses(engines, CONFIG, docs, steps=30, dtype="bfloat16")
+    assert half[-5:].mean() == pytest.approx(plain[-5:].mean(), rel=0.02)
+    assert not np.array_equal(half, plain)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_the_same_step(engines, docs):
+    if engines.NAME == "mlx" and not mlx_compiles():
+        pytest.skip("mx.compile on a CPU needs g++")
+    plain, compiled = (losses(engines, CONFIG, docs, steps=4, compile=c) for c in (False, True))
+    np.testing.assert_allclose(plain, compiled, rtol=1e-5)
+
+
+def mlx_compiles() -> bool:
+    import shutil
+
+    return shutil.which("g++") is not None
+
+
+def test_state_round_trip_is_exact(engines, docs):
+    engine = engines.TrainEngine(CONFIG, cpu(engines))
+    engine.load(initialise(CONFIG, 1))
+    engine.micro(*docs.batch(0, 4, 32, 1), key=0)
+    engine.update(hyperparameters(TRAIN, 0))
+    state = dict(engine.state())
+    for other in (backends.get(name) for name in backends.BACKENDS if backends.installed(name)):
+        again = other.TrainEngine(CONFIG, cpu(other))
+        again.load(state.items())
+        assert list(dict(again.state())) == list(state)
+        assert all(np.array_equal(array, state[name]) for name, array in again.state())
+
+
+def test_memory_is_reported(engines):
+    engine = engines.TrainEngine(CONFIG, cpu(engines))
+    assert 2**20 < engine.memory().now <= engine.memory().peak * 1.01

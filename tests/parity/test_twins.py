@@ -1,0 +1,266 @@
+"""Both twins against the float64 reference and against each other, over a family of configurations."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import cpu
+from twingpt import GPTConfig, TrainConfig
+from twingpt.core import reference
+from twingpt.core.config import MLPS, SHAPES
+from twingpt.core.parameters import initialise
+from twingpt.core.sampler import Sampling
+from twingpt.core.schedule import hyperparameters
+
+SMALL = {"vocab_size": 97, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32, "init_std": 0.15}
+GREEDY = Sampling(temp=0)
+
+MATRIX = {
+    "qwen3": {"n_kv_head": 2},
+    "gpt2": SHAPES["gpt2"],
+    "llama, one kv head": {**SHAPES["llama"], "n_kv_head": 1},
+    "head of 40": {"head_dim": 40, "n_kv_head": 2},
+    "head of 80": {"head_dim": 80, "n_head": 2},
+    "head of 64, three queries a key": {"head_dim": 64, "n_head": 6, "n_kv_head": 2, "n_embd": 36},
+    "all biases": {"qkv_bias": True, "attn_out_bias": True, "mlp_bias": True, "norm": "layernorm", "norm_bias": True},
+    "qkv bias only": {"qkv_bias": True, "qk_norm": False},
+    "layernorm without bias": {"norm": "layernorm"},
+    "attention softcap": {"attn_softcap": 3.0, "n_kv_head": 2},
+    "logit softcap": {"logit_softcap": 2.0},
+    "window": {"sliding_window": 5, "n_kv_head": 2},
+    "window of one": {"sliding_window": 1},
+    "window and softcap": {"sliding_window": 7, "attn_softcap": 4.0, "n_kv_head": 1},
+    "learned positions": {"position": "learned"},
+    "no positions": {"position": "none"},
+    "rope on some layers": {"no_rope_layers": (1,)},
+    "partial rope": {"rope_fraction": 0.5},
+    "large theta": {"rope_theta": 1e6},
+    "linear scaling": {"rope_scaling": {"type": "linear", "factor": 3.0}},
+    "llama3 scaling": {"rope_scaling": {"type": "llama3", "factor": 4.0, "original_block_size": 8}},
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_block_size": 8}, "head_dim": 32},
+    "yarn, partial": {
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_block_size": 8, "attention_factor": 1.3},
+        "rope_fraction": 0.5,
+        "head_dim": 32,
+    },
+    "untied": {"tie_embeddings": False},
+    **{f"mlp {mlp}": {"mlp": mlp} for mlp in MLPS},
+}
+
+
+def config_of(switches) -> GPTConfig:
+    return GPTConfig.from_dict({**SMALL, **switches})
+
+
+def batch(config, B, T, seed=0):
+    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (B, T + 1))
+    return tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
+
+
+def relative(a, b) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def assert_logits_agree(config, twins, B, T):
+    params = dict(initialise(config, 1))
+    tokens, _ = batch(config, B, T)
+    expected = reference.forward(params, tokens, config)
+    for engines in twins:
+        logits = engines.DecodeEngine(config, params.items(), cpu(engines)).forward(tokens)
+        assert logits.shape == (B, T, config.vocab_size) and logits.dtype == np.float32
+        assert relative(logits, expected) <= 1e-5, engines.NAME
+
+
+def gradients(engines, config, params, tokens, targets):
+    engine = engines.TrainEngine(config, cpu(engines))
+    engine.load(params.items())
+    engine.micro(tokens, targets, key=0)
+    return {name: np.array(g.tolist(), np.float32) for name, g in engine.gradients().items()}
+
+
+def assert_gradients_agree(config, twins, B, T):
+    params = dict(initialise(config, 1))
+    tokens, targets = batch(config, B, T)
+    ours, theirs = (gradients(engines, config, params, tokens, targets) for engines in twins)
+    largest = max(np.abs(g).max() for g in theirs.values())
+    for name, g in theirs.items():
+        # A key bias that no RoPE turns shifts all scores of a query alike: its gradient is exactly 0,
+        # and what is left is rounding, which is measured against the largest gradient of the model.
+        scale = np.abs(g).max()
+        scale = scale if scale > 1e-6 * largest else largest
+        assert np.abs(ours[name] - g).max() <= 2e-5 * scale, name
+
+
+def assert_cached_decoding_agrees(config, twins, B, T):
+    params = dict(initialise(config, 1))
+    tokens, _ = batch(config, B, T)
+    for engines in twins:
+        engine = engines.DecodeEngine(config, params.items(), cpu(engines))
+        full = engine.forward(tokens)
+        # Feed the text itself: a prompt of every length ends in the same logits as the full pass.
+        for length in {1, T // 2 or 1, T}:
+            assert relative(engine.logits(engine.prefill(tokens[:, :length])), full[:, length - 1]) <= 1e-5
+        # And greedy steps on the cache equal the full pass over what they wrote.
+        handle, text = engine.prefill(tokens[:, :1]), tokens[:, :1]
+        for _ in range(min(T, 12) - 1):
+            handle = engine.step(handle, GREEDY, np.zeros(B))
+            text = np.concatenate([text, engine.read(handle)[:, None]], axis=1)
+            assert relative(engine.logits(handle), engine.forward(text)[:, -1]) <= 1e-5, engines.NAME
+
+
+@pytest.mark.parametrize("switches", MATRIX.values(), ids=MATRIX)
+def test_logits(switches, twins):
+    config = config_of(switches)
+    for B, T in ((1, 1), (3, 1), (1, config.block_size), (2, config.block_size), (2, 7)):
+        assert_logits_agree(config, twins, B, T)
+
+
+@pytest.mark.parametrize("switches", MATRIX.values(), ids=MATRIX)
+def test_gradients(switches, twins):
+    config = config_of(switches)
+    for B, T in ((2, config.block_size), (1, 1)):
+        assert_gradients_agree(config, twins, B, T)
+
+
+@pytest.mark.parametrize("switches", MATRIX.values(), ids=MATRIX)
+def test_cached_decoding(switches, twins):
+    config = config_of(switches)
+    for B in (1, 3):
+        assert_cached_decoding_agrees(config, twins, B, config.block_size)
+
+
+@st.composite
+def configs(draw):
+    position = draw(st.sampled_from(["rope", "rope", "learned", "none"]))
+    norm = draw(st.sampled_from(["rmsnorm", "layernorm"]))
+    kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    head_dim = draw(st.sampled_from([2, 8, 20, 40, 64, 80]))
+    return GPTConfig(
+        vocab_size=draw(st.integers(2, 130)),
+        block_size=draw(st.integers(2, 33)),
+        n_layer=draw(st.integers(1, 3)),
+        n_head=kv * group,
+        n_kv_head=kv,
+        head_dim=head_dim,
+        n_embd=draw(st.integers(4, 40)),
+        n_inner=draw(st.integers(1, 70)),
+        position=position,
+        rope_fraction=draw(st.sampled_from([1.0, 0.5])) if position == "rope" and head_dim > 2 else 1.0,
+        rope_theta=draw(st.sampled_from([100.0, 10000.0, 500000.0])),
+        norm=norm,
+        norm_bias=norm == "layernorm" and draw(st.booleans()),
+        norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
+        mlp=draw(st.sampled_from(MLPS)),
+        mlp_bias=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        attn_out_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+        attn_softcap=draw(st.sampled_from([0.0, 0.0, 5.0])),
+        logit_softcap=draw(st.sampled_from([0.0, 10.0])),
+        sliding_window=draw(st.sampled_from([0, 0, 3, 16])),
+        init_std=0.15,
+    )
+
+
+@given(config=configs(), B=st.integers(1, 3), data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+def test_any_configuration(config, B, data, twins):
+    T = data.draw(st.integers(1, config.block_size))
+    assert_logits_agree(config, twins, B, T)
+    assert_gradients_agree(config, twins, B, T)
+    assert_cached_decoding_agrees(config, twins, B, T)
+
+
+def test_long_context_keeps_its_precision(twins):
+    assert_logits_agree(config_of({"block_size": 1024, "n_kv_head": 2}), twins, 1, 1024)
+
+
+def test_trimming_the_cache_goes_back(engines):
+    config = config_of({"n_kv_head": 2})
+    engine = engines.DecodeEngine(config, initialise(config, 1), cpu(engines))
+    tokens, _ = batch(config, 1, 12)
+    first = engine.prefill(tokens)
+    once = engine.step(first, GREEDY, np.zeros(1))
+    engine.step(once, GREEDY, np.zeros(1))
+    engine.trim(2)
+    again = engine.step(first, GREEDY, np.zeros(1))
+    assert np.array_equal(engine.read(once), engine.read(again))
+    assert relative(engine.logits(again), engine.logits(once)) <= 1e-6
+
+
+def test_a_long_prompt_is_taken_in_chunks(engines):
+    config = config_of({"block_size": 1200, "n_kv_head": 2, "sliding_window": 300})
+    engine = engines.DecodeEngine(config, initialise(config, 1), cpu(engines))
+    tokens, _ = batch(config, 1, 1100)
+    assert relative(engine.logits(engine.prefill(tokens)), engine.forward(tokens)[:, -1]) <= 1e-5
+
+
+def test_repetition_penalty_remembers_the_prompt_and_what_was_written(engines):
+    config = config_of({})
+    engine = engines.DecodeEngine(config, initialise(config, 1), cpu(engines))
+    sampling = Sampling(temp=0, repetition_penalty=1e6)
+    handle = engine.prefill(np.array([[5, 6, 7]]))
+    written = [5, 6, 7]
+    for _ in range(10):
+        handle = engine.step(handle, sampling, np.zeros(1))
+        written.append(int(engine.read(handle)[0]))
+    assert len(set(written)) == len(written)
+
+
+def test_one_adamw_step_from_the_same_gradients(twins):
+    """Against each other, and against torch.optim.AdamW on the same clipped gradients."""
+    config = config_of({"n_kv_head": 2})
+    rng = np.random.default_rng(0)
+    params = dict(initialise(config, 1))
+    grads = {name: rng.normal(0, 0.1, p.shape).astype(np.float32) for name, p in params.items()}
+    moments = {f"adamw.m.{n}": rng.normal(0, 0.1, p.shape).astype(np.float32) for n, p in params.items()}
+    moments |= {f"adamw.v.{n}": rng.random(p.shape).astype(np.float32) * 0.01 for n, p in params.items()}
+    train = TrainConfig(warmup_iters=0, learning_rate=1e-2)
+    results = [step_with(engines, config, params, moments, grads, train, step=5) for engines in twins]
+    for name, theirs in results[1].items():
+        assert relative(results[0][name], theirs) <= 1e-6, name
+    for name, theirs in torch_adamw(config, params, moments, grads, train, step=5).items():
+        assert relative(results[1][name], theirs) <= 1e-6, name
+
+
+def step_with(engines, config, params, moments, grads, train, step):
+    engine = engines.TrainEngine(config, cpu(engines))
+    engine.load([*params.items(), *moments.items()])
+    if engines.NAME == "torch":
+        import torch
+
+        for name, p in engine.params.items():
+            p.grad = torch.from_numpy(grads[name].copy())
+        engine.losses = [torch.zeros(())]
+    else:
+        import mlx.core as mx
+
+        engine.grads = {name: mx.array(g) for name, g in grads.items()}
+        engine.losses = [mx.zeros(())]
+    norm = engine.read([engine.update(hyperparameters(train, step))])[0, 1]
+    assert norm == pytest.approx(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values())), rel=1e-5)
+    return dict(engine.state())
+
+
+def torch_adamw(config, params, moments, grads, train, step):
+    import torch
+
+    from twingpt.core.parameters import parameter_table
+
+    table = parameter_table(config)
+    tensors = {name: torch.nn.Parameter(torch.from_numpy(p.copy())) for name, p in params.items()}
+    groups = [
+        {"params": [t for n, t in tensors.items() if table[n].decays is decays], "weight_decay": decay}
+        for decays, decay in ((True, train.weight_decay), (False, 0.0))
+    ]
+    rate = hyperparameters(train, step).learning_rate
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(train.beta1, train.beta2), eps=train.adam_eps)
+    for name, tensor in tensors.items():
+        m, v = (torch.from_numpy(moments[f"adamw.{slot}.{name}"].copy()) for slot in "mv")
+        optimizer.state[tensor] = {"step": torch.tensor(float(step)), "exp_avg": m, "exp_avg_sq": v}
+        tensor.grad = torch.from_numpy(grads[name].copy())
+    torch.nn.utils.clip_grad_norm_(list(tensors.values()), train.grad_clip)
+    optimizer.step()
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}

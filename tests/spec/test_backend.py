@@ -1,0 +1,83 @@
+"""Finding and choosing a backend, and the border where tokens are checked."""
+
+import numpy as np
+import pytest
+
+from tests.conftest import cpu
+from twingpt import GPTConfig, UserError
+from twingpt.core import backend as backends
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Pretend that only the named backends are installed, on the named system."""
+
+    def pretend(*names, system="Linux", machine="x86_64"):
+        monkeypatch.setattr(backends, "installed", lambda name: name in names)
+        monkeypatch.setattr(backends.platform, "system", lambda: system)
+        monkeypatch.setattr(backends.platform, "machine", lambda: machine)
+
+    return pretend
+
+
+def test_choice(only):
+    only("torch", "mlx")
+    assert backends.choose()[0] == "torch"
+    only("torch", "mlx", system="Darwin", machine="arm64")
+    assert backends.choose()[0] == "mlx"
+    only("mlx")
+    assert backends.choose()[0] == "mlx"
+    assert backends.choose("mlx") == ("mlx", "asked for")
+
+
+def test_not_installed_names_the_extra(only):
+    only("torch")
+    with pytest.raises(UserError, match=r"mlx backend is not installed: pip install 'twingpt\[mlx-cpu\]'"):
+        backends.choose("mlx")
+    only()
+    with pytest.raises(UserError, match="No backend is installed"):
+        backends.choose()
+    with pytest.raises(UserError, match="did you mean 'torch'"):
+        backends.choose("pytorch")
+
+
+def test_devices(engines):
+    devices = engines.devices()
+    assert devices[-1].kind == "cpu" and devices[-1].memory_bytes > 2**28
+    assert all(device.default_dtype in device.dtypes for device in devices)
+    assert backends.find_device(engines, None) == devices[0]
+    with pytest.raises(UserError, match=f"Unknown {engines.NAME} device 'cpus': did you mean 'cpu'"):
+        backends.find_device(engines, "cpus")
+    with pytest.raises(UserError, match="Unknown dtype on cpu 'float8'"):
+        backends.find_dtype(cpu(engines), "float8")
+
+
+def test_memory_grows(engines):
+    memory = backends.process_memory()
+    assert 0 < memory.now <= memory.peak * 1.01
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[0, 97]], "Token id 97 is outside the vocabulary, 0 to 96"),
+        ([[-1, 3]], "Token id -1 is outside"),
+        ([[0] * 17], "17 tokens are more than the model's block_size 16"),
+        ([0, 1], "shape"),
+        ([[]], "shape"),
+        ([[0.5]], "must be integers"),
+    ],
+)
+def test_check_tokens(tokens, message):
+    with pytest.raises(UserError, match=message):
+        backends.check_tokens(np.array(tokens), GPTConfig(vocab_size=97, block_size=16))
+
+
+def test_every_engine_checks_its_tokens(engines):
+    from twingpt.core.parameters import initialise
+
+    config = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32)
+    engine = engines.DecodeEngine(config, initialise(config, 0), cpu(engines))
+    for call in (engine.forward, engine.prefill):
+        with pytest.raises(UserError, match="Token id 97"):
+            call(np.array([[97]]))

@@ -1,0 +1,196 @@
+"""Sources, preparation and token data sets."""
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from twingpt import GPTConfig, UserError
+from twingpt.core import paths
+from twingpt.core.data import sources
+from twingpt.core.data.prepare import prepare, split
+from twingpt.core.data.shards import TokenDataset, token_dtype, write
+from twingpt.core.data.sources import load
+from twingpt.core.tokenizer import ByteTokenizer
+
+
+@pytest.fixture(autouse=True)
+def fresh_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("TWINGPT_HOME", str(tmp_path / "home"))
+
+
+def test_python_docs_are_there_without_a_network():
+    source = load("python-docs")
+    assert len(source.documents) > 50
+    assert any('The "assert" statement' in document for document in source.documents)
+
+
+def test_folder_of_notes(tmp_path):
+    notes = tmp_path / "notes"
+    (notes / "more").mkdir(parents=True)
+    (notes / "b.md").write_text("two")
+    (notes / "a.txt").write_text("one")
+    (notes / "more" / "c.txt").write_text("three")
+    (notes / ".hidden.txt").write_text("no")
+    (notes / "picture.png").write_bytes(b"\x89PNG")
+    assert load(str(notes)).documents == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "empty.txt is empty"),
+        ("blank.txt", b" \n\n", "blank.txt is empty"),
+        ("latin.txt", b"caf\xe9!", "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
+    ],
+)
+def test_unreadable_file(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path / name))
+
+
+def test_missing_file_empty_folder_and_unknown_name(tmp_path):
+    with pytest.raises(UserError, match="There is no file or folder"):
+        load(str(tmp_path / "nothing.txt"))
+    with pytest.raises(UserError, match="has no text files"):
+        load(str(tmp_path))
+    with pytest.raises(UserError, match="did you mean 'shakespeare'"):
+        load("shakespear")
+
+
+def test_shakespeare_offline_says_what_to_do(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(sources.urllib.request, "urlopen", refuse)
+    with pytest.raises(UserError, match=r"put the file at .*tinyshakespeare\.txt, or give --data its path"):
+        load("shakespeare")
+
+
+def test_shakespeare_is_checked_and_kept(monkeypatch, tmp_path):
+    content = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
+    original = tmp_path / "served.txt"
+    original.write_bytes(content)
+    monkeypatch.setattr(sources, "SHAKESPEARE_URL", original.as_uri())
+    with pytest.raises(UserError, match="is not Tiny Shakespeare"):
+        load("shakespeare")
+    assert not (paths.home() / "downloads" / "tinyshakespeare.txt").exists()
+    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
+    assert load("shakespeare").documents == [content.decode()]
+    original.unlink()  # the second time from the file
+    assert load("shakespeare").documents == [content.decode()]
+
+
+def test_the_checksum_is_tiny_shakespeares(shakespeare):
+    assert hashlib.sha256(shakespeare.read_bytes()).hexdigest() == sources.SHAKESPEARE_SHA256
+
+
+def test_split_of_many_documents_is_by_hash_and_stable():
+    documents = [f"document number {i} " * 20 for i in range(1000)]
+    train, val = split(documents)
+    assert 60 < len(val) < 140 and not set(train) & set(val)
+    more_train, more_val = split([*documents, "one more"])
+    assert set(train) <= set(more_train) and set(val) <= set(more_val)
+
+
+def test_split_of_one_document_holds_out_its_end():
+    train, val = split(["0123456789" * 10])
+    assert train == ["0123456789" * 9] and val == ["0123456789"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
+def test_prepared_once_and_found_again(prose, kind):
+    data = prepare(str(prose), kind, 300)
+    tokens = np.concatenate([data.splits["train"][:-1], data.splits["val"][:-1]])
+    assert data.tokenizer.decode(tokens) == prose.read_text()
+    assert data.splits["train"][-1] == data.tokenizer.end_of_text
+    stamp = (data.folder / "manifest.json").stat().st_mtime_ns
+    again = prepare(str(prose), kind, 300)
+    assert again.folder == data.folder and (again.folder / "manifest.json").stat().st_mtime_ns == stamp
+    assert again.fingerprint == data.fingerprint
+    prose.write_text(prose.read_text() + " More.")
+    assert prepare(str(prose), kind, 300).folder != data.folder
+
+
+def test_manifest_counts(prose):
+    data = prepare(str(prose), "byte", 0)
+    facts = data.manifest["splits"]
+    assert facts["train"]["bytes"] + facts["val"]["bytes"] == len(prose.read_bytes())
+    assert facts["train"]["tokens"] == facts["train"]["bytes"] + 1  # the end of the document
+
+
+def test_token_width():
+    assert token_dtype(2**16) == np.dtype("<u2") and token_dtype(2**16 + 1) == np.dtype("<u4")
+
+
+def test_batches_are_windows_of_the_tokens(prose):
+    data = prepare(str(prose), "byte", 0)
+    tokens, targets = data.batch(0, 6, 32, seed=1)
+    assert tokens.shape == targets.shape == (6, 32) and tokens.dtype == np.int32
+    assert np.array_equal(tokens[:, 1:], targets[:, :-1])
+    text = bytes(data.splits["train"][:-1].astype(np.uint8))
+    assert all(bytes(row.astype(np.uint8)) in text for row in tokens)
+    again = np.concatenate([data.batch(i, 2, 32, seed=1)[0] for i in (0, 2, 4)])
+    assert np.array_equal(tokens, again)
+
+
+def test_validation_covers_every_token_once(prose):
+    data = prepare(str(prose), "byte", 0)
+    val = data.splits["val"]
+    batches = list(data.validation(4, 32, 0))
+    targets = np.concatenate([y[y >= 0] for _, y in batches])
+    assert np.array_equal(targets, val[1:])
+    assert all(x.shape == (4, 32) for x, _ in batches)
+    assert len(list(data.validation(4, 32, 2))) == 2
+
+
+def test_data_shorter_than_a_block(tmp_path):
+    (tmp_path / "short.txt").write_text("Only a few words here.")
+    data = prepare(str(tmp_path / "short.txt"), "byte", 0)
+    with pytest.raises(UserError, match="fewer than one block of 64"):
+        data.check(GPTConfig(vocab_size=257, block_size=64))
+
+
+def test_data_outside_the_models_vocabulary(prose):
+    with pytest.raises(UserError, match="outside the model's vocabulary of 100"):
+        prepare(str(prose), "byte", 0).check(GPTConfig(vocab_size=100, block_size=16))
+
+
+def test_a_shard_cut_short(prose):
+    data = prepare(str(prose), "byte", 0)
+    path = data.folder / "train.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="delete the folder to prepare again"):
+        TokenDataset(data.folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_broken_manifest(prose, content):
+    data = prepare(str(prose), "byte", 0)
+    (data.folder / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="is broken"):
+        TokenDataset(data.folder)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("twingpt.core.data.shards.write_synced", full)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / "set", "set", ByteTokenizer(), {"train": np.zeros(9, np.int32)}, {})
+    assert [p.name for p in tmp_path.iterdir() if "set" in p.name] == []
+
+
+def test_python_without_its_topics(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UserError, match=r"no pydoc_data\.topics"):
+        load("python-docs")
+
+
+def test_manifest_is_json(prose):
+    manifest = json.loads((prepare(str(prose), "char", 0).folder / "manifest.json").read_text())
+    assert manifest["name"] == "prose" and manifest["documents"] == {"train": 1, "val": 1}
