@@ -144,7 +144,10 @@ def generate(
     """Let a model go on from a prompt, streaming its text."""
     from twingpt.core.generator import load
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt on stdin is not UTF-8 text: byte {error.start}.") from None
     completion = load(model, backend, device, dtype).complete(
         text,
         max_tokens,
@@ -237,8 +240,7 @@ def _print_parity(console: Console, result: dict[str, Any]) -> None:
         fine = pair["max_rel_diff"] <= result["tolerance"]
         table.add_row(
             pair["model"],
-            f"{pair['a']} {pair['device_a']}",
-            f"{pair['b']} {pair['device_b']}",
+            *(f"{pair[side]} ({pair[f'device_{side}']})" for side in "ab"),
             f"{pair['max_abs_diff']:.1e}",
             f"[{'green' if fine else 'bold red'}]{pair['max_rel_diff']:.1e}[/]",
             f"{pair['top1_agreement']:.1%}",
@@ -300,6 +302,8 @@ def main() -> None:
             raise
         print(f"gpt: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()
         sys.exit(0)

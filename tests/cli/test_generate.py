@@ -193,3 +193,14 @@ def test_a_character_the_model_never_saw(gpt, prose, tmp_path):
 def test_no_such_model(gpt, tmp_path):
     code, _, err = gpt("generate", tmp_path / "nothing", "-p", "x")
     assert code == 2 and "There is no run" in err
+
+
+def test_a_prompt_that_is_not_text(gpt, trained, monkeypatch):
+    import io
+    import sys
+
+    code, _, err = gpt("generate", trained, "-p", "a\udcff")
+    assert code == 2 and "not valid UTF-8" in err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    code, _, err = gpt("generate", trained, "-p", "-")
+    assert code == 2 and "byte 1" in err

@@ -241,13 +241,17 @@ def test_only_a_model_that_transformers_computes_claims_its_family(switches, fam
 def test_resolve(saved):
     run = saved.parent.parent
     (run / "run.json").write_text("{}")
-    with pytest.raises(UserError, match="has no checkpoint yet"):
+    with pytest.raises(UserError, match="has no latest checkpoint yet"):
         runs.resolve(run)
     runs.point(run, "latest", saved)
     assert (
         runs.resolve(saved) == runs.resolve(run) == runs.resolve(f"{run}@3") == runs.resolve(f"{run}@latest") == saved
     )
-    for name, message in (("@best", "no checkpoint yet"), ("@4", "its steps are 3"), ("@worst", "latest, best or a")):
+    for name, message in (
+        ("@best", "no best checkpoint yet"),
+        ("@4", "its steps are 3"),
+        ("@x", "latest, best or a"),
+    ):
         with pytest.raises(UserError, match=message):
             runs.resolve(f"{run}{name}")
     with pytest.raises(UserError, match="There is no run"):

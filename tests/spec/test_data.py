@@ -167,6 +167,18 @@ def test_a_shard_cut_short(prose):
         TokenDataset(data.folder)
 
 
+def test_a_damaged_token_id_is_never_trained_on(prose):
+    data = prepare(str(prose), "byte", 0)
+    for name in ("train", "val"):
+        path = data.folder / f"{name}.bin"
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    damaged = TokenDataset(data.folder)
+    with pytest.raises(UserError, match="token id 65535, outside its vocabulary of 257"):
+        damaged.batch(0, 2, 16, 1)
+    with pytest.raises(UserError, match="token id 65535"):
+        next(damaged.validation(2, 16, 0))
+
+
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
 def test_a_broken_manifest(prose, content):
     data = prepare(str(prose), "byte", 0)

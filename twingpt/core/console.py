@@ -13,6 +13,8 @@ from rich.text import Text
 
 from twingpt.core.events import Evaluated, Event, RunEnded, RunStarted, Sampled, Saved, Trained
 
+SAMPLE_LINES = 12  # of a sample, blank ones left out; metrics.jsonl has all of it
+
 
 def human_bytes(count: float) -> str:
     """A count of bytes to read: 512 MB, 1.3 GB."""
@@ -66,7 +68,7 @@ class ConsoleReporter:
             expand=True,
         )
         self.task = self.progress.add_task(
-            "train", total=None, loss="–", val="–", speed="–", memory="", steps_per_second=0.0
+            "train", total=1, loss="–", val="–", speed="–", memory="", steps_per_second=0.0
         )
 
     @contextmanager
@@ -92,7 +94,8 @@ class ConsoleReporter:
             )
         elif isinstance(event, Sampled):
             title = f"a sample after {event.step:,} steps"
-            self.console.print(Panel(escape(event.text.strip()), title=title, border_style="dim"))
+            lines = [line for line in event.text.splitlines() if line.strip()][:SAMPLE_LINES]
+            self.console.print(Panel(escape("\n".join(lines)), title=title, border_style="dim"))
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]")
         elif isinstance(event, RunEnded):

@@ -119,6 +119,8 @@ class LanguageModel:
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
         if max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, and is {max_tokens}.")
+        if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
+            raise UserError("The prompt is not valid UTF-8 text: some of its bytes stand for no character.")
         ids = self.tokenizer.encode(prompt)
         context = ids if len(ids) else np.array([self.tokenizer.end_of_text])
         tokens = generate_tokens(self.engine, context, sampling, max_tokens, seed)

@@ -23,7 +23,7 @@ from twingpt.core.events import JSONLReporter, Reporter, forget_after
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import write_atomically
 from twingpt.core.plot import PlotReporter
-from twingpt.core.runs import find_run
+from twingpt.core.runs import find_run, point
 from twingpt.core.trainer import Progress, Trainer
 
 SCHEMA = 1
@@ -46,7 +46,16 @@ RESUME_KEYS = {
 
 # What a run is without flags: on two CPU cores text worth reading in minutes, on a GPU a larger model.
 RECIPES: dict[str, dict[str, Any]] = {
-    "cpu": {"preset": "micro", "batch_size": 16, "max_iters": 600, "learning_rate": 3e-3, "min_lr": 3e-4},
+    "cpu": {
+        "preset": "micro",
+        "batch_size": 16,
+        "max_iters": 600,
+        "learning_rate": 3e-3,
+        "min_lr": 3e-4,
+        "eval_interval": 100,
+        "sample_interval": 200,
+        "checkpoint_interval": 100,
+    },
     "gpu": {"preset": "tiny", "batch_size": 32, "max_iters": 2000, "dropout": 0.1},
 }
 
@@ -69,6 +78,8 @@ def new_run(options: Options, out: Path | None, backend: str, device: str | None
     values["dtype"] = backends.find_dtype(target, options.get("dtype"))
     if "min_lr" not in options and "learning_rate" in options:
         values["min_lr"] = options["learning_rate"] / 10
+    if "max_iters" in values:  # a short run warms up for a tenth of it
+        values.setdefault("warmup_iters", min(TrainConfig.warmup_iters, values["max_iters"] // 10))
     train = TrainConfig.from_dict({key: value for key, value in values.items() if key in TRAIN_KEYS})
     shape = {key: value for key, value in values.items() if key in MODEL_KEYS}
     model = preset(values["preset"], 256, values.get("shape"), **shape)  # wrong before any work is done
@@ -106,6 +117,7 @@ def resume_run(name: str, options: Options, backend: str, device: str | None, co
     trainer = _trainer(run, saved.config, train, data, engines, target, compile, Progress(**fields))
     trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
     trainer.saved_at = trainer.progress.step
+    point(run, "latest", saved.folder)  # what came after it will be written again
     forget_after(run / "metrics.jsonl", trainer.progress.step)
     _write_run(trainer, created=False)
     return trainer

@@ -65,7 +65,7 @@ def logits_by_engine(
     config: GPTConfig, params: Mapping[str, Array], tokens: Array, names: Sequence[str], dtype: str
 ) -> Iterator[tuple[str, str, Array]]:
     """Yield (implementation, device, logits): the reference, then each backend on each device that has `dtype`."""
-    yield "reference", "float64", reference.forward(params, tokens, config)
+    yield "reference", "numpy", reference.forward(params, tokens, config)
     for name in names:
         engines = backends.get(name)
         for device in engines.devices():

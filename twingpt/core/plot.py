@@ -29,12 +29,10 @@ def plot_loss(metrics: Path, path: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([e["step"] for e in trained], [e["loss"] for e in trained], color="#4c78a8", lw=1, label="training")
+    best = min(evaluated, key=lambda event: event["val_loss"], default=None)
+    label = f"held out, best {best['val_loss']:.3f} ({best['val_bpb']:.3f} bits per byte)" if best else None
     steps, losses = [e["step"] for e in evaluated], [e["val_loss"] for e in evaluated]
-    axes.plot(steps, losses, color="#e45756", marker="o", ms=4, label="held out")
-    if evaluated:
-        best = min(evaluated, key=lambda event: event["val_loss"])
-        note = f"best {best['val_loss']:.3f} ({best['val_bpb']:.3f} bits per byte)"
-        axes.annotate(note, (best["step"], best["val_loss"]), (0, 12), textcoords="offset points", ha="right")
+    axes.plot(steps, losses, color="#e45756", marker="o", ms=4, label=label)
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

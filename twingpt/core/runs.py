@@ -55,7 +55,7 @@ def resolve(path: str | Path) -> Path:
     elif which in ("", "latest", "best"):
         pointer = run / (which or "latest")
         if not pointer.exists():
-            raise UserError(f"The run {name} has no checkpoint yet.")
+            raise UserError(f"The run {name} has no {pointer.name} checkpoint yet.")
         found = run / "checkpoints" / pointer.read_text().strip()
     else:
         raise UserError(f"{path} is no checkpoint: after @ give latest, best or a step.")

@@ -136,6 +136,8 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
         q, k = rope(q, offset), rope(k, offset)
     if cache:
         k, v = cache.update(layer, k, v)
+    if x.is_mps:  # its kernel misreads permuted inputs (pytorch#181133)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     mask = attention_mask(T, k.shape[2], config, x.device)
     if config.attn_softcap:
         y = capped_attention(q, k, v, mask, config)

@@ -101,7 +101,7 @@ class TrainEngine:
 
     def read(self, handles: Sequence[Array]) -> np.ndarray:
         """The numbers of some handles of one kind, a row each, in float64. The only call that waits."""
-        return torch.stack(list(handles)).double().cpu().numpy()
+        return torch.stack(list(handles)).cpu().double().numpy()
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         """Parameters, then optimizer state, under canonical names, as float32."""

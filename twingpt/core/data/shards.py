@@ -100,7 +100,16 @@ class TokenDataset:
         tokens = self.splits["train"]
         starts = window_starts(np.arange(first, first + batch_size), len(tokens), block_size, seed)
         windows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int32)
+        self._check_ids(windows)
         return windows[:, :-1], windows[:, 1:]
+
+    def _check_ids(self, windows: Array) -> None:
+        """No device checks an id: one beyond the table reads garbage there."""
+        if windows.max() >= self.manifest["vocab_size"]:
+            raise UserError(
+                f"{self.folder} holds the token id {windows.max()}, outside its vocabulary of "
+                f"{self.manifest['vocab_size']}: its tokens are damaged, delete the folder to prepare again."
+            )
 
     def validation(self, batch_size: int, block_size: int, n_batches: int) -> Iterator[tuple[Array, Array]]:
         """The first `n_batches` batches of the held-out tokens in order (0: all); short rows end in targets of -1."""
@@ -113,4 +122,5 @@ class TokenDataset:
             for row, start in enumerate(starts[i : i + batch_size]):
                 window = tokens[start : start + block_size + 1]
                 windows[row, : len(window)] = window
+            self._check_ids(windows)
             yield np.maximum(windows[:, :-1], 0), windows[:, 1:]

@@ -1,0 +1,40 @@
+"""What a run looks like on a terminal and in a log."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from twingpt.core.console import ConsoleReporter, human_bytes, human_count, human_time
+from twingpt.core.events import Evaluated, RunEnded, RunStarted, Sampled, Saved, Trained
+
+EVENTS = [
+    RunStarted(0, 100, "runs/[x]", "torch", "cpu", "float32", 2_000_000, 2048, "prose", 50_000, 5_000, 512),
+    Trained(10, 3.21, 1.0, 1e-3, 20480, 6400.0, 5 * 10**8, 6 * 10**8),
+    Evaluated(10, 3.5, 1.5, True),
+    Sampled(10, "text with [brackets]"),
+    Saved(10, "runs/[x]/checkpoints/step-00000010"),
+    RunEnded(10, "stop-after", 75.0),
+]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_every_event_is_shown(terminal):
+    out = io.StringIO()
+    reporter = ConsoleReporter(Console(file=out, force_terminal=terminal, width=120, color_system=None))
+    with reporter.live():
+        for event in EVENTS:
+            reporter.report(event)
+    text = out.getvalue()
+    for part in (
+        "runs/[x] starts", "2.0M parameters on torch cpu", "val loss 3.5000, 1.500 bits per byte", "best so far",
+        "[brackets]", "saved runs/[x]/checkpoints", "stop-after after 10 steps in 1:15", "6.4k tok/s", "500 MB",
+        "ETA 29s",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_numbers_to_read():
+    assert [human_bytes(n) for n in (0, 999, 1500, 25e9, 3e12)] == ["0 B", "999 B", "2 kB", "25.0 GB", "3.0 TB"]
+    assert [human_count(n) for n in (7, 12_345, 10.7e6, 2e9)] == ["7", "12.3k", "10.7M", "2.0B"]
+    assert [human_time(n) for n in (5.4, 185, 7800)] == ["5s", "3:05", "2:10:00"]
