@@ -142,15 +142,15 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
     return linear(y.swapaxes(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
 
 
-def gelu(x: Array) -> Array:
+def _gelu(x: Array) -> Array:
     """The exact GELU; mlx.nn's is wrapped in mx.compile, which costs seconds of g++ on a CPU."""
     return 0.5 * x * (1 + mx.erf(x / math.sqrt(2)))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swiglu": lambda x: x * mx.sigmoid(x),
-    "geglu": gelu,
-    "gelu": gelu,
+    "geglu": _gelu,
+    "gelu": _gelu,
     "gelu_tanh": lambda x: 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
     "relu2": lambda x: mx.square(mx.maximum(x, 0)),
 }
