@@ -81,7 +81,7 @@ def saved(tmp_path) -> Path:
     folder = tmp_path / "run" / "checkpoints" / "step-00000003"
     tensors = dict(initialise(config, 0))
     tensors |= {f"adamw.{slot}.{name}": np.abs(array) for name, array in tensors.items() for slot in "mv"}
-    checkpoint.save(folder, config, ByteTokenizer(), tensors, {"step": 3})
+    checkpoint.save(folder, config, ByteTokenizer(), tensors, {"step": 3, "train": {"optimizer": "adamw"}})
     return folder
 
 

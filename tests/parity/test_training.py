@@ -15,7 +15,7 @@ TRAIN = TrainConfig(max_iters=60, learning_rate=1e-3, warmup_iters=5, batch_size
 
 
 def losses(engines, config, data, steps=60, dtype="float32", compile=False, train=TRAIN):
-    engine = engines.TrainEngine(config, cpu(engines), dtype, compile)
+    engine = engines.TrainEngine(config, cpu(engines), train.optimizer, dtype, compile)
     engine.load(initialise(config, 1))
     handles = []
     for step in range(steps):
@@ -30,11 +30,16 @@ def docs():
     return prepare("python-docs", "bpe", 512)
 
 
-@pytest.mark.parametrize("shape", ["qwen3", "gpt2"])
-def test_sixty_steps_follow_each_other(twins, docs, shape):
+MUON = TrainConfig(
+    max_iters=60, optimizer="muon", learning_rate=3e-3, warmup_iters=5, batch_size=8, momentum_warmup_iters=30
+)
+
+
+@pytest.mark.parametrize(("shape", "train"), [("qwen3", TRAIN), ("gpt2", TRAIN), ("qwen3", MUON)])
+def test_sixty_steps_follow_each_other(twins, docs, shape, train):
     values = {"vocab_size": 512, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, **SHAPES[shape]}
     config = GPTConfig.from_dict(values | ({"n_kv_head": 2} if shape == "qwen3" else {}))
-    ours, theirs = (losses(engines, config, docs) for engines in twins)
+    ours, theirs = (losses(engines, config, docs, train=train) for engines in twins)
     assert np.abs(ours - theirs)[:10].max() <= 1e-4
     assert np.abs(ours - theirs).max() <= 2e-3
     assert theirs[-5:].mean() < theirs[:5].mean() - 1  # and it learns
@@ -123,7 +128,7 @@ def test_bfloat16_trains_on_float32_masters(engines, docs):
 def test_the_compiled_step_is_the_same_step(engines, docs):
     if engines.NAME == "mlx" and not mlx_compiles():
         pytest.skip("mx.compile on a CPU needs g++")
-    plain, compiled = (losses(engines, CONFIG, docs, steps=4, compile=c) for c in (False, True))
+    plain, compiled = (losses(engines, CONFIG, docs, steps=4, compile=c, train=MUON) for c in (False, True))
     np.testing.assert_allclose(plain, compiled, rtol=1e-5)
 
 

@@ -9,7 +9,7 @@ from tests.conftest import cpu
 from twingpt import GPTConfig, TrainConfig
 from twingpt.core import reference
 from twingpt.core.config import MLPS, SHAPES
-from twingpt.core.parameters import initialise
+from twingpt.core.parameters import initialise, state_table
 from twingpt.core.sampler import Sampling
 from twingpt.core.schedule import hyperparameters
 
@@ -225,8 +225,35 @@ def test_one_adamw_step_from_the_same_gradients(twins):
         assert relative(results[1][name], theirs) <= 1e-6, name
 
 
+@pytest.mark.parametrize("switches", [{"n_kv_head": 2}, SHAPES["gpt2"]], ids=["qwen3", "gpt2"])
+def test_one_muon_step_from_the_same_gradients(twins, switches):
+    """Against each other, and against Newton-Schulz in float64."""
+    config = config_of(switches)
+    rng = np.random.default_rng(0)
+    params = dict(initialise(config, 1))
+    grads = {name: rng.normal(0, 0.1, p.shape).astype(np.float32) for name, p in params.items()}
+    shapes = state_table(config, "muon")
+    state = {n: rng.normal(0, 0.1, s).astype(np.float32) ** (2 if ".v." in n else 1) for n, s in shapes.items()}
+    train = TrainConfig(optimizer="muon", warmup_iters=0, learning_rate=1e-2, grad_clip=0.0)
+    results = [step_with(engines, config, params, state, grads, train, step=5) for engines in twins]
+    for name, theirs in results[1].items():
+        assert relative(results[0][name], theirs) <= 1e-5, name
+    h = hyperparameters(train, 5)
+    name = "model.layers.1.mlp.up_proj.weight"
+    momentum = state[f"muon.momentum.{name}"] * h.momentum + grads[name] * np.float64(1 - h.momentum)
+    x = (grads[name] * (1 - h.momentum) + momentum * h.momentum).T  # tall: turned wide
+    x /= np.linalg.norm(x)
+    for _ in range(5):
+        s = x @ x.T
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    assert np.linalg.svd(x, compute_uv=False).min() > 0.6 and np.linalg.svd(x, compute_uv=False).max() < 1.3
+    rate = h.matrix_lr * np.sqrt(params[name].shape[0] / params[name].shape[1])
+    expected = params[name] * (1 - h.matrix_lr * h.weight_decay) - rate * x.T
+    assert relative(results[1][name], expected) <= 1e-5
+
+
 def step_with(engines, config, params, moments, grads, train, step):
-    engine = engines.TrainEngine(config, cpu(engines))
+    engine = engines.TrainEngine(config, cpu(engines), train.optimizer)
     engine.load([*params.items(), *moments.items()])
     if engines.NAME == "torch":
         import torch
@@ -255,7 +282,7 @@ def torch_adamw(config, params, moments, grads, train, step):
         {"params": [t for n, t in tensors.items() if table[n].decays is decays], "weight_decay": decay}
         for decays, decay in ((True, train.weight_decay), (False, 0.0))
     ]
-    rate = hyperparameters(train, step).learning_rate
+    rate = hyperparameters(train, step).vector_lr
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(train.beta1, train.beta2), eps=train.adam_eps)
     for name, tensor in tensors.items():
         m, v = (torch.from_numpy(moments[f"adamw.{slot}.{name}"].copy()) for slot in "mv")

@@ -184,7 +184,7 @@ def test_a_disk_that_fills_up_while_saving(saved, monkeypatch, calls):
 
     monkeypatch.setattr(paths.os, "fsync", fsync)
     with pytest.raises(UserError, match=r"can't be saved .*No space left on device.*free some space"):
-        checkpoint.save(saved, opened.config, ByteTokenizer(), tensors, {"step": 4})
+        checkpoint.save(saved, opened.config, ByteTokenizer(), tensors, {"step": 4, "train": {"optimizer": "adamw"}})
     monkeypatch.undo()
     assert {path: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
@@ -200,7 +200,13 @@ def test_a_disk_that_is_really_full(saved, tmp_path):
         opened = open_checkpoint(saved)
         tensors = dict(opened.parameters()) | dict(opened.optimizer_state())
         with pytest.raises(UserError, match="No space left on device"):
-            checkpoint.save(mount / "step-00000004", opened.config, ByteTokenizer(), tensors, {"step": 4})
+            checkpoint.save(
+                mount / "step-00000004",
+                opened.config,
+                ByteTokenizer(),
+                tensors,
+                {"step": 4, "train": {"optimizer": "adamw"}},
+            )
         assert list(mount.iterdir()) == []
     finally:
         subprocess.run(["umount", mount], check=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from twingpt import GPTConfig
 from twingpt.core.config import SHAPES
-from twingpt.core.parameters import initialise, parameter_table, state_table
+from twingpt.core.parameters import initialise, optimizer_plan, parameter_table, state_table
 
 PINNED = (0.013133191503584385, 0.02449054643511772, 0.009753716178238392)
 CONFIG = GPTConfig(vocab_size=200, block_size=16, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
@@ -60,6 +60,19 @@ def test_initial_bits_are_pinned():
 
 
 def test_optimizer_state_has_two_moments_for_each_parameter():
-    table, state = parameter_table(CONFIG), state_table(CONFIG)
+    table, state = parameter_table(CONFIG), state_table(CONFIG, "adamw")
     assert len(state) == 2 * len(table)
     assert state["adamw.v.model.norm.weight"] == (64,)
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    table, plan = parameter_table(CONFIG), optimizer_plan(CONFIG, "muon")
+    matrices = {name for batch in plan.muon for name in batch}
+    assert matrices == {name for name in table if ".layers." in name and "norm" not in name}
+    assert matrices | set(plan.adamw) == set(table) and not matrices & set(plan.adamw)
+    for batch in plan.muon:  # of one shape up to turning: w.up with w.down
+        assert len({tuple(sorted(table[name].shape)) for name in batch}) == 1
+    assert any({"up_proj", "down_proj"} <= {name.split(".")[-2] for name in batch} for batch in plan.muon)
+    state = state_table(CONFIG, "muon")
+    assert state["muon.momentum.model.layers.0.mlp.up_proj.weight"] == (CONFIG.n_inner, 64)
+    assert len(state) == len(matrices) + 2 * len(plan.adamw)

@@ -116,7 +116,7 @@ class Backend(Protocol):
     """The names that `twingpt.backends.NAME` exports."""
 
     NAME: str
-    TrainEngine: Callable[..., TrainEngine]  # (config, device, dtype, compile)
+    TrainEngine: Callable[..., TrainEngine]  # (config, device, optimizer, dtype, compile)
     DecodeEngine: Callable[..., DecodeEngine]  # (config, tensors, device, dtype)
 
     def devices(self) -> list[Device]:

@@ -100,11 +100,11 @@ def save(
 ) -> None:
     """Write a checkpoint in one atomic step: at `folder` there is all of it or what was there before.
 
-    `tensors` holds the parameters and, for one that training can continue from, the optimizer state;
-    `training` becomes training_state.json. Raises UserError where it can't be written (a full disk,
-    a folder without permission); nothing half-written stays.
+    `tensors` holds the parameters and, with `training`, which becomes training_state.json, the state of
+    the optimizer that it names: together what training can continue from. Raises UserError where it
+    can't be written (a full disk, a folder without permission); nothing half-written stays.
     """
-    texts = files(tokenizer, config.block_size)
+    texts, parameters = files(tokenizer, config.block_size), parameter_table(config)
     texts["config.json"] = json.dumps(portable_config(config, tokenizer.end_of_text), indent=2)
     ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     texts["generation_config.json"] = json.dumps(ids, indent=2)
@@ -114,7 +114,8 @@ def save(
         with new_folder(folder) as temporary:
             entries = _write_model(temporary, config, tensors)
             if training is not None:
-                entries[OPTIMIZER] = write_safetensors(temporary / OPTIMIZER, state_table(config), tensors)
+                state = {name: array.shape for name, array in tensors.items() if name not in parameters}
+                entries[OPTIMIZER] = write_safetensors(temporary / OPTIMIZER, state, tensors)
             for name, text in texts.items():
                 write_synced(temporary / name, text.encode())
             for path in temporary.iterdir():
@@ -155,7 +156,8 @@ class Checkpoint:
 
     def optimizer_state(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of the optimizer's state."""
-        yield from read_tensors([self.folder / OPTIMIZER], state_table(self.config))
+        optimizer = self.training()["train"]["optimizer"]
+        yield from read_tensors([self.folder / OPTIMIZER], state_table(self.config, optimizer))
 
 
 def read_tensors(paths: Iterable[Path], table: Shapes) -> Iterator[tuple[str, Array]]:

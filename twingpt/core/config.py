@@ -15,7 +15,8 @@ NORMS = ("rmsnorm", "layernorm")
 MLPS = ("swiglu", "geglu", "gelu", "gelu_tanh", "relu2")
 GATED_MLPS = ("swiglu", "geglu")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
-SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("float32", "bfloat16")
 
 T = TypeVar("T")
@@ -270,6 +271,12 @@ class TrainConfig:
     A step is `gradient_accumulation_steps` micro-batches of `batch_size` windows of the model's
     `block_size` tokens. Intervals are in steps, and 0 turns one off. `eval_iters` counts batches of
     the fixed validation windows, 0 for the whole split. `keep` is how many latest checkpoints stay.
+
+    With the optimizer `muon`, the blocks' matrices have `matrix_lr` and Muon's momentum, which warms
+    up from 0.85; the rest has AdamW. `embedding_lr` and `head_lr` replace `learning_rate` for those
+    two, and all rates follow one schedule, which ends at the share `min_lr / learning_rate` of each:
+    `wsd` holds them and lets them fall linearly over the last `warmdown_fraction` of the run.
+    `weight_decay` falls linearly to 0 with `decay_weight_decay`.
     """
 
     data: str = "python-docs"
@@ -280,11 +287,19 @@ class TrainConfig:
     batch_size: int = 12
     gradient_accumulation_steps: int = 1
     max_iters: int = 2000
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     min_lr: float = 1e-4
+    matrix_lr: float = 0.02
+    embedding_lr: float | None = None
+    head_lr: float | None = None
     warmup_iters: int = 100
     lr_schedule: str = "cosine"
+    warmdown_fraction: float = 0.5
     weight_decay: float = 0.1
+    decay_weight_decay: bool = False
+    momentum: float = 0.95
+    momentum_warmup_iters: int = 300
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
@@ -298,6 +313,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
         _check_choice("dtype", self.dtype, DTYPES)
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "log_interval", "keep"):
@@ -307,8 +323,11 @@ class TrainConfig:
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and not (0 <= value < float("inf")):
                 _fail(f"{field.name} must be a number of at least 0, and is {value}.")
-        if self.beta1 >= 1 or self.beta2 >= 1:
-            _fail("beta1 and beta2 must be below 1.")
+        for name in ("beta1", "beta2", "momentum"):
+            if getattr(self, name) >= 1:
+                _fail(f"{name} must be below 1, and is {getattr(self, name)}.")
+        if self.warmdown_fraction > 1:
+            _fail(f"warmdown_fraction must be at most 1, and is {self.warmdown_fraction}.")
         if self.adam_eps == 0:
             _fail("adam_eps must be positive.")
         if self.min_lr > self.learning_rate:

@@ -168,7 +168,7 @@ def _trainer(
     if compile is None:  # on a CPU compiling takes longer than the run that it would speed up
         compile = device.kind != "cpu"
     data.check(config)
-    engine = engines.TrainEngine(config, device, train.dtype, compile)
+    engine = engines.TrainEngine(config, device, train.optimizer, train.dtype, compile)
     reporters: list[Reporter] = [JSONLReporter(run / "metrics.jsonl"), PlotReporter(run)]
     return Trainer(run, config, train, data, engines, device, engine, reporters, progress)
 

@@ -11,7 +11,7 @@ import numpy as np
 from twingpt.core import rng
 from twingpt.core.config import GPTConfig
 
-EMBEDDING, MATRIX, VECTOR = "embedding", "matrix", "vector"
+EMBEDDING, HEAD, MATRIX, VECTOR = "embedding", "head", "matrix", "vector"
 
 Array = np.ndarray
 
@@ -85,7 +85,7 @@ def parameter_table(config: GPTConfig) -> dict[str, Parameter]:
         table.linear(f"{layer}.mlp.down_proj", c.n_embd, c.n_inner, c.mlp_bias, residual_std)
     table.norm("model.norm", c.n_embd)
     if not c.tie_embeddings:
-        table["lm_head.weight"] = Parameter((c.vocab_size, c.n_embd), EMBEDDING, std=std)
+        table["lm_head.weight"] = Parameter((c.vocab_size, c.n_embd), HEAD, std=std)
     return dict(table)
 
 
@@ -108,10 +108,36 @@ def initialise(config: GPTConfig, seed: int) -> Iterator[tuple[str, Array]]:
             yield name, normal * np.float32(parameter.std)
 
 
-OPTIMIZER_SLOTS = ("adamw.m", "adamw.v")
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """Which parameter is stepped how: by AdamW with its group's learning rate, or by Muon.
+
+    `adamw` maps names to groups, `decays` names those of them that weight decay applies to. `muon`
+    lists batches of matrices that have one shape once the tall are turned wide, which Muon
+    orthogonalises together.
+    """
+
+    adamw: dict[str, str]
+    decays: frozenset[str]
+    muon: tuple[tuple[str, ...], ...]
 
 
-def state_table(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of the optimizer's state: two float32 moments for each parameter."""
+def optimizer_plan(config: GPTConfig, optimizer: str) -> OptimizerPlan:
+    """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all."""
     table = parameter_table(config)
-    return {f"{slot}.{name}": table[name].shape for slot in OPTIMIZER_SLOTS for name in table}
+    matrices = [
+        name for name, row in table.items() if optimizer == "muon" and row.group == MATRIX and len(row.shape) == 2
+    ]
+    batches: dict[tuple[int, ...], list[str]] = {}
+    for name in matrices:
+        batches.setdefault(tuple(sorted(table[name].shape)), []).append(name)
+    adamw = {name: row.group for name, row in table.items() if name not in matrices}
+    decays = frozenset(name for name in adamw if table[name].decays)
+    return OptimizerPlan(adamw, decays, tuple(map(tuple, batches.values())))
+
+
+def state_table(config: GPTConfig, optimizer: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of the optimizer's float32 state: AdamW's two moments, Muon's momentum."""
+    table, plan = parameter_table(config), optimizer_plan(config, optimizer)
+    state = {f"adamw.{slot}.{name}": table[name].shape for slot in "mv" for name in plan.adamw}
+    return state | {f"muon.momentum.{name}": table[name].shape for batch in plan.muon for name in batch}

@@ -7,44 +7,78 @@ from typing import NamedTuple
 
 from twingpt.core.config import TrainConfig
 
+MOMENTUM_AT_START = 0.85
+
 
 class Hyper(NamedTuple):
-    """The numbers of one AdamW step; a backend gets them as one float32 array, in this order.
+    """The numbers of one optimizer step; a backend gets them as one float32 array, in this order.
 
     The complements and bias corrections come ready, because 1 - beta taken in float32 would be
-    off in the fifth digit.
+    off in the fifth digit. `vector_lr` is that of norms and biases.
     """
 
-    learning_rate: float
+    matrix_lr: float
+    embedding_lr: float
+    head_lr: float
+    vector_lr: float
     weight_decay: float
     one_minus_beta1: float
     one_minus_beta2: float
     bias_correction1: float
     bias_correction2: float
     eps: float
+    momentum: float
+    one_minus_momentum: float
     grad_clip: float
 
 
-def learning_rate(train: TrainConfig, step: int) -> float:
-    """Linear warm-up over `warmup_iters` steps, then cosine to `min_lr` at `max_iters`, or constant."""
+def learning_rate_factor(train: TrainConfig, step: int) -> float:
+    """The share of every learning rate at a step: linear warm-up over `warmup_iters`, then the schedule.
+
+    Cosine and the last `warmdown_fraction` of WSD (Hu et al. 2024) end at min_lr / learning_rate.
+    """
     if step < train.warmup_iters:
-        return train.learning_rate * (step + 1) / (train.warmup_iters + 1)
-    if train.lr_schedule == "constant":
-        return train.learning_rate
-    span = max(1, train.max_iters - train.warmup_iters)
-    progress = min(1.0, (step - train.warmup_iters) / span)
-    return train.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (train.learning_rate - train.min_lr)
+        return (step + 1) / (train.warmup_iters + 1)
+    floor = train.min_lr / train.learning_rate if train.learning_rate else 0.0
+    if train.lr_schedule == "cosine":
+        span = max(1.0, train.max_iters - train.warmup_iters)
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - train.warmup_iters) / span)))
+    elif train.lr_schedule == "wsd":
+        span = max(1.0, train.warmdown_fraction * train.max_iters)
+        left = min(1.0, max(0.0, (train.max_iters - step) / span))
+    else:
+        return 1.0
+    return floor + left * (1 - floor)
+
+
+def momentum(train: TrainConfig, step: int) -> float:
+    """Muon's momentum: linear from 0.85 to `momentum` over `momentum_warmup_iters` (modded-nanogpt)."""
+    share = min(1.0, step / train.momentum_warmup_iters) if train.momentum_warmup_iters else 1.0
+    start = min(MOMENTUM_AT_START, train.momentum)
+    return start + share * (train.momentum - start)
+
+
+def weight_decay(train: TrainConfig, step: int) -> float:
+    """Constant, or falling linearly to 0 at `max_iters`."""
+    left = max(0.0, 1 - step / train.max_iters) if train.decay_weight_decay else 1.0
+    return train.weight_decay * left
 
 
 def hyperparameters(train: TrainConfig, step: int) -> Hyper:
     """The hyperparameters of step number `step`, counted from 0."""
+    factor, rate, mu = learning_rate_factor(train, step), train.learning_rate, momentum(train, step)
     return Hyper(
-        learning_rate=learning_rate(train, step),
-        weight_decay=train.weight_decay,
+        matrix_lr=factor * (train.matrix_lr if train.optimizer == "muon" else rate),
+        embedding_lr=factor * (rate if train.embedding_lr is None else train.embedding_lr),
+        head_lr=factor * (rate if train.head_lr is None else train.head_lr),
+        vector_lr=factor * rate,
+        weight_decay=weight_decay(train, step),
         one_minus_beta1=1 - train.beta1,
         one_minus_beta2=1 - train.beta2,
         bias_correction1=1 - train.beta1 ** (step + 1),
         bias_correction2=1 - train.beta2 ** (step + 1),
         eps=train.adam_eps,
+        momentum=mu,
+        one_minus_momentum=1 - mu,
         grad_clip=train.grad_clip or math.inf,
     )

@@ -22,7 +22,7 @@ from twingpt.core.errors import UserError
 from twingpt.core.events import Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Saved, Trained
 from twingpt.core.generator import LanguageModel
 from twingpt.core.parameters import parameter_count
-from twingpt.core.schedule import hyperparameters, learning_rate
+from twingpt.core.schedule import hyperparameters, learning_rate_factor
 
 SAMPLE_TOKENS = 120
 
@@ -140,7 +140,8 @@ class Trainer:
         if self.progress.step > self.clock_step:
             self.speeds.append((self.progress.step - self.clock_step) * self._tokens_per_step / (now - self.clock))
         self.clock, self.clock_step = now, self.progress.step
-        rate, tokens = learning_rate(train, step - 1), step * self._tokens_per_step
+        rate = train.learning_rate * learning_rate_factor(train, step - 1)
+        tokens = step * self._tokens_per_step
         self._report(
             Trained(step, float(loss), float(grad_norm), rate, tokens, self.speeds[-1], memory.now, memory.peak)
         )

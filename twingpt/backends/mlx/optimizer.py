@@ -1,45 +1,85 @@
-"""Gradient clipping and AdamW in MLX: the twin of `backends/torch/optimizer.py`."""
+"""Gradient clipping, AdamW and Muon in MLX: the twin of `backends/torch/optimizer.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import mlx.core as mx
 
+from twingpt.core.parameters import OptimizerPlan
 from twingpt.core.schedule import Hyper
 
 Array = mx.array
 Parameters = dict[str, mx.array]
 
+# The quintic a x + b x^3 + c x^5 whose iteration drives singular values to about 1 (Jordan et al. 2024).
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
+
 
 def clip_gradients(grads: Parameters, h: Hyper) -> tuple[Parameters, Array]:
-    """Scale all gradients so that their joint norm is at most h.grad_clip; and that norm."""
+    """Scale all gradients so that their joint norm is at most h.grad_clip; and that norm before."""
     total = mx.sqrt(mx.stack([mx.square(g).sum() for g in grads.values()]).sum())
     scale = mx.minimum(h.grad_clip / (total + 1e-6), 1.0)
     return {name: g * scale for name, g in grads.items()}, total
 
 
-def adamw(p: Array, g: Array, m: Array, v: Array, h: Hyper, decays: bool) -> tuple[Array, Array, Array]:
+def adamw(p: Array, g: Array, m: Array, v: Array, h: Hyper, rate: Array, decays: bool) -> tuple[Array, Array, Array]:
     """One step of AdamW (Loshchilov & Hutter 2019) in torch's formula, all in float32: new p, m and v."""
     if decays:
-        p = p * (1 - h.learning_rate * h.weight_decay)
+        p = p * (1 - rate * h.weight_decay)
     m = m + (g - m) * h.one_minus_beta1
     v = v + (g * g - v) * h.one_minus_beta2
-    p = p - h.learning_rate / h.bias_correction1 * m / (mx.sqrt(v / h.bias_correction2) + h.eps)
+    p = p - rate / h.bias_correction1 * m / (mx.sqrt(v / h.bias_correction2) + h.eps)
     return p, m, v
 
 
-def adamw_step(
-    params: Parameters, grads: Parameters, state: Parameters, h: Hyper, decays: Collection[str]
-) -> tuple[Parameters, Parameters, Array]:
-    """Clip, then step every parameter: (params, state, gradient norm).
+def orthogonalise(x: Array, dtype: mx.Dtype) -> Array:
+    """The nearest matrices with singular values of about 1, by Newton-Schulz steps in `dtype`; (n, r, c), r <= c.
 
-    `state` holds adamw.m.NAME and adamw.v.NAME; `h` holds 0-D arrays on the device; `decays` names the
-    parameters that weight decay applies to. The arrays given are left as they were.
+    The norm is taken in float32: in bfloat16 it can overflow.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = (x / (mx.sqrt(mx.square(x).sum((-2, -1), keepdims=True)) + 1e-7)).astype(dtype)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        s = x @ x.swapaxes(-2, -1)
+        x = a * x + (b * s + c * (s @ s)) @ x
+    return x.astype(mx.float32)
+
+
+def muon(
+    names: tuple[str, ...], params: Parameters, grads: Parameters, state: Parameters, h: Hyper, dtype: mx.Dtype
+) -> None:
+    """One step of Muon (Jordan et al. 2024) with Nesterov momentum on matrices of one shape up to turning.
+
+    Replaces the entries of `params` and `state`.
+    """
+    updates = []
+    for name in names:
+        g, m = grads[name], state[f"muon.momentum.{name}"]
+        m = m + (g - m) * h.one_minus_momentum
+        state[f"muon.momentum.{name}"] = m
+        update = g + (m - g) * h.momentum
+        updates.append(update.T if update.shape[0] > update.shape[1] else update)
+    for name, update in zip(names, orthogonalise(mx.stack(updates), dtype), strict=True):
+        p = params[name]
+        rows, columns = p.shape
+        p = p * (1 - h.matrix_lr * h.weight_decay)
+        p = p - h.matrix_lr * max(1.0, rows / columns) ** 0.5 * (update.T if rows > columns else update)
+        params[name] = p
+
+
+def optimizer_step(
+    params: Parameters, grads: Parameters, state: Parameters, h: Hyper, plan: OptimizerPlan, dtype: mx.Dtype
+) -> tuple[Parameters, Parameters, Array]:
+    """Clip, then step every parameter as `plan` says: (params, state, gradient norm).
+
+    `state` holds adamw.m.NAME, adamw.v.NAME and muon.momentum.NAME; `h` holds 0-D arrays on the device;
+    Muon orthogonalises in `dtype`. The dictionaries given are left as they were.
     """
     grads, total = clip_gradients(grads, h)
     params, state = dict(params), dict(state)
-    for name, p in params.items():
-        m, v = f"adamw.m.{name}", f"adamw.v.{name}"
-        params[name], state[m], state[v] = adamw(p, grads[name], state[m], state[v], h, name in decays)
+    for name, group in plan.adamw.items():
+        m, v, rate = f"adamw.m.{name}", f"adamw.v.{name}", getattr(h, f"{group}_lr")
+        step = adamw(params[name], grads[name], state[m], state[v], h, rate, name in plan.decays)
+        params[name], state[m], state[v] = step
+    for names in plan.muon:
+        muon(names, params, grads, state, h, dtype)
     return params, state, total

@@ -12,10 +12,10 @@ import numpy as np
 from twingpt.backends.mlx import model
 from twingpt.backends.mlx.decoding import DecodeEngine
 from twingpt.backends.mlx.device import DTYPES, keep_resident, memory, on_device, to_device, to_numpy
-from twingpt.backends.mlx.optimizer import adamw_step
+from twingpt.backends.mlx.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
-from twingpt.core.parameters import parameter_table, state_table
+from twingpt.core.parameters import optimizer_plan, state_table
 from twingpt.core.schedule import Hyper
 
 Array = mx.array
@@ -45,12 +45,18 @@ def mean_nats(params: Parameters, tokens: Array, targets: Array, key: Array, **s
 
 
 class TrainEngine:
-    """Float32 parameters and AdamW state, and a training step that computes in `dtype`."""
+    """Float32 parameters and optimizer state, and a training step that computes in `dtype`."""
 
-    def __init__(self, config: GPTConfig, device: Device, dtype: str = "float32", compile: bool = False) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        device: Device,
+        optimizer: str = "adamw",
+        dtype: str = "float32",
+        compile: bool = False,
+    ) -> None:
         keep_resident(device)
-        self.config, self.device, self.dtype = config, device, dtype
-        decays = {name for name, row in parameter_table(config).items() if row.decays}
+        self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
         self.losses: list[Array] = []
@@ -59,12 +65,13 @@ class TrainEngine:
         settings: dict[str, Any] = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
         self.train_nats = compiled(mx.value_and_grad(partial(mean_nats, **settings, rate=config.dropout)))
         self.summed_nats = compiled(partial(summed_nats, **settings, rate=0.0))
-        self.adamw_step = compiled(partial(adamw_step, decays=decays))
+        step = partial(optimizer_step, plan=optimizer_plan(config, optimizer), dtype=DTYPES[dtype])
+        self.optimizer_step = compiled(step)
 
     @on_device
     def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
-        shapes = state_table(self.config)
+        shapes = state_table(self.config, self.optimizer)
         arrays = {name: to_device(array) for name, array in tensors}
         self.optimizer_state = {
             name: arrays.pop(name) if name in arrays else mx.zeros(shape) for name, shape in shapes.items()
@@ -90,7 +97,7 @@ class TrainEngine:
         """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm)."""
         numbers = to_device(np.array(hyper, np.float32))
         grads, loss = self.gradients(), mx.stack(self.losses).mean()
-        self.params, self.optimizer_state, total = self.adamw_step(
+        self.params, self.optimizer_state, total = self.optimizer_step(
             self.params, grads, self.optimizer_state, Hyper(*numbers)
         )
         self.grads = {}

@@ -1,43 +1,78 @@
-"""Gradient clipping and AdamW in PyTorch: the twin of `backends/mlx/optimizer.py`."""
+"""Gradient clipping, AdamW and Muon in PyTorch: the twin of `backends/mlx/optimizer.py`."""
 
 from __future__ import annotations
-
-from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
+from twingpt.core.parameters import OptimizerPlan
 from twingpt.core.schedule import Hyper
 
 Array = Tensor
 Parameters = dict[str, Tensor]
 
+# The quintic a x + b x^3 + c x^5 whose iteration drives singular values to about 1 (Jordan et al. 2024).
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
+
 
 def clip_gradients(grads: Parameters, h: Hyper) -> tuple[Parameters, Array]:
-    """Scale all gradients so that their joint norm is at most h.grad_clip; and that norm."""
+    """Scale all gradients so that their joint norm is at most h.grad_clip; and that norm before."""
     total = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
     scale = torch.clamp(h.grad_clip / (total + 1e-6), max=1.0)
     return {name: g * scale for name, g in grads.items()}, total
 
 
-def adamw(p: Array, g: Array, m: Array, v: Array, h: Hyper, decays: bool) -> None:
+def adamw(p: Array, g: Array, m: Array, v: Array, h: Hyper, rate: Array, decays: bool) -> None:
     """One step of AdamW (Loshchilov & Hutter 2019) in torch's formula, all in float32, in place."""
     if decays:
-        p.mul_(1 - h.learning_rate * h.weight_decay)
+        p.mul_(1 - rate * h.weight_decay)
     m.add_((g - m) * h.one_minus_beta1)
     v.add_((g * g - v) * h.one_minus_beta2)
-    p.sub_(h.learning_rate / h.bias_correction1 * m / ((v / h.bias_correction2).sqrt_().add_(h.eps)))
+    p.sub_(rate / h.bias_correction1 * m / ((v / h.bias_correction2).sqrt_().add_(h.eps)))
 
 
-def adamw_step(
-    params: Parameters, grads: Parameters, state: Parameters, h: Hyper, decays: Collection[str]
+def orthogonalise(x: Array, dtype: torch.dtype) -> Array:
+    """The nearest matrices with singular values of about 1, by Newton-Schulz steps in `dtype`; (n, r, c), r <= c.
+
+    The norm is taken in float32: in bfloat16 it can overflow.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = (x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)).to(dtype)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        s = x @ x.mT
+        x = a * x + (b * s + c * (s @ s)) @ x
+    return x.float()
+
+
+def muon(
+    names: tuple[str, ...], params: Parameters, grads: Parameters, state: Parameters, h: Hyper, dtype: torch.dtype
+) -> None:
+    """One step of Muon (Jordan et al. 2024) with Nesterov momentum on matrices of one shape up to turning, in place."""
+    updates = []
+    for name in names:
+        g, m = grads[name], state[f"muon.momentum.{name}"]
+        m.add_((g - m) * h.one_minus_momentum)
+        update = g + (m - g) * h.momentum
+        updates.append(update.mT if update.shape[0] > update.shape[1] else update)
+    for name, update in zip(names, orthogonalise(torch.stack(updates), dtype).unbind(), strict=True):
+        p = params[name]
+        rows, columns = p.shape
+        p.mul_(1 - h.matrix_lr * h.weight_decay)
+        p.sub_(h.matrix_lr * max(1.0, rows / columns) ** 0.5 * (update.mT if rows > columns else update))
+
+
+def optimizer_step(
+    params: Parameters, grads: Parameters, state: Parameters, h: Hyper, plan: OptimizerPlan, dtype: torch.dtype
 ) -> tuple[Parameters, Parameters, Array]:
-    """Clip, then step every parameter: (params, state, gradient norm).
+    """Clip, then step every parameter as `plan` says: (params, state, gradient norm).
 
-    `state` holds adamw.m.NAME and adamw.v.NAME; `h` holds 0-D arrays on the device; `decays` names the
-    parameters that weight decay applies to. The arrays are updated in place and returned.
+    `state` holds adamw.m.NAME, adamw.v.NAME and muon.momentum.NAME; `h` holds 0-D arrays on the device;
+    Muon orthogonalises in `dtype`. The arrays are updated in place and returned.
     """
     grads, total = clip_gradients(grads, h)
-    for name, p in params.items():
-        adamw(p, grads[name], state[f"adamw.m.{name}"], state[f"adamw.v.{name}"], h, name in decays)
+    for name, group in plan.adamw.items():
+        m, v = state[f"adamw.m.{name}"], state[f"adamw.v.{name}"]
+        adamw(params[name], grads[name], m, v, h, getattr(h, f"{group}_lr"), name in plan.decays)
+    for names in plan.muon:
+        muon(names, params, grads, state, h, dtype)
     return params, state, total

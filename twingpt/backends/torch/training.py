@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch import Tensor
 from twingpt.backends.torch import model
 from twingpt.backends.torch.decoding import DecodeEngine
 from twingpt.backends.torch.device import DTYPES, memory, to_device, to_numpy
-from twingpt.backends.torch.optimizer import adamw_step
+from twingpt.backends.torch.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
-from twingpt.core.parameters import parameter_table, state_table
+from twingpt.core.parameters import optimizer_plan, state_table
 from twingpt.core.schedule import Hyper
 
 Array = Tensor
@@ -44,22 +45,29 @@ def mean_nats(params: Parameters, tokens: Array, targets: Array, *settings: Any)
 
 
 class TrainEngine:
-    """Float32 parameters and AdamW state, and a training step that computes in `dtype`."""
+    """Float32 parameters and optimizer state, and a training step that computes in `dtype`."""
 
-    def __init__(self, config: GPTConfig, device: Device, dtype: str = "float32", compile: bool = False) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
+    def __init__(
+        self,
+        config: GPTConfig,
+        device: Device,
+        optimizer: str = "adamw",
+        dtype: str = "float32",
+        compile: bool = False,
+    ) -> None:
+        self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.settings = (config, model.Rope(config, torch.device(device.name)), DTYPES[dtype])
-        self.decays = {name for name, row in parameter_table(config).items() if row.decays}
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
         self.losses: list[Array] = []
         self.mean_nats = torch.compile(mean_nats) if compile else mean_nats
         self.summed_nats = torch.compile(summed_nats) if compile else summed_nats
-        self.adamw_step = torch.compile(adamw_step) if compile else adamw_step
+        step = partial(optimizer_step, plan=optimizer_plan(config, optimizer), dtype=DTYPES[dtype])
+        self.optimizer_step = torch.compile(step) if compile else step
 
     def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
-        shapes = state_table(self.config)
+        shapes = state_table(self.config, self.optimizer)
         arrays = {name: to_device(array, self.device).clone() for name, array in tensors}
         self.optimizer_state = {
             name: arrays.pop(name) if name in arrays else torch.zeros(shape, device=self.device.name)
@@ -87,7 +95,7 @@ class TrainEngine:
         """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm)."""
         numbers = to_device(np.array(hyper, np.float32), self.device)
         grads, loss = self.gradients(), torch.stack(self.losses).mean()
-        _, _, total = self.adamw_step(self.params, grads, self.optimizer_state, Hyper(*numbers), self.decays)
+        _, _, total = self.optimizer_step(self.params, grads, self.optimizer_state, Hyper(*numbers))
         for p in self.params.values():
             p.grad = None
         self.losses = []
