@@ -52,7 +52,7 @@ def train(
     tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
     vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
     preset: Annotated[str | None, _option("micro, tiny, small, medium, gpt2 or large.", MODEL)] = None,
-    shape: Annotated[str | None, _option("qwen3, llama or gpt2: the kind of block.", MODEL)] = None,
+    shape: Annotated[str | None, _option("qwen3, llama, gpt2 or nano: the kind of block.", MODEL)] = None,
     n_layer: Annotated[int | None, _option("Blocks.", MODEL)] = None,
     n_head: Annotated[int | None, _option("Query heads.", MODEL)] = None,
     n_kv_head: Annotated[int | None, _option("Key-value heads; divides n_head.", MODEL)] = None,

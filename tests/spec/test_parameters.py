@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from twingpt import GPTConfig
+from twingpt.core import reference
 from twingpt.core.config import SHAPES
 from twingpt.core.parameters import initialise, optimizer_plan, parameter_table, state_table
 
@@ -51,6 +52,17 @@ def test_initial_values_are_as_the_table_says():
         else:
             assert abs(array.mean()) < 5 * row.std / np.sqrt(array.size)
             np.testing.assert_allclose(array.std(), row.std, rtol=0.1)
+
+
+def test_zero_init_makes_every_block_the_identity():
+    config = dataclasses.replace(CONFIG, zero_init=True)
+    params = dict(initialise(config, 1))
+    assert not params["model.layers.0.mlp.down_proj.weight"].any()
+    tokens = np.arange(10)[None]
+    x = params["model.embed_tokens.weight"][tokens].astype(np.float64)
+    head = params["model.embed_tokens.weight"].T
+    expected = reference.rms_norm(x, 1.0, config.norm_eps) @ head
+    np.testing.assert_allclose(reference.forward(params, tokens, config), expected, atol=1e-12)
 
 
 def test_initial_bits_are_pinned():

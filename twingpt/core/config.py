@@ -103,7 +103,9 @@ class GPTConfig:
 
     Zero or None leaves a switch at its derived value: `n_kv_head` is `n_head`, `head_dim` is
     `n_embd / n_head`, `n_inner` (the MLP's hidden width) is 4 x `n_embd`, or 8/3 of it rounded up to
-    a multiple of 32 when the MLP is gated. Lengths and windows are in tokens.
+    a multiple of 32 when the MLP is gated. Lengths and windows are in tokens. `embed_norm` is a norm
+    after the embedding; `zero_init` starts the projections into the residual stream at zero, so that
+    every block begins as the identity.
 
     Raises UserError for an impossible value, in one sentence.
     """
@@ -130,11 +132,13 @@ class GPTConfig:
     attn_out_bias: bool = False
     qk_norm: bool = True
     tie_embeddings: bool = True
+    embed_norm: bool = False
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
     sliding_window: int = 0
     dropout: float = 0.0
     init_std: float = 0.02
+    zero_init: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):
@@ -223,6 +227,13 @@ class GPTConfig:
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "llama": {"qk_norm": False},
+    "nano": {
+        "mlp": "relu2",
+        "tie_embeddings": False,
+        "embed_norm": True,
+        "logit_softcap": 15.0,
+        "zero_init": True,
+    },
     "gpt2": {
         "position": "learned",
         "norm": "layernorm",

@@ -60,13 +60,17 @@ class _Table(dict[str, Parameter]):
 def parameter_table(config: GPTConfig) -> dict[str, Parameter]:
     """Canonical name -> Parameter, under the names that Llama-style checkpoints use.
 
-    Projections that write into the residual stream start smaller by sqrt(2 n_layer), as in GPT-2.
+    Projections that write into the residual stream start smaller by sqrt(2 n_layer), as in GPT-2, or
+    at zero with `zero_init`.
     """
     c, table = config, _Table(config)
-    std, residual_std = c.init_std, c.init_std / math.sqrt(2 * c.n_layer)
+    std = c.init_std
+    residual_std = 0.0 if c.zero_init else std / math.sqrt(2 * c.n_layer)
     table.embedding("model.embed_tokens", c.vocab_size)
     if c.position == "learned":
         table.embedding("model.embed_positions", c.block_size)
+    if c.embed_norm:
+        table.norm("model.embed_norm", c.n_embd)
     for i in range(c.n_layer):
         layer = f"model.layers.{i}"
         table.norm(f"{layer}.input_layernorm", c.n_embd)

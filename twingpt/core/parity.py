@@ -57,6 +57,7 @@ def random_models(seed: int) -> Iterator[tuple[str, GPTConfig, dict[str, Array]]
         "no_rope_layers": (3,),
     }
     for name, switches in {**SHAPES, "awkward": awkward}.items():
+        switches = switches | {"zero_init": False}  # or nothing of the blocks would be seen
         config = GPTConfig.from_dict(small | ({"n_kv_head": 2} if name == "qwen3" else {}) | switches)
         yield name, config, dict(initialise(config, seed))
 

@@ -128,6 +128,8 @@ def forward(params: Parameters, tokens: Array, config: GPTConfig) -> Array:
     x = p["model.embed_tokens.weight"][tokens]
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][: tokens.shape[1]]
+    if config.embed_norm:
+        x = norm(x, p, "model.embed_norm", config)
     for layer in range(config.n_layer):
         x = block(x, p, layer, config)
     x = norm(x, p, "model.norm", config)

@@ -199,6 +199,8 @@ def hidden_states(
     x = F.embedding(tokens, p["model.embed_tokens.weight"])
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][offset : offset + T]
+    if config.embed_norm:
+        x = norm(x, p, "model.embed_norm", config)
     x = dropout(x)
     for layer in range(config.n_layer):
         x = block(x, p, layer, config, rope, cache, dropout)
