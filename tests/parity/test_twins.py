@@ -140,7 +140,7 @@ def configs(draw):
     position = draw(st.sampled_from(["rope", "rope", "learned", "none"]))
     norm = draw(st.sampled_from(["rmsnorm", "layernorm"]))
     kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    head_dim = draw(st.sampled_from([2, 8, 20, 40, 64, 80]))
+    head_dim = draw(st.sampled_from([8, 12, 20, 40, 64, 80]))
     return GPTConfig(
         vocab_size=draw(st.integers(17, 130)),
         block_size=draw(st.integers(2, 33)),
@@ -151,7 +151,7 @@ def configs(draw):
         n_embd=draw(st.integers(16, 48)),
         n_inner=draw(st.integers(8, 70)),
         position=position,
-        rope_fraction=draw(st.sampled_from([1.0, 0.5])) if position == "rope" and head_dim > 2 else 1.0,
+        rope_fraction=draw(st.sampled_from([1.0, 0.5])) if position == "rope" else 1.0,
         rope_theta=draw(st.sampled_from([100.0, 10000.0, 500000.0])),
         norm=norm,
         norm_bias=norm == "layernorm" and draw(st.booleans()),
