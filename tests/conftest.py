@@ -23,7 +23,7 @@ import pytest
 
 from twingpt.core import backend as backends
 from twingpt.core import checkpoint
-from twingpt.core.config import GPTConfig
+from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.parameters import initialise
 from twingpt.core.tokenizer import ByteTokenizer
 
@@ -74,6 +74,11 @@ def prose(tmp_path) -> Path:
     return path
 
 
+def training_state(step: int) -> dict:
+    losses = dict.fromkeys(("train_loss", "val_loss", "val_bpb", "best_val_loss"), 1.5)
+    return {"step": step, "data": "none", "train": TrainConfig().to_dict(), **losses}
+
+
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """A small byte-level checkpoint with optimizer state, made without a backend."""
@@ -81,7 +86,7 @@ def saved(tmp_path) -> Path:
     folder = tmp_path / "run" / "checkpoints" / "step-00000003"
     tensors = dict(initialise(config, 0))
     tensors |= {f"adamw.{slot}.{name}": np.abs(array) for name, array in tensors.items() for slot in "mv"}
-    checkpoint.save(folder, config, ByteTokenizer(), tensors, {"step": 3, "train": {"optimizer": "adamw"}})
+    checkpoint.save(folder, config, ByteTokenizer(), tensors, training_state(3))
     return folder
 
 

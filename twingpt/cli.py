@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,11 +36,22 @@ def _option(help: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
 
 
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
+@app.callback(epilog="--debug, anywhere, shows the traceback of an error.")
+def options() -> None:
     """Train and run small GPTs, the same in MLX and in PyTorch."""
+
+
+def _print_json(value: Any) -> None:
+    """One line of JSON, in which a number that is not finite is null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(item) for key, item in part.items()}
+        if isinstance(part, list):
+            return [finite(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    print(json.dumps(finite(value), allow_nan=False))
 
 
 @app.command(
@@ -99,16 +113,17 @@ def train(
     for key in ("stop_after", "out", "resume", "backend", "device", "compile", "json_"):
         given.pop(key, None)
     from rich.console import Console
+    from rich.markup import escape
 
     from twingpt.core import launch
     from twingpt.core.console import ConsoleReporter
 
-    if resume and out:
+    if resume is not None and out:
         raise UserError("--resume goes on in the run's own folder: leave out --out.")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
-    if resume:
-        trainer = launch.resume_run(resume, given, backend, device, compile)
+    if resume is not None:
+        trainer = launch.resume_run(resume, given, backend, device, compile, stop_after)
     else:
         trainer = launch.new_run(given, out, backend, device, compile)
     console = Console(stderr=json_, highlight=False)
@@ -117,13 +132,14 @@ def train(
     with reporter.live():
         summary = trainer.fit(stop_after)
     if json_:
-        print(json.dumps(summary))
+        _print_json(summary)
         return
-    run, saved = summary["run"], summary["checkpoint"]
-    console.print(f"\nCheckpoint: [bold]{saved}[/]\nLoss curve: {run}/loss.svg")
+    run, word = escape(summary["run"]), escape(shlex.quote(summary["run"]))
+    lines = [f"\nCheckpoint: [bold]{escape(summary['checkpoint'])}[/]", f"Loss curve: {run}/loss.svg"]
     if summary["reason"] != "finished":
-        console.print(f"Go on:      [bold]gpt train --resume {run}[/]")
-    console.print(f'Try it:     [bold]gpt generate {run} -p "…"[/]')
+        lines.append(f"Go on:      [bold]gpt train --resume {word}[/]")
+    lines.append(f'Try it:     [bold]gpt generate {word} -p "…"[/]')
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 @app.command(
@@ -150,10 +166,7 @@ def generate(
     """Let a model go on from a prompt, streaming its text."""
     from twingpt.core.generator import load
 
-    try:
-        text = sys.stdin.read() if prompt == "-" else prompt
-    except UnicodeDecodeError as error:
-        raise UserError(f"The prompt on stdin is not UTF-8 text: byte {error.start}.") from None
+    text = _stdin() if prompt == "-" else prompt
     completion = load(model, backend, device, dtype).complete(
         text,
         max_tokens,
@@ -173,7 +186,7 @@ def generate(
         print()
         return
     names = ("text", "tokens", "prompt_tokens", "finish_reason", "tokens_per_second")
-    print(json.dumps({name: getattr(completion, name) for name in names}))
+    _print_json({name: getattr(completion, name) for name in names})
 
 
 @app.command(epilog="[bold]Examples[/]\n\ngpt convert runs/novel novel-hf\n\ngpt convert runs/novel@best novel-best\n")
@@ -189,9 +202,18 @@ def convert(
     checkpoint = open_checkpoint(model)
     family = export(checkpoint, folder)
     if json_:
-        print(json.dumps({"source": str(checkpoint.folder), "target": str(folder), "family": family}))
+        _print_json({"source": str(checkpoint.folder), "target": str(folder), "family": family})
     else:
         print(f"{folder}: {family}, from {checkpoint.folder}")
+
+
+def _stdin() -> str:
+    if sys.stdin is None:
+        raise UserError("There is no stdin to read the prompt from.")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt on stdin is not UTF-8 text: byte {error.start}.") from None
 
 
 @app.command(
@@ -224,7 +246,7 @@ def parity(
         models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.parameters()))])
     result = measurement.measure(models, names, dtype, tolerance, seed)
     if json_:
-        print(json.dumps(result))
+        _print_json(result)
     else:
         _print_parity(_console(), result)
     if not result["ok"]:
@@ -265,7 +287,7 @@ def doctor(backend: Backend = "auto", device: Device = None, json_: Json = False
 
     report = examine(backend, device)
     if json_:
-        print(json.dumps(report))
+        _print_json(report)
     else:
         _print_doctor(_console(), report)
     if not report["self_test"]["ok"]:
@@ -301,15 +323,25 @@ def _print_doctor(console: Console, report: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the command; a user's mistake ends in one line on stderr and exit code 2."""
+    debug = "--debug" in sys.argv[1:]
+    sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows what it can
+            stream.reconfigure(errors="replace")
     try:
         app()
-    except UserError as error:
-        if "--debug" in sys.argv:
+    except (UserError, OSError, MemoryError) as error:
+        if debug:
             raise
-        print(f"gpt: {error}", file=sys.stderr)
+        print(f"gpt: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        sys.stderr.close()
-        sys.exit(0)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'while writing or reading'}."
+    if isinstance(error, MemoryError):
+        return f"There is not enough memory: a smaller model, --batch-size or --block-size needs less. {error}".strip()
+    return str(error)

@@ -11,6 +11,7 @@ from tests.cli.test_train import SMALL, train
 from tests.conftest import BOTH, needs
 from twingpt.core import backend as backends
 from twingpt.core import runs
+from twingpt.core.events import read_events
 
 
 def test_parity_of_random_models(gpt, twins):
@@ -137,9 +138,15 @@ def mistake(gpt, *arguments) -> str:
         (["--dtype", "float8"], "Unknown dtype on"),
         (["--lr-schedule", "linear"], "Unknown lr_schedule 'linear'"),
         (["--batch-size", 0], "batch_size must be at least 1"),
-        (["--learning-rate", "nan"], "learning_rate must be a number"),
+        (["--learning-rate", "nan"], "learning_rate must be a finite number"),
         (["--stop-after", 0], "--stop-after must be at least 1"),
         (["--resume", "nothing"], "There is no run nothing"),
+        (["--resume", ""], "There is no run"),
+        (["--data", ""], "--data is empty"),
+        (["--data", "~nobody/x.txt"], "There is no file or folder ~nobody/x.txt"),
+        (["--data", "x" * 300 + ".txt"], "File name too long"),
+        (["--data", "/dev/null"], "neither a regular file nor a folder"),
+        (["--vocab-size", 2**64], "vocab_size 18446744073709551616 is too large"),
     ],
 )
 def test_train_mistakes_write_nothing(gpt, tmp_path, monkeypatch, arguments, message):
@@ -175,6 +182,8 @@ def test_resume_mistakes_change_nothing(gpt, prose, tmp_path):
         (["--preset", "small"], "--preset can't change when a run goes on"),
         (["--out", tmp_path / "other"], "leave out --out"),
         (["--max-iters", 0], "max_iters must be at least 1"),
+        (["--max-iters", 2], "is at step 4 already, past --max-iters 2"),
+        (["--stop-after", 2], "is at step 4 already, past --stop-after 2"),
     ):
         assert message in mistake(gpt, "train", "--resume", run, *arguments)
     assert "holds a run already: go on with --resume" in mistake(gpt, "train", "--data", prose, "--out", run, *SMALL)
@@ -215,6 +224,88 @@ def test_a_full_disk_during_training_keeps_the_last_checkpoint(gpt, prose, tmp_p
     assert train(gpt, "--resume", run)["step"] == 12
 
 
+@needs("torch")
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"data": {"folder": 5}, "starts": []}'])
+def test_a_damaged_run_json_is_not_resumed(gpt, prose, tmp_path, content):
+    run = tmp_path / "run"
+    train(gpt, "--data", prose, "--out", run, *SMALL, "--stop-after", 4)
+    (run / "run.json").write_text(content)
+    assert "run.json is not what twingpt wrote" in mistake(gpt, "train", "--resume", run)
+
+
+@needs("torch")
+def test_a_run_is_resumed_from_within_and_metrics_of_any_kind_are_read(gpt, prose, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(gpt, "--data", prose, "--out", run, *SMALL, "--stop-after", 4)
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    odd = '{"event": "sampled", "step": 1, "text": "a\u2028b\u0085c"}'
+    path.write_text("\n".join([*lines[:2], odd, "[]", "{}", "half of a l", *lines[2:]]), "utf-8")
+    monkeypatch.chdir(runs.resolve(run))
+    assert train(gpt, "--resume", ".")["step"] == 12
+    events = list(read_events(path))
+    assert [event["text"] for event in events if event["event"] == "sampled"] == ["a\u2028b\u0085c"]
+    assert [event["step"] for event in events if event["event"] == "trained"] == [2, 4, 6, 8, 10, 12]
+
+
+@needs("torch")
+def test_a_run_that_diverged_at_once_can_be_started_again(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    common = ["--data", prose, "--out", run, *SMALL, "--warmup-iters", 0, "--eval-interval", 0]
+    code, out, err = gpt("train", *common, "--learning-rate", 1e38, "--max-iters", 1, "--json")
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert "is not finite" in err and "nothing was saved" in err
+    assert train(gpt, *common)["step"] == 12
+    assert next(event["step"] for event in read_events(run / "metrics.jsonl") if event["event"] == "trained") == 2
+
+
+@needs("torch")
+@pytest.mark.parametrize("name", ["o $x_{$", "o[/x]", "o [x]", "ö 東京"])
+def test_odd_names_of_runs(gpt, prose, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = gpt("train", "--data", prose, "--out", name, *SMALL, "--stop-after", 4)
+    assert code == 0, err
+    assert f"Checkpoint: {name}/checkpoints/step-00000004" in out and f"--resume '{name}'" in out
+    assert (tmp_path / name / "loss.svg").exists()
+
+
+@needs("torch")
+def test_training_goes_on_when_nobody_reads_it(prose, tmp_path):
+    command = [sys.executable, "-m", "twingpt", "train", "--data", prose, "--out", tmp_path / "run", *SMALL]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+    assert runs.resolve(tmp_path / "run").name == "step-00000012"
+
+
+@needs("torch")
+def test_a_full_disk_elsewhere_is_one_sentence(gpt, prose, tmp_path, monkeypatch):
+    from twingpt.core import runs as run_files
+
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(run_files, "write_atomically", full)
+    code, out, err = gpt("train", "--data", prose, "--out", tmp_path / "run", *SMALL, "--json")
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("gpt: No space left on device: ") and "latest" in err.splitlines()[-1]
+
+
+def test_a_broken_backend_says_so(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open shared object file')")
+    done = run_python(
+        "import sys; sys.argv = ['gpt', 'train', '--backend', 'torch']\nfrom twingpt.cli import main\nmain()",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert done.returncode == 2 and "The torch backend can't be imported (libtorch.so" in done.stderr
+    assert "Traceback" not in done.stderr and "pip install" in done.stderr
+
+
+def test_doctor_refuses_what_is_not_there(gpt):
+    assert "Unknown backend 'foo'" in mistake(gpt, "doctor", "--backend", "foo")
+    assert "device 'tpu'" in mistake(gpt, "doctor", "--device", "tpu")
+
+
 def test_a_backend_that_is_not_installed_names_the_extra(gpt, monkeypatch):
     monkeypatch.setattr(backends, "installed", lambda name: name == "torch")
     monkeypatch.setattr(backends.platform, "system", lambda: "Linux")
@@ -228,6 +319,6 @@ def test_unknown_option_and_command(gpt):
 
 def test_debug_shows_the_traceback():
     done = run_python(
-        "import sys; sys.argv = ['gpt', '--debug', 'train', '--preset', 'none']\nfrom twingpt.cli import main\nmain()"
+        "import sys; sys.argv = ['gpt', 'train', '--preset', 'none', '--debug']\nfrom twingpt.cli import main\nmain()"
     )
     assert done.returncode == 1 and "Traceback" in done.stderr and "Unknown preset" in done.stderr

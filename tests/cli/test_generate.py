@@ -77,7 +77,7 @@ def test_text_on_stdout_and_prompt_from_stdin(gpt, trained, monkeypatch):
     import io
     import sys
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The value"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The value")))
     code, out, _ = gpt("generate", trained, "-p", "-", "-m", 10)
     assert code == 0 and out.startswith("The value") and len(out) > 12
 
@@ -169,13 +169,15 @@ def test_logits(trained, backend):
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
     with pytest.raises(twingpt.UserError, match="outside the vocabulary"):
         model.logits(np.array([[opened.config.vocab_size]]))
+    with pytest.raises(twingpt.UserError, match="rows of one length"):
+        model.logits([[1, 2], [3]])
     with pytest.raises(twingpt.UserError, match="more than the model's block_size"):
         model.logits(np.zeros((1, 49), int))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--temp", -1], "temp must be at least 0"), (["--top-p", 0], "top_p must be in (0, 1]"),
+    [(["--temp", -1], "temp must be 0 (greedy) or from 0.001 to 1000"), (["--top-p", 0], "top_p must be in (0, 1]"),
      (["-m", 0], "max_tokens must be at least 1"), (["--device", "cuda:7"], "Unknown"),
      (["--dtype", "float8"], "Unknown dtype"), (["--backend", "jax"], "Unknown backend 'jax'")],
 )  # fmt: skip
@@ -204,3 +206,6 @@ def test_a_prompt_that_is_not_text(gpt, trained, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
     code, _, err = gpt("generate", trained, "-p", "-")
     assert code == 2 and "byte 1" in err
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = gpt("generate", trained, "-p", "-")
+    assert code == 2 and "no stdin" in err

@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(gpt, 
     run = tmp_path / "run"
     common = ["--data", prose, "--out", run, "--backend", "torch", *SMALL, "--grad-clip", 0, "--warmup-iters", 0]
     code, _, err = gpt("train", *common, "--learning-rate", 1e30, "--eval-interval", 0)
-    assert code == 2 and "is not finite: lower --learning-rate" in err
+    assert code == 2 and "is not finite: lower the learning rate" in err
     assert not runs.checkpoints(run)
 
 

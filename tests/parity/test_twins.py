@@ -208,7 +208,7 @@ def test_a_long_prompt_is_taken_in_chunks(engines):
 def test_repetition_penalty_remembers_the_prompt_and_what_was_written(engines):
     config = config_of({})
     engine = engines.DecodeEngine(config, initialise(config, 1), cpu(engines))
-    sampling = Sampling(temp=0, repetition_penalty=1e6)
+    sampling = Sampling(temp=0, repetition_penalty=100.0)
     handle = engine.prefill(np.array([[5, 6, 7]]))
     written = [5, 6, 7]
     for _ in range(10):

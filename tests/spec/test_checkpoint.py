@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.conftest import training_state
 from twingpt import GPTConfig, UserError
 from twingpt.core import checkpoint, paths, runs
 from twingpt.core.checkpoint import open_checkpoint
@@ -93,9 +94,26 @@ def test_a_flipped_bit_elsewhere(saved):
     assert "config.json do not match the manifest" in refusal(saved)
 
 
-def test_extra_file(saved):
-    save_file({"x": np.zeros(2, np.float32)}, saved / "model-extra.safetensors")
-    assert "a file model-extra.safetensors that its manifest does not list" in refusal(saved)
+@pytest.mark.parametrize("name", ["model-extra.safetensors", "weights.pkl", "notes.txt", "sub"])
+def test_extra_file(saved, name):
+    (saved / name).mkdir() if name == "sub" else (saved / name).write_bytes(b"x")
+    assert f"a file {name} that its manifest does not list: remove it" in refusal(saved)
+    (saved / name).rmdir() if name == "sub" else (saved / name).unlink()
+    (saved / ".DS_Store").write_bytes(b"macOS leaves these")
+    open_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": None}, {"step": 2.5}, {"step": -1}, {"step": "3"}, {"train": None}, {"train": {}}, {"data": 5},
+     {"val_loss": "x"}, {"best_val_loss": []}, {"schema": 99}],
+)  # fmt: skip
+def test_a_training_state_that_is_none(saved, change):
+    path = saved / "training_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    trust_again(saved)
+    with pytest.raises(UserError, match=r"training_state\.json is not what this version of twingpt writes"):
+        open_checkpoint(saved).training()
 
 
 def alter(saved, change) -> str:
@@ -184,7 +202,7 @@ def test_a_disk_that_fills_up_while_saving(saved, monkeypatch, calls):
 
     monkeypatch.setattr(paths.os, "fsync", fsync)
     with pytest.raises(UserError, match=r"can't be saved .*No space left on device.*free some space"):
-        checkpoint.save(saved, opened.config, ByteTokenizer(), tensors, {"step": 4, "train": {"optimizer": "adamw"}})
+        checkpoint.save(saved, opened.config, ByteTokenizer(), tensors, training_state(4))
     monkeypatch.undo()
     assert {path: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
@@ -205,7 +223,7 @@ def test_a_disk_that_is_really_full(saved, tmp_path):
                 opened.config,
                 ByteTokenizer(),
                 tensors,
-                {"step": 4, "train": {"optimizer": "adamw"}},
+                training_state(4),
             )
         assert list(mount.iterdir()) == []
     finally:
@@ -248,21 +266,34 @@ def test_only_a_model_that_transformers_computes_claims_its_family(switches, fam
 def test_resolve(saved):
     run = saved.parent.parent
     (run / "run.json").write_text("{}")
-    with pytest.raises(UserError, match="has no latest checkpoint yet"):
+    with pytest.raises(UserError, match=r"has no checkpoint latest: it has those of the steps 3, as .*@STEP"):
         runs.resolve(run)
     runs.point(run, "latest", saved)
-    assert (
-        runs.resolve(saved) == runs.resolve(run) == runs.resolve(f"{run}@3") == runs.resolve(f"{run}@latest") == saved
-    )
-    for name, message in (
-        ("@best", "no best checkpoint yet"),
-        ("@4", "its steps are 3"),
-        ("@x", "latest, best or a"),
-    ):
+    for name in (saved, run, f"{run}@3", f"{run}@latest"):
+        assert runs.resolve(name) == saved
+    for name, message in (("@best", "no checkpoint best"), ("@4", "those of the steps 3"), ("@x", "latest, best or a"),
+                          ("@²", "latest, best or a")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             runs.resolve(f"{run}{name}")
     with pytest.raises(UserError, match="There is no run"):
         runs.resolve(run / "nothing")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"../../../etc", b"", b"step-x" * 1000])
+def test_a_pointer_that_points_nowhere(saved, content):
+    run = saved.parent.parent
+    (run / "run.json").write_text("{}")
+    (saved.parent / "step-00000003 (copy)").mkdir()
+    (run / "latest").write_bytes(content)
+    with pytest.raises(UserError, match="has no checkpoint latest: it has those of the steps 3"):
+        runs.resolve(run)
+
+
+def test_a_run_with_an_at_in_its_name(saved):
+    run = saved.parent.parent.rename(saved.parent.parent.with_name("a@b"))
+    (run / "run.json").write_text("{}")
+    runs.point(run, "latest", runs.checkpoint_folder(run, 3))
+    assert runs.resolve(run) == runs.resolve(f"{run}@3") == runs.checkpoint_folder(run, 3)
 
 
 def test_a_run_is_found_by_its_name(saved, monkeypatch, tmp_path):

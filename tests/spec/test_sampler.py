@@ -58,7 +58,18 @@ def test_the_last_representable_u_stays_in_the_vocabulary():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temp": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}]
+    "settings",
+    [
+        {"temp": -1},
+        {"temp": 1e-40},
+        {"top_k": -1},
+        {"top_k": 10**30},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-40},
+    ],
 )
 def test_impossible_settings(settings):
     with pytest.raises(UserError, match=next(iter(settings))):

@@ -83,6 +83,14 @@ def test_bpe_learns_at_most_the_size_asked_for():
         train_bpe([TEXT], 100)
 
 
+@pytest.mark.parametrize("run", ["\0" * 50_000, "-" * 50_000, "a" * 300_000, " " * 1_500_000, "\n" * 200_000])
+def test_long_runs_are_learned_and_encoded_in_seconds(run):
+    text = f"before {run} after"
+    tokenizer = train_bpe([text, TEXT], 300)
+    assert max(map(len, tokenizer.pieces)) <= tokenizers.LONGEST_TOKEN
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_bpe_training_is_deterministic():
     assert train_bpe([TEXT], 300).digest == BPE.digest
 

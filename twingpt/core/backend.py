@@ -132,6 +132,8 @@ def installed(name: str) -> bool:
         return importlib.util.find_spec(REQUIRED_MODULE[name]) is not None
     except ModuleNotFoundError:  # the parent package of mlx.core
         return False
+    except (ImportError, OSError):  # that package is there and broken: `get` says how
+        return True
 
 
 def how_to_install(name: str) -> str:
@@ -167,7 +169,10 @@ def choose(name: str = "auto") -> tuple[str, str]:
 def get(name: str = "auto") -> Backend:
     """Import the backend that `choose` names."""
     chosen, _ = choose(name)
-    return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}"))
+    try:
+        return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}"))
+    except (ImportError, OSError) as error:
+        raise UserError(f"The {chosen} backend can't be imported ({error}): {how_to_install(chosen)}.") from error
 
 
 def find_device(backend: Backend, name: str | None) -> Device:
@@ -195,7 +200,10 @@ def check_tokens(tokens: Array, config: GPTConfig) -> Array:
 
     The devices don't check: an id beyond the table reads garbage there.
     """
-    tokens = np.asarray(tokens)
+    try:
+        tokens = np.asarray(tokens)
+    except ValueError:
+        raise UserError("Tokens must be rows of one length, of shape (batch, time).") from None
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(
             f"Tokens must be integers of shape (batch, time), and are {tokens.dtype} of shape {tokens.shape}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from twingpt.core.config import GPTConfig
+from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table, state_table
 from twingpt.core.paths import new_folder, write_synced
@@ -30,7 +31,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 SCHEMA = 1
 SHARD_BYTES = 5 * 10**9
-LOADED_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".npz")  # what a loader somewhere may pick up
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
@@ -145,8 +145,12 @@ class Checkpoint:
         """training_state.json, or UserError where the checkpoint holds only a model."""
         if "training_state.json" not in self.manifest["files"]:
             raise UserError(f"{self.folder} holds a model without its training state: it can't be resumed.")
-        state: dict[str, Any] = _read_json(self.folder / "training_state.json")
-        return state
+        path = self.folder / "training_state.json"
+        state = _read_json(path)
+        if not _is_training_state(state):
+            raise UserError(f"{path} is not what this version of twingpt writes: the run can't be resumed from it.")
+        TrainConfig.from_dict(state["train"])
+        return dict(state)
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter."""
@@ -158,6 +162,21 @@ class Checkpoint:
         """Yield (name, float32 array) of the optimizer's state."""
         optimizer = self.training()["train"]["optimizer"]
         yield from read_tensors([self.folder / OPTIMIZER], state_table(self.config, optimizer))
+
+
+def _is_training_state(state: Any) -> bool:
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        return False
+    step, train = state.get("step"), state.get("train")
+    losses = [state.get(name, "missing") for name in ("train_loss", "val_loss", "val_bpb", "best_val_loss")]
+    return (
+        type(step) is int
+        and step >= 0
+        and all(loss is None or type(loss) in (int, float) for loss in losses)
+        and isinstance(state.get("data"), str)
+        and isinstance(train, dict)
+        and set(train) == {field.name for field in dataclasses.fields(TrainConfig)}
+    )
 
 
 def read_tensors(paths: Iterable[Path], table: Shapes) -> Iterator[tuple[str, Array]]:
@@ -243,10 +262,10 @@ def verify(folder: Path, files: Mapping[str, Any]) -> None:
             tensor = _damaged_tensor(path, entry.get("crc32", {}))
             where = f"the tensor {tensor} in {path}" if tensor else str(path)
             raise UserError(f"The bytes of {where} do not match the manifest's SHA-256: the file is damaged.")
-    extra = [p.name for p in folder.iterdir() if p.suffix in LOADED_SUFFIXES and p.name not in files]
-    extra = [name for name in extra if name != "manifest.json"]
+    known = {*files, "manifest.json", ".DS_Store"}
+    extra = sorted(path.name for path in folder.iterdir() if path.name not in known)
     if extra:
-        raise UserError(f"{folder} has a file {extra[0]} that its manifest does not list.")
+        raise UserError(f"{folder} has a file {extra[0]} that its manifest does not list: remove it.")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ def _is_number(value: object, kind: str) -> bool:
         return kind == "bool"
     if kind == "int":
         return isinstance(value, int)
-    return kind == "float" and isinstance(value, (int, float))
+    return kind == "float" and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _check_types(config: Any) -> None:
@@ -55,7 +56,8 @@ def _check_types(config: Any) -> None:
         if kind not in ("int", "float", "bool", "str") or (optional and value is None):
             continue
         if not (isinstance(value, str) if kind == "str" else _is_number(value, kind)):
-            _fail(f"{field.name} must be of type {kind}, and is {value!r}.")
+            what = "a finite number" if kind == "float" else f"of type {kind}"
+            _fail(f"{field.name} must be {what}, and is {value!r}.")
 
 
 def _from_dict(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -144,6 +146,11 @@ class GPTConfig:
         if isinstance(self.rope_scaling, Mapping):
             scaling: RopeScaling = _from_dict(RopeScaling, self.rope_scaling, "rope_scaling")
             object.__setattr__(self, "rope_scaling", scaling)
+        elif self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            _fail(f"rope_scaling must be a set of keys or nothing, and is {self.rope_scaling!r}.")
+        layers = self.no_rope_layers
+        if not isinstance(layers, (list, tuple)) or not all(_is_number(layer, "int") for layer in layers):
+            _fail(f"no_rope_layers must be a list of layer numbers, and is {layers!r}.")
         _check_types(self)
         self._derive()
         self._validate()
@@ -332,8 +339,8 @@ class TrainConfig:
                 _fail(f"{name} must be at least 1, and is {getattr(self, name)}.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and not (0 <= value < float("inf")):
-                _fail(f"{field.name} must be a number of at least 0, and is {value}.")
+            if isinstance(value, (int, float)) and value < 0:
+                _fail(f"{field.name} must be at least 0, and is {value}.")
         for name in ("beta1", "beta2", "momentum"):
             if getattr(self, name) >= 1:
                 _fail(f"{name} must be below 1, and is {getattr(self, name)}.")

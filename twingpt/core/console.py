@@ -58,6 +58,7 @@ class ConsoleReporter:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.tokens_per_step = 1
+        self.closed = False
         self.progress = Progress(
             TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}"),
             BarColumn(bar_width=None),
@@ -81,7 +82,14 @@ class ConsoleReporter:
             yield
 
     def report(self, event: Event) -> None:
-        """Print an event, or move the bar."""
+        """Print an event, or move the bar; silent once nobody reads, as behind `| head`."""
+        if not self.closed:
+            try:
+                self._show(event)
+            except (OSError, SystemExit):  # Rich turns a broken pipe into an exit
+                self.closed = True
+
+    def _show(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self._started(event)
         elif isinstance(event, Trained):
@@ -97,7 +105,7 @@ class ConsoleReporter:
             lines = [line for line in event.text.splitlines() if line.strip()][:SAMPLE_LINES]
             self.console.print(Panel(escape("\n".join(lines)), title=title, border_style="dim"))
         elif isinstance(event, Saved):
-            self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]")
+            self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
 

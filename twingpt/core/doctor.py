@@ -28,8 +28,8 @@ def _backend(name: str) -> dict[str, Any]:
         engines = backends.get(name)
         devices = [dataclasses.asdict(device) for device in engines.devices()]
         return {"installed": True, "devices": devices, **engines.details()}
-    except (ImportError, OSError, RuntimeError) as error:  # a broken installation is a finding, not a crash
-        return {"installed": True, "broken": f"{type(error).__name__}: {error}"}
+    except (UserError, RuntimeError) as error:  # a broken installation is a finding, not a crash
+        return {"installed": True, "broken": str(error)}
 
 
 def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
@@ -53,6 +53,8 @@ def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
             "why": why,
         }
     except UserError as error:
+        if backend != "auto" or device is not None:  # what was asked for can't be had
+            raise
         choice = {"backend": None, "device": None, "dtype": None, "why": str(error)}
     test = parity.measure(parity.random_models(seed=1337), working)
     worst = max((pair["max_rel_diff"] for pair in test["pairs"]), default=None)

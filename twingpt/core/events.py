@@ -105,21 +105,23 @@ class JSONLReporter:
     def report(self, event: Event) -> None:
         """Append an event."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(to_dict(event), ensure_ascii=False) + "\n")
+            file.write(json.dumps(to_dict(event)) + "\n")
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a metrics.jsonl; a last line cut short by a crash is left out."""
-    if not path.exists():
+    """The events of a metrics.jsonl; what is none, as a last line cut short by a crash, is left out."""
+    if not path.is_file():
         return
-    for line in path.read_text("utf-8", errors="replace").splitlines():
+    for line in path.read_text("utf-8", errors="replace").split("\n"):
         try:
-            yield json.loads(line)
+            event = json.loads(line)
         except ValueError:
-            return
+            continue
+        if isinstance(event, dict) and "event" in event and isinstance(event.get("step"), int):
+            yield event
 
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the events past `step`, which a run resumed from there will report again."""
     kept = [event for event in read_events(path) if event["step"] <= step and event["event"] != "run_ended"]
-    write_atomically(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
+    write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))

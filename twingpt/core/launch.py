@@ -21,9 +21,9 @@ from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
 from twingpt.core.events import JSONLReporter, Reporter, forget_after
 from twingpt.core.parameters import initialise
-from twingpt.core.paths import write_atomically
+from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
-from twingpt.core.runs import find_run, point
+from twingpt.core.runs import checkpoints, find_run, point
 from twingpt.core.trainer import Progress, Trainer
 
 SCHEMA = 1
@@ -83,8 +83,8 @@ def new_run(options: Options, out: Path | None, backend: str, device: str | None
     train = TrainConfig.from_dict({key: value for key, value in values.items() if key in TRAIN_KEYS})
     shape = {key: value for key, value in values.items() if key in MODEL_KEYS}
     model = preset(values["preset"], 256, values.get("shape"), **shape)  # wrong before any work is done
-    run = out or Path("runs") / f"{Path(train.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if (run / "run.json").exists():
+    run = expand(out) if out else Path("runs") / f"{Path(train.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if (run / "run.json").exists() and checkpoints(run):
         raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
     data = prepare(train.data, train.tokenizer, train.vocab_size)
     config = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
@@ -94,22 +94,34 @@ def new_run(options: Options, out: Path | None, backend: str, device: str | None
     return trainer
 
 
-def resume_run(name: str, options: Options, backend: str, device: str | None, compile: bool | None) -> Trainer:
+def resume_run(
+    name: str,
+    options: Options,
+    backend: str,
+    device: str | None,
+    compile: bool | None,
+    stop_after: int | None = None,
+) -> Trainer:
     """A Trainer that goes on from the latest checkpoint of a run (RUN@STEP: from that one), on any backend.
 
     `options` may change what RESUME_KEYS names; anything else that differs from the run's own is a
     UserError, as are data that are no longer the same.
     """
     saved = open_checkpoint(name)
-    run = find_run(saved.folder.parent.parent)
-    state = saved.training()
+    run = saved.folder.parent.parent
+    if not (run / "run.json").is_file():  # named from within, as `.`
+        run = find_run(saved.folder.resolve().parent.parent)
+    state, described = saved.training(), _read_run(run)
     train = _resumed_config(saved, state, options)
+    for flag, last in (("--max-iters", train.max_iters), ("--stop-after", stop_after)):
+        if last is not None and state["step"] > last:
+            raise UserError(f"{run} is at step {state['step']} already, past {flag} {last}.")
     engines = backends.get(backend)
     target = backends.find_device(engines, device)
     if train.dtype not in target.dtypes and "dtype" not in options:
         train = dataclasses.replace(train, dtype=target.default_dtype)
     backends.find_dtype(target, train.dtype)
-    data = _resumed_data(run, saved, train, state["data"], moved="data" in options)
+    data = _resumed_data(run, described, saved, train, state["data"], moved="data" in options)
     fields = {field.name: state[field.name] for field in dataclasses.fields(Progress)}
     fields = {key: math.nan if value is None else value for key, value in fields.items()}
     if math.isnan(fields["best_val_loss"]):
@@ -140,9 +152,22 @@ def _resumed_config(saved: Checkpoint, state: Options, options: Options) -> Trai
     return TrainConfig.from_dict({**stored, **changes})
 
 
-def _resumed_data(run: Path, saved: Checkpoint, train: TrainConfig, fingerprint: str, moved: bool) -> TokenDataset:
+def _read_run(run: Path) -> dict[str, Any]:
+    """run.json as `_write_run` left it."""
+    try:
+        described = json.loads((run / "run.json").read_text("utf-8"))
+        if isinstance(described["data"]["folder"], str) and isinstance(described["starts"], list):
+            return dict(described)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{run / 'run.json'} is not what twingpt wrote: the run can't be resumed.")
+
+
+def _resumed_data(
+    run: Path, described: Options, saved: Checkpoint, train: TrainConfig, fingerprint: str, moved: bool
+) -> TokenDataset:
     """The data that the run was trained on: prepared earlier, or prepared again with its tokenizer."""
-    prepared = Path(json.loads((run / "run.json").read_text())["data"]["folder"])
+    prepared = Path(described["data"]["folder"])
     if prepared.exists() and not moved:
         data = TokenDataset(prepared)
     else:
@@ -187,7 +212,9 @@ def _write_run(trainer: Trainer, created: bool) -> None:
     }
     try:
         trainer.run.mkdir(parents=True, exist_ok=True)
-        starts = [] if created else json.loads(path.read_text())["starts"]
+        starts = [] if created else _read_run(trainer.run)["starts"]
+        if created:  # what a run that never came to a checkpoint left
+            (trainer.run / "metrics.jsonl").unlink(missing_ok=True)
         content = {
             "schema": SCHEMA,
             "config": trainer.config.to_dict(),

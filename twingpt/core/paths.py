@@ -10,9 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def expand(path: str | Path) -> Path:
+    """The path with ~ replaced; unlike Path.expanduser, a user that isn't there is left as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def home() -> Path:
     """The folder of prepared data and downloads: $TWINGPT_HOME, or ~/.cache/twingpt."""
-    return Path(os.environ.get("TWINGPT_HOME") or Path.home() / ".cache" / "twingpt")
+    return expand(os.environ.get("TWINGPT_HOME") or "~/.cache/twingpt")
 
 
 def sync_folder(folder: Path) -> None:

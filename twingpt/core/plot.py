@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from twingpt.core.events import Event, RunEnded, read_events
@@ -16,7 +17,8 @@ class PlotReporter:
     def report(self, event: Event) -> None:
         """Draw when the run ends."""
         if isinstance(event, RunEnded):
-            plot_loss(self.run / "metrics.jsonl", self.run / "loss.svg", self.run.name)
+            with suppress(OSError):  # a picture that can't be written is no reason to lose the run's result
+                plot_loss(self.run / "metrics.jsonl", self.run / "loss.svg", self.run.name)
 
 
 def plot_loss(metrics: Path, path: Path, title: str) -> None:
@@ -33,7 +35,8 @@ def plot_loss(metrics: Path, path: Path, title: str) -> None:
     label = f"held out, best {best['val_loss']:.3f} ({best['val_bpb']:.3f} bits per byte)" if best else None
     steps, losses = [e["step"] for e in evaluated], [e["val_loss"] for e in evaluated]
     axes.plot(steps, losses, color="#e45756", marker="o", ms=4, label=label)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.set_title(title, parse_math=False)  # a name may hold a $
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

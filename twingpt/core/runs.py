@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 from twingpt.core.errors import UserError
-from twingpt.core.paths import sync_folder, write_atomically
+from twingpt.core.paths import expand, sync_folder, write_atomically
+
+NAME = re.compile(r"step-\d{8,}")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -21,14 +24,23 @@ def point(run: Path, pointer: str, folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, by step."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
+
+
+def pointed(run: Path, pointer: str) -> Path | None:
+    """The checkpoint that `latest` or `best` of a run names, or None where it names none."""
+    try:
+        name = (run / pointer).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return run / "checkpoints" / name if NAME.fullmatch(name) else None
 
 
 def prune(run: Path, keep: int) -> None:
     """Remove all but the `keep` latest checkpoints, the best and the latest named; a crash leaves no half one."""
-    named = {(run / pointer).read_text().strip() for pointer in ("latest", "best") if (run / pointer).exists()}
+    named = {pointed(run, "latest"), pointed(run, "best")}
     for folder in checkpoints(run)[:-keep]:
-        if folder.name not in named:
+        if folder not in named:
             doomed = folder.with_name(f".{folder.name}.old")
             folder.rename(doomed)
             shutil.rmtree(doomed)
@@ -37,7 +49,7 @@ def prune(run: Path, keep: int) -> None:
 
 def find_run(name: str | Path) -> Path:
     """The folder of a run given by path, or by its name under runs/."""
-    for folder in (Path(name).expanduser(), Path("runs") / name):
+    for folder in (expand(name), Path("runs") / name):
         if (folder / "run.json").is_file():
             return folder
     raise UserError(f"There is no run {name}: give its folder, or its name under runs/.")
@@ -45,21 +57,24 @@ def find_run(name: str | Path) -> Path:
 
 def resolve(path: str | Path) -> Path:
     """A checkpoint's folder: the one given, or of a run its latest; RUN@best and RUN@STEP name others."""
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if (folder / "config.json").exists() or (folder / "manifest.json").exists():
         return folder
-    name, _, which = str(path).partition("@")
-    run = find_run(name)
-    if which.isdigit():
-        found = checkpoint_folder(run, int(which))
-    elif which in ("", "latest", "best"):
-        pointer = run / (which or "latest")
-        if not pointer.exists():
-            raise UserError(f"The run {name} has no {pointer.name} checkpoint yet.")
-        found = run / "checkpoints" / pointer.read_text().strip()
+    try:
+        run, which = find_run(path), "latest"
+    except UserError:
+        name, at, which = str(path).rpartition("@")
+        if not at:
+            raise
+        run = find_run(name)
+    if which.isascii() and which.isdecimal():
+        found: Path | None = checkpoint_folder(run, int(which))
+    elif which in ("latest", "best"):
+        found = pointed(run, which)
     else:
         raise UserError(f"{path} is no checkpoint: after @ give latest, best or a step.")
-    if not found.is_dir():
-        saved = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in checkpoints(run)) or "none"
-        raise UserError(f"The run {name} has no checkpoint {which or 'latest'}: its steps are {saved}.")
+    if found is None or not found.is_dir():
+        steps = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in checkpoints(run))
+        rest = f"it has those of the steps {steps}, as {run}@STEP" if steps else "it has none yet"
+        raise UserError(f"The run {run} has no checkpoint {which}: {rest}.")
     return found

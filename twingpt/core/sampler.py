@@ -27,11 +27,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            (0 <= self.temp < float("inf"), "temp", "at least 0 (0 is greedy)"),
-            (self.top_k >= 0, "top_k", "at least 0 (0 is off)"),
+            (self.temp == 0 or 1e-3 <= self.temp <= 1e3, "temp", "0 (greedy) or from 0.001 to 1000"),
+            (0 <= self.top_k < 2**31, "top_k", "at least 0 (0 is off)"),
             (0 < self.top_p <= 1, "top_p", "in (0, 1] (1 is off)"),
             (0 <= self.min_p <= 1, "min_p", "in [0, 1] (0 is off)"),
-            (0 < self.repetition_penalty < float("inf"), "repetition_penalty", "positive (1 is off)"),
+            (0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "from 0.01 to 100 (1 is off)"),
         )
         for fine, name, rule in checks:
             if not fine:

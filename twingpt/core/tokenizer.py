@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -179,13 +180,25 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> Array:
         """The ids of `text`, (n,) int32; the spelling of END_OF_TEXT is ordinary text."""
-        return np.array(self._encoding.encode_ordinary(text), np.int32)
+        parts = [self._encoding.encode_ordinary(part) for part in split_runs(text, LONG_RUN_TO_ENCODE)]
+        return np.array([token for part in parts for token in part], np.int32)
 
     def to_json(self) -> dict[str, Any]:
         """A byte-level BPE whose merges are read off the ranks."""
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
         return self._json(_bpe_model(self._pieces, merges(self._pieces)), pre_tokenizer, {**BYTE_LEVEL})
+
+
+# The pattern's engine overflows its stack on a run of a million spaces, and learning merges over one
+# word of 100,000 letters takes minutes. No text that people wrote has such runs.
+LONG_RUN_TO_ENCODE, LONG_RUN_TO_LEARN = 100_000, 1_000
+LONGEST_TOKEN, LARGEST_VOCABULARY = 64, 1_000_000
+
+
+def split_runs(text: str, length: int) -> list[str]:
+    """The text in parts, cut only within runs of `length` and more spaces or non-spaces."""
+    return [part for part in re.split(rf"(\s{{{length}}}|\S{{{length}}})", text) if part] or [text]
 
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -243,6 +256,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Learn a byte-level BPE of at most `vocab_size` ids, END_OF_TEXT included, with GPT-2's split."""
     if vocab_size < 257:
         raise UserError(f"vocab_size {vocab_size} is too small for BPE: 256 bytes and {END_OF_TEXT} need 257.")
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"vocab_size {vocab_size} is too large: at most {LARGEST_VOCABULARY} ids are learned.")
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Trainee
 
@@ -255,9 +270,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, show_progress=False, initial_alphabet=sorted(CHARACTER_TO_BYTE)
+        vocab_size=vocab_size - 1,
+        show_progress=False,
+        initial_alphabet=sorted(CHARACTER_TO_BYTE),
+        max_token_length=LONGEST_TOKEN,
     )
-    trainee.train_from_iterator(texts, trainer)
+    trainee.train_from_iterator((part for text in texts for part in split_runs(text, LONG_RUN_TO_LEARN)), trainer)
     by_id = sorted(trainee.get_vocab().items(), key=lambda item: item[1])
     return BPETokenizer([bytes(CHARACTER_TO_BYTE[c] for c in piece) for piece, _ in by_id])
 

@@ -130,10 +130,7 @@ class Trainer:
         step = self.progress.step - unread
         for i, row in enumerate(rows):
             if not np.isfinite(row).all():
-                raise UserError(
-                    f"The loss of step {step - count + i + 1} is not finite: lower --learning-rate; "
-                    "the last checkpoint is good."
-                )
+                raise self._diverged(f"The loss of step {step - count + i + 1}")
         loss, grad_norm = rows.mean(axis=0)
         self.progress.train_loss = float(loss)
         now, memory = time.perf_counter(), self.engine.memory()
@@ -145,6 +142,10 @@ class Trainer:
         self._report(
             Trained(step, float(loss), float(grad_norm), rate, tokens, self.speeds[-1], memory.now, memory.peak)
         )
+
+    def _diverged(self, what: str) -> UserError:
+        kept = "the last checkpoint is good" if self.saved_at > 0 else "nothing was saved"
+        return UserError(f"{what} is not finite: lower the learning rate; {kept}.")
 
     def _evaluate(self) -> bool:
         """Held-out loss; whether it is the best so far."""
@@ -159,6 +160,8 @@ class Trainer:
                 size += int(self.data.tokenizer.byte_lengths[counted].sum())
             nats = float(self.engine.read(handles).sum())
         progress = self.progress
+        if not math.isfinite(nats):
+            raise self._diverged(f"The held-out loss after {progress.step} steps")
         self.evaluated_at = progress.step
         progress.val_loss, progress.val_bpb = nats / count, nats / math.log(2) / max(1, size)
         improved = progress.val_loss < progress.best_val_loss

@@ -47,7 +47,7 @@ def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None =
     It is found again by the digest of all it depends on, in `paths.home()/data`.
     """
     source = load(spec)
-    folder = paths.home() / "data" / f"{source.name}-{_key(source, kind, vocab_size, tokenizer)}"
+    folder = paths.home() / "data" / f"{source.name[:40]}-{_key(source, kind, vocab_size, tokenizer)}"
     if not folder.exists():
         _write(folder, source, kind, vocab_size, tokenizer)
     return TokenDataset(folder)
@@ -67,4 +67,6 @@ def _write(folder: Path, source: Source, kind: str, vocab_size: int, tokenizer: 
     try:
         shards.write(folder, source.name, tokenizer, splits, facts)
     except OSError as error:
+        if folder.exists():  # another process was faster, with the same content
+            return
         raise UserError(f"The prepared data can't be written to {folder}: {error.strerror}.") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.paths import home
+from twingpt.core.paths import expand, home
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 NAMED = ("python-docs", "shakespeare")
@@ -45,11 +45,15 @@ def load(spec: str) -> Source:
         return Source(spec, _python_docs())
     if spec == "shakespeare":
         return Source(spec, [_shakespeare().decode()])
-    path = Path(spec).expanduser()
+    if not spec:
+        raise UserError(f"--data is empty: give a file, a folder, or one of {', '.join(NAMED)}.")
+    path = expand(spec)
     if path.is_dir():
         return Source(path.resolve().name, _folder(path))
     if path.is_file():
         return Source(path.stem, [_text_file(path)])
+    if path.exists():
+        raise UserError(f"{spec} is neither a regular file nor a folder: save its text to a file first.")
     if path.suffix or os.sep in spec:
         raise UserError(f"There is no file or folder {spec}: check the path given to --data.")
     raise unknown_choice("data source", spec, NAMED)
