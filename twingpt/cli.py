@@ -301,12 +301,12 @@ def _print_doctor(console: Console, report: dict[str, Any]) -> None:
     versions = [f"{name} {version}" for name, version in report["libraries"].items() if version]
     console.print(", ".join(versions) + "\n")
     for name, facts in report["backends"].items():
-        if "devices" not in facts:
+        if "version" not in facts:
             console.print(f"{name}: {facts.get('broken') or 'not installed: ' + facts['install']}", markup=False)
             continue
-        rest = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("installed", "devices"))
+        rest = ", ".join(f"{key} {value}" for key, value in facts.items() if key != "installed")
         console.print(f"[bold]{name}[/]: {rest}")
-        for device in facts["devices"]:
+        for device in (device for device in report["devices"] if device["backend"] == name):
             memory = human_bytes(device["memory_bytes"]) if device["memory_bytes"] else "memory unknown"
             dtypes = ", ".join(device["dtypes"])
             console.print(f"  {device['name']}: {device['description']}, {memory}, {dtypes}")

@@ -21,42 +21,43 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _backend(name: str) -> dict[str, Any]:
+def _backend(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is to say of a backend, and its devices; none where it is missing or broken."""
     if not backends.installed(name):
-        return {"installed": False, "install": backends.how_to_install(name)}
+        return {"installed": False, "install": backends.how_to_install(name)}, []
     try:
         engines = backends.get(name)
-        devices = [dataclasses.asdict(device) for device in engines.devices()]
-        return {"installed": True, "devices": devices, **engines.details()}
+        devices = [{"backend": name, **dataclasses.asdict(device)} for device in engines.devices()]
+        return {"installed": True, **engines.details()}, devices
     except (UserError, RuntimeError) as error:  # a broken installation is a finding, not a crash
-        return {"installed": True, "broken": str(error)}
+        return {"installed": True, "broken": str(error)}, []
 
 
 def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
-    """Platform, libraries, backends with their devices, the choice, and the self-test's parity figures."""
+    """Platform, libraries, backends, devices, the choice, and the self-test's worst parity figure.
+
+    Raises UserError for a backend or a device that was asked for and isn't there.
+    """
     # MLX first: its BLAS has to be opened before mlx is imported, and torch's import doesn't mind.
     found = {name: _backend(name) for name in backends.BACKENDS}
-    working = [name for name, facts in found.items() if "devices" in facts]
-    report: dict[str, Any] = {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "libraries": {name: _version(name) for name in LIBRARIES},
-        "backends": found,
-    }
+    working = [name for name, (_, devices) in found.items() if devices]
+    choice: dict[str, str | None]
     try:
         chosen, why = backends.choose(backend)
         target = backends.find_device(backends.get(chosen), device)
-        choice: dict[str, str | None] = {
-            "backend": chosen,
-            "device": target.name,
-            "dtype": target.default_dtype,
-            "why": why,
-        }
+        choice = {"backend": chosen, "device": target.name, "dtype": target.default_dtype, "why": why}
     except UserError as error:
         if backend != "auto" or device is not None:  # what was asked for can't be had
             raise
         choice = {"backend": None, "device": None, "dtype": None, "why": str(error)}
     test = parity.measure(parity.random_models(seed=1337), working)
     worst = max((pair["max_rel_diff"] for pair in test["pairs"]), default=None)
-    self_test = {"ok": test["ok"] and bool(working), "tolerance": test["tolerance"], "max_rel_diff": worst}
-    return {**report, "choice": choice, "self_test": self_test}
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "backends": {name: facts for name, (facts, _) in found.items()},
+        "devices": [device for _, devices in found.values() for device in devices],
+        "choice": choice,
+        "self_test": {"ok": test["ok"] and bool(working), "tolerance": test["tolerance"], "max_rel_diff": worst},
+    }
