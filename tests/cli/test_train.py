@@ -70,8 +70,10 @@ def test_a_run_from_text_to_checkpoints(gpt, prose, tmp_path, backend):
 
 
 @both
-def test_a_resumed_run_is_bit_identical(gpt, prose, tmp_path, backend):
-    common = ["--data", prose, "--backend", backend, *SMALL, "--dropout", 0.1, "--gradient-accumulation-steps", 2]
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resumed_run_is_bit_identical(gpt, prose, tmp_path, backend, optimizer):
+    common = ["--data", prose, "--backend", backend, "--optimizer", optimizer, *SMALL]
+    common += ["--dropout", 0.1, "--gradient-accumulation-steps", 2]
     train(gpt, *common, "--out", tmp_path / "whole")
     stopped = train(gpt, *common, "--out", tmp_path / "parts", "--stop-after", 5)
     assert stopped["step"] == 5 and stopped["reason"] == "stop-after"
@@ -83,9 +85,24 @@ def test_a_resumed_run_is_bit_identical(gpt, prose, tmp_path, backend):
     assert whole[-1]["val_loss"] == parts[-1]["val_loss"]
 
 
-def test_a_run_goes_on_on_the_other_backend(gpt, prose, tmp_path, twins):
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_goes_on_on_the_other_backend(gpt, prose, tmp_path, twins, optimizer):
     """Losses follow those of the run that stayed where it was: state and data position are carried over."""
-    common = ["--data", prose, *SMALL, "--max-iters", 60, "--eval-interval", 0, "--log-interval", 1, "--keep", 99]
+    common = [
+        "--data",
+        prose,
+        "--optimizer",
+        optimizer,
+        *SMALL,
+        "--max-iters",
+        60,
+        "--eval-interval",
+        0,
+        "--log-interval",
+        1,
+        "--keep",
+        99,
+    ]
     train(gpt, *common, "--out", tmp_path / "stays", "--backend", "torch")
     for first, second in (("torch", "mlx"), ("mlx", "torch")):
         run = tmp_path / f"{first}-{second}"

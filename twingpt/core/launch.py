@@ -45,11 +45,15 @@ RESUME_KEYS = {
 }
 
 # What a run is without flags: on two CPU cores text worth reading in minutes, on a GPU a larger model.
+# docs/experiments.md has the figures behind them.
 RECIPES: dict[str, dict[str, Any]] = {
     "cpu": {
         "preset": "micro",
         "batch_size": 16,
-        "max_iters": 600,
+        "max_iters": 400,
+        "optimizer": "muon",
+        "matrix_lr": 0.02,
+        "lr_schedule": "wsd",
         "learning_rate": 3e-3,
         "min_lr": 3e-4,
         "eval_interval": 100,
