@@ -27,7 +27,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
 Backend = Annotated[str, typer.Option(help="auto, mlx or torch.")]
-Device = Annotated[str | None, typer.Option(help="A device of the backend: cpu, cuda, cuda:1, mps, gpu … [best]")]
+Device = Annotated[
+    str | None, typer.Option(help="A device of the backend: cpu, cuda, cuda:1, mps, gpu … (default: best)")
+]
 
 MODEL, DATA, OPTIMIZER, REPORT, WHERE = "Model", "Data", "Optimization", "Reports and checkpoints", "Where and how"
 
@@ -80,9 +82,9 @@ def train(
     optimizer: Annotated[str | None, _option("adamw, or muon for the blocks' matrices.", OPTIMIZER)] = None,
     learning_rate: Annotated[float | None, _option("AdamW's, at its highest.", OPTIMIZER)] = None,
     matrix_lr: Annotated[float | None, _option("Muon's.", OPTIMIZER)] = None,
-    embedding_lr: Annotated[float | None, _option("The embedding's. [learning_rate]", OPTIMIZER)] = None,
-    head_lr: Annotated[float | None, _option("An untied head's. [learning_rate]", OPTIMIZER)] = None,
-    min_lr: Annotated[float | None, _option("At the end. [a tenth]", OPTIMIZER)] = None,
+    embedding_lr: Annotated[float | None, _option("The embedding's. (default: learning_rate)", OPTIMIZER)] = None,
+    head_lr: Annotated[float | None, _option("An untied head's. (default: learning_rate)", OPTIMIZER)] = None,
+    min_lr: Annotated[float | None, _option("At the end. (default: a tenth)", OPTIMIZER)] = None,
     warmup_iters: Annotated[int | None, _option("Steps of linear warm-up.", OPTIMIZER)] = None,
     lr_schedule: Annotated[str | None, _option("cosine, wsd or constant.", OPTIMIZER)] = None,
     warmdown_fraction: Annotated[float | None, _option("Of the run, in which wsd falls.", OPTIMIZER)] = None,
@@ -98,17 +100,22 @@ def train(
     sample_interval: Annotated[int | None, _option("Steps between samples; 0 is off.", REPORT)] = None,
     checkpoint_interval: Annotated[int | None, _option("Steps between checkpoints; 0 is off.", REPORT)] = None,
     keep: Annotated[int | None, _option("Latest checkpoints to keep, beside the best.", REPORT)] = None,
-    out: Annotated[Path | None, _option("The run's folder. [runs/DATA-DATE]", WHERE)] = None,
+    out: Annotated[Path | None, _option("The run's folder. (default: runs/DATA-DATE)", WHERE)] = None,
     resume: Annotated[str | None, _option("Go on with a run: its folder, name, or RUN@STEP.", WHERE)] = None,
     backend: Annotated[str, _option("auto, mlx or torch.", WHERE)] = "auto",
-    device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps, gpu … [best]", WHERE)] = None,
-    dtype: Annotated[str | None, _option("Compute precision: float32 or bfloat16. [the device's]", WHERE)] = None,
+    device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps, gpu … (default: best)", WHERE)] = None,
+    dtype: Annotated[
+        str | None, _option("Compute precision: float32 or bfloat16. (default: the device's)", WHERE)
+    ] = None,
     compile: Annotated[
-        bool | None, typer.Option(help="Compile the step. [not on a CPU]", rich_help_panel=WHERE)
+        bool | None, typer.Option(help="Compile the step. (default: not on a CPU)", rich_help_panel=WHERE)
     ] = None,
     json_: Annotated[bool, _option("End with one JSON object on stdout; display on stderr.", WHERE, "--json")] = False,
 ) -> None:
-    """Train a GPT, or go on training one, and keep it as checkpoints that other tools open."""
+    """Train a GPT, or go on training one, and keep it as checkpoints that other tools open.
+
+    What is not given comes from a recipe for the kind of device, and run.json keeps all of it.
+    """
     given = {key: value for key, value in locals().items() if value is not None}
     for key in ("stop_after", "out", "resume", "backend", "device", "compile", "json_"):
         given.pop(key, None)
@@ -223,7 +230,9 @@ def _stdin() -> str:
     "gpt parity --json | jq .ok  in a script; the exit code says it too\n"
 )
 def parity(
-    model: Annotated[str | None, typer.Argument(metavar="[CKPT|RUN]", help="A checkpoint. [random models]")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="CKPT|RUN", help="A checkpoint. (default: random models)")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     tolerance: Annotated[float | None, typer.Option(help="Largest difference, of the largest logit.")] = None,
     backend: Annotated[str, typer.Option(help="mlx, torch, or auto for all that are installed.")] = "auto",

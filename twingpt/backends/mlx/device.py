@@ -30,6 +30,8 @@ def open_blas() -> str:
     """
     if platform.system() != "Linux":
         return "Accelerate"
+    if not any(importlib.metadata.distributions(name="mlx-cpu")):  # a GPU build needs none, and torch's library
+        return "MLX's own"  # would bring its own CUDA libraries before MLX's
     if "mlx.core" in sys.modules:
         return "MLX's own (mlx was imported before twingpt: import twingpt.backends.mlx first)"
     torch = importlib.util.find_spec("torch")
