@@ -310,5 +310,8 @@ def test_prune_keeps_the_latest_and_the_best(tmp_path):
         runs.checkpoint_folder(tmp_path, step).mkdir(parents=True)
     runs.point(tmp_path, "latest", runs.checkpoint_folder(tmp_path, 5))
     runs.point(tmp_path, "best", runs.checkpoint_folder(tmp_path, 2))
+    for leftover in (".step-00000006.x1y2.tmp", ".step-00000001.old"):  # of a save and a removal that were killed
+        (tmp_path / "checkpoints" / leftover / "deep").mkdir(parents=True)
     runs.prune(tmp_path, 2)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
     assert [path.name[-1] for path in runs.checkpoints(tmp_path)] == ["2", "4", "5"]

@@ -273,8 +273,8 @@ def preset(name: str, vocab_size: int, shape: str | None = None, **overrides: An
     if name not in PRESETS:
         raise unknown_choice("preset", name, PRESETS)
     values = dict(PRESETS[name])
-    shape = shape or values.pop("shape", "qwen3")
-    values.pop("shape", None)
+    own_shape = values.pop("shape", "qwen3")
+    shape = shape or own_shape
     if shape not in SHAPES:
         raise unknown_choice("shape", shape, SHAPES)
     if "n_embd" in overrides or "n_head" in overrides:  # a new width or head count makes its own ratio

@@ -10,7 +10,7 @@ import numpy as np
 
 from twingpt.core import backend as backends
 from twingpt.core import rng
-from twingpt.core.backend import DecodeEngine, Handle, check_tokens
+from twingpt.core.backend import DecodeEngine, Handle
 from twingpt.core.checkpoint import open_checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
@@ -97,7 +97,7 @@ class LanguageModel:
 
     def logits(self, tokens: Array) -> Array:
         """(B, T) ids -> (B, T, V) float32 logits. Raises UserError for an id or a length it can't take."""
-        return self.engine.forward(check_tokens(tokens, self.config))
+        return self.engine.forward(tokens)
 
     def complete(
         self,

@@ -37,13 +37,16 @@ def pointed(run: Path, pointer: str) -> Path | None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the `keep` latest checkpoints, the best and the latest named; a crash leaves no half one."""
+    """Remove all but the `keep` latest checkpoints, the best and the latest named; a crash leaves no half one.
+
+    What killed saves and removals left behind goes too.
+    """
     named = {pointed(run, "latest"), pointed(run, "best")}
     for folder in checkpoints(run)[:-keep]:
         if folder not in named:
-            doomed = folder.with_name(f".{folder.name}.old")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+            folder.rename(folder.with_name(f".{folder.name}.old"))
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover)
     sync_folder(run / "checkpoints")
 
 

@@ -53,7 +53,6 @@ class Trainer:
         reporters: Sequence[Reporter],
         progress: Progress,
     ) -> None:
-        data.check(config)
         self.run, self.config, self.train, self.data = run, config, train, data
         self.backend, self.device, self.engine = backend, device, engine
         self.reporters, self.progress = reporters, progress
@@ -184,11 +183,8 @@ class Trainer:
         self._report_training(unread=0)  # never save what was not seen to be finite
         with self._stopped_clock():
             folder = runs.checkpoint_folder(self.run, progress.step)
-            training = vars(progress) | {
-                "val_loss": _finite(progress.val_loss),
-                "val_bpb": _finite(progress.val_bpb),
-                "train_loss": _finite(progress.train_loss),
-                "best_val_loss": _finite(progress.best_val_loss),
+            training = {
+                **{name: _finite(value) for name, value in vars(progress).items()},
                 "tokens": progress.step * self._tokens_per_step,
                 "data": self.data.fingerprint,
                 "train": self.train.to_dict(),

@@ -1,4 +1,8 @@
-"""Devices, dtypes and memory in MLX: the twin of `backends/torch/device.py`. Opens a fast BLAS first."""
+"""Devices, dtypes and memory in MLX: the twin of `backends/torch/device.py`. Opens a fast BLAS first.
+
+Two names have no twin: `on_device`, because MLX's arrays belong to no device and its operations do, and
+`keep_resident`, because only Metal wires memory.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from twingpt.core.backend import Device, Memory, process_memory
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def open_blas() -> str:
+def _open_blas() -> str:
     """Open a fast BLAS for MLX's Linux CPU build and say which.
 
     That build links the reference BLAS (5 GFLOP/s on two cores). The symbols of a library opened with
@@ -46,7 +50,7 @@ def open_blas() -> str:
     return "MLX's own, which is slow: install libopenblas0 or torch"
 
 
-BLAS = open_blas()
+BLAS = _open_blas()
 
 import mlx.core as mx  # noqa: E402  (the BLAS has to be open by now)
 

@@ -55,7 +55,7 @@ def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None =
 
 def _key(source: Source, kind: str, vocab_size: int, tokenizer: Tokenizer | None) -> str:
     how = tokenizer.digest if tokenizer else f"{kind}-{vocab_size if kind == 'bpe' else ''}"
-    parts = [str(shards.SCHEMA), source.digest(), how]
+    parts = [str(shards.SCHEMA), source.digest, how]
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
 
 
@@ -63,7 +63,7 @@ def _write(folder: Path, source: Source, kind: str, vocab_size: int, tokenizer: 
     train, val = split(source.documents)
     tokenizer = tokenizer or make(kind, train, source.documents, vocab_size)
     splits = {"train": tokenize(train, tokenizer), "val": tokenize(val, tokenizer)}
-    facts = {"source": source.digest(), "documents": {"train": len(train), "val": len(val)}}
+    facts = {"source": source.digest, "documents": {"train": len(train), "val": len(val)}}
     try:
         shards.write(folder, source.name, tokenizer, splits, facts)
     except OSError as error:

@@ -7,6 +7,7 @@ import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from twingpt.core.config import unknown_choice
@@ -27,6 +28,7 @@ class Source:
     name: str
     documents: list[str]
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the documents, in order."""
         sha = hashlib.sha256()
