@@ -41,12 +41,14 @@ def prune(run: Path, keep: int) -> None:
 
     What killed saves and removals left behind goes too.
     """
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover)
     named = {pointed(run, "latest"), pointed(run, "best")}
     for folder in checkpoints(run)[:-keep]:
         if folder not in named:
-            folder.rename(folder.with_name(f".{folder.name}.old"))
-    for leftover in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover)
+            doomed = folder.with_name(f".{folder.name}.old")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
     sync_folder(run / "checkpoints")
 
 
