@@ -47,6 +47,8 @@ MATRIX = {
     "untied": {"tie_embeddings": False},
     "nano": SHAPES["nano"] | {"zero_init": False},
     "norm after the embedding": {"embed_norm": True},
+    "smear": {"smear": True},
+    "smear of positions": {"smear": True, "embed_norm": True, "position": "learned"},
     "layernorm after the embedding": {"embed_norm": True, "norm": "layernorm", "norm_bias": True},
     **{f"mlp {mlp}": {"mlp": mlp} for mlp in MLPS},
 }
@@ -161,6 +163,7 @@ def configs(draw):
         qk_norm=draw(st.booleans()),
         tie_embeddings=draw(st.booleans()),
         embed_norm=draw(st.booleans()),
+        smear=draw(st.booleans()),
         attn_softcap=draw(st.sampled_from([0.0, 0.0, 5.0])),
         logit_softcap=draw(st.sampled_from([0.0, 10.0])),
         sliding_window=draw(st.sampled_from([0, 0, 3, 16])),

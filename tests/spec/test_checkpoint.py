@@ -257,7 +257,8 @@ def test_large_models_are_sharded_with_an_index(tmp_path, monkeypatch):
      ({"mlp_bias": True}, "twingpt"), ({"qkv_bias": True}, "twingpt"), ({"mlp": "relu2"}, "twingpt"),
      ({"qkv_bias": True, "attn_out_bias": True}, "qwen3"), ({"sliding_window": 8}, "twingpt"),
      ({"logit_softcap": 15.0}, "twingpt"),
-     ({"embed_norm": True}, "twingpt"), ({"position": "none"}, "twingpt"), ({"rope_fraction": 0.5}, "twingpt")],
+     ({"embed_norm": True}, "twingpt"), ({"smear": True}, "twingpt"),
+     ({"position": "none"}, "twingpt"), ({"rope_fraction": 0.5}, "twingpt")],
 )  # fmt: skip
 def test_only_a_model_that_transformers_computes_claims_its_family(switches, family):
     assert model_type(GPTConfig.from_dict({"vocab_size": 8, "n_embd": 64, **switches})) == family

@@ -106,7 +106,8 @@ class GPTConfig:
     Zero or None leaves a switch at its derived value: `n_kv_head` is `n_head`, `head_dim` is
     `n_embd / n_head`, `n_inner` (the MLP's hidden width) is 4 x `n_embd`, or 8/3 of it rounded up to
     a multiple of 32 when the MLP is gated. Lengths and windows are in tokens. `embed_norm` is a norm
-    after the embedding; `zero_init` starts the projections into the residual stream at zero, so that
+    after the embedding; `smear` adds to each position's embedding a learned share, by channel, of the
+    one before it (as in modded-nanogpt); `zero_init` starts the projections into the residual stream at zero, so that
     every block begins as the identity.
 
     Raises UserError for an impossible value, in one sentence.
@@ -135,6 +136,7 @@ class GPTConfig:
     qk_norm: bool = True
     tie_embeddings: bool = True
     embed_norm: bool = False
+    smear: bool = False
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
     sliding_window: int = 0
@@ -238,6 +240,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp": "relu2",
         "tie_embeddings": False,
         "embed_norm": True,
+        "smear": True,
         "logit_softcap": 15.0,
         "zero_init": True,
     },

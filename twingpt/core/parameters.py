@@ -71,6 +71,8 @@ def parameter_table(config: GPTConfig) -> dict[str, Parameter]:
         table.embedding("model.embed_positions", c.block_size)
     if c.embed_norm:
         table.norm("model.embed_norm", c.n_embd)
+    if c.smear:
+        table["model.smear.weight"] = Parameter((c.n_embd,), VECTOR, fill=0.1)
     for i in range(c.n_layer):
         layer = f"model.layers.{i}"
         table.norm(f"{layer}.input_layernorm", c.n_embd)

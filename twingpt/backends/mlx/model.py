@@ -36,12 +36,13 @@ class Rope:
 
 
 class KVCache:
-    """The keys and values of the positions seen so far, preallocated for block_size of them."""
+    """The token ids, keys and values of the positions seen so far, preallocated for block_size of them."""
 
     def __init__(self, config: GPTConfig, batch: int, dtype: mx.Dtype) -> None:
         shape = (batch, config.n_kv_head, config.block_size, config.head_dim)
         self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
         self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
+        self.tokens = mx.zeros((batch, config.block_size), mx.int32)
         self.offset = 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
@@ -152,7 +153,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "geglu": _gelu,
     "gelu": _gelu,
     "gelu_tanh": lambda x: 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
-    "relu2": lambda x: mx.square(mx.maximum(x, 0)),
+    "relu2": lambda x: mx.maximum(x, 0) * x,
 }
 
 
@@ -180,6 +181,19 @@ def block(
     return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
 
 
+def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
+    """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
+    x = p["model.embed_tokens.weight"][tokens]
+    if config.position == "learned":
+        x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
+    return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
+
+
+def smear(x: Array, previous: Array, p: Parameters) -> Array:
+    """Each position and, by channel, a learned share of the one before it; `previous` (B, 1, D) is before the first."""
+    return x + p["model.smear.weight"] * mx.concatenate([previous, x[:, :-1]], axis=1)
+
+
 def hidden_states(
     p: Parameters,
     tokens: Array,
@@ -190,11 +204,14 @@ def hidden_states(
 ) -> Array:
     """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions."""
     T, offset = tokens.shape[1], cache.offset if cache else 0
-    x = p["model.embed_tokens.weight"][tokens]
-    if config.position == "learned":
-        x = x + p["model.embed_positions.weight"][offset : offset + T]
-    if config.embed_norm:
-        x = norm(x, p, "model.embed_norm", config)
+    x = embed(p, tokens, config, offset)
+    if config.smear:
+        previous = mx.zeros_like(x[:, :1])
+        if cache:
+            cache.tokens[:, offset : offset + T] = tokens
+            if offset:
+                previous = embed(p, cache.tokens[:, offset - 1 : offset], config, offset - 1)
+        x = smear(x, previous, p)
     x = dropout(x)
     for layer in range(config.n_layer):
         x = block(x, p, layer, config, rope, cache, dropout)

@@ -40,7 +40,7 @@ def orthogonalise(x: Array, dtype: mx.Dtype) -> Array:
     x = (x / (mx.sqrt(mx.square(x).sum((-2, -1), keepdims=True)) + 1e-7)).astype(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         s = x @ x.swapaxes(-2, -1)
-        x = a * x + (b * s + c * (s @ s)) @ x
+        x = mx.addmm(x, mx.addmm(s, s, s, alpha=c, beta=b), x, beta=a)  # a x + (b s + c s^2) x
     return x.astype(mx.float32)
 
 

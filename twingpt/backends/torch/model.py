@@ -21,31 +21,34 @@ Parameters = dict[str, Tensor]
 
 
 class Rope:
-    """Rotary position embedding with its tables: cos and sin, (block_size, rope_dim / 2) float32."""
+    """Rotary position embedding with its tables: cos and signed sin, (block_size, rope_dim) float32."""
 
     def __init__(self, config: GPTConfig, device: torch.device) -> None:
         self.config = config
         frequencies, factor = rope_frequencies(config)
         angles = np.arange(config.block_size, dtype=np.float32)[:, None] * frequencies
         # cos and sin of the float32 angle in float64: a device's own may be off in the last bits.
-        self.cos = torch.from_numpy((np.cos(angles, dtype=np.float64) * factor).astype(np.float32)).to(device)
-        self.sin = torch.from_numpy((np.sin(angles, dtype=np.float64) * factor).astype(np.float32)).to(device)
+        cos, sin = (f(angles, dtype=np.float64) * factor for f in (np.cos, np.sin))
+        self.cos = torch.from_numpy(np.concatenate([cos, cos], -1).astype(np.float32)).to(device)
+        self.sin = torch.from_numpy(np.concatenate([-sin, sin], -1).astype(np.float32)).to(device)
 
     def __call__(self, x: Array, offset: int) -> Array:
         """Rotate (B, H, T, d), whose first position is `offset`."""
         cos, sin = self.cos[offset : offset + x.shape[2]], self.sin[offset : offset + x.shape[2]]
-        half = self.config.rope_dim // 2
-        x1, x2, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
+        dim, x32 = self.config.rope_dim, x.float()
+        rotary, rest = x32[..., :dim], x32[..., dim:]
+        y = rotary * cos + rotary.roll(dim // 2, -1) * sin  # the roll swaps the halves
+        return (torch.cat([y, rest], dim=-1) if rest.shape[-1] else y).to(x.dtype)
 
 
 class KVCache:
-    """The keys and values of the positions seen so far, preallocated for block_size of them."""
+    """The token ids, keys and values of the positions seen so far, preallocated for block_size of them."""
 
     def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (batch, config.n_kv_head, config.block_size, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.tokens = torch.zeros(batch, config.block_size, dtype=torch.int64, device=device)
         self.offset = 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
@@ -79,7 +82,11 @@ def linear(x: Array, p: Parameters, name: str) -> Array:
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm over the last axis, in float32."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    x32 = x.float()
+    if x.is_cpu:  # where F.rms_norm is a chain of slow powers
+        mean_square = torch.linalg.vecdot(x32, x32).unsqueeze(-1) / x.shape[-1]
+        return (x32 * torch.rsqrt(mean_square + eps) * weight.float()).to(x.dtype)
+    return F.rms_norm(x32, weight.shape, weight.float(), eps).to(x.dtype)
 
 
 def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
@@ -158,7 +165,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "geglu": F.gelu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": lambda x: F.relu(x) * x,  # a square's backward is a slow power on a CPU
 }
 
 
@@ -186,6 +193,19 @@ def block(
     return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
 
 
+def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
+    """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
+    x = F.embedding(tokens, p["model.embed_tokens.weight"])
+    if config.position == "learned":
+        x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
+    return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
+
+
+def smear(x: Array, previous: Array, p: Parameters) -> Array:
+    """Each position and, by channel, a learned share of the one before it; `previous` (B, 1, D) is before the first."""
+    return x + p["model.smear.weight"] * torch.cat([previous, x[:, :-1]], dim=1)
+
+
 def hidden_states(
     p: Parameters,
     tokens: Array,
@@ -196,11 +216,14 @@ def hidden_states(
 ) -> Array:
     """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions."""
     T, offset = tokens.shape[1], cache.offset if cache else 0
-    x = F.embedding(tokens, p["model.embed_tokens.weight"])
-    if config.position == "learned":
-        x = x + p["model.embed_positions.weight"][offset : offset + T]
-    if config.embed_norm:
-        x = norm(x, p, "model.embed_norm", config)
+    x = embed(p, tokens, config, offset)
+    if config.smear:
+        previous = torch.zeros_like(x[:, :1])
+        if cache:
+            cache.tokens[:, offset : offset + T] = tokens
+            if offset:
+                previous = embed(p, cache.tokens[:, offset - 1 : offset], config, offset - 1)
+        x = smear(x, previous, p)
     x = dropout(x)
     for layer in range(config.n_layer):
         x = block(x, p, layer, config, rope, cache, dropout)

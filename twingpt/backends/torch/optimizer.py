@@ -40,7 +40,7 @@ def orthogonalise(x: Array, dtype: torch.dtype) -> Array:
     x = (x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         s = x @ x.mT
-        x = a * x + (b * s + c * (s @ s)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)  # a x + (b s + c s^2) x
     return x.float()
 
 
