@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -143,17 +144,61 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
     return linear(y.swapaxes(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
 
 
+# Activations with a backward pass of their own: a derived one takes two or three times as many passes
+# over memory. mlx.nn's are wrapped in mx.compile, which costs seconds of g++ on a CPU.
+GELU_LINEAR, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715 * math.sqrt(2 / math.pi)
+
+
+@mx.custom_function
+def _gelu_tanh(x: Array) -> tuple[Array, Array]:
+    half = 0.5 * mx.tanh(x * (GELU_LINEAR + GELU_CUBIC * mx.square(x)))
+    return x * (half + 0.5), half
+
+
+@_gelu_tanh.vjp
+def _gelu_tanh_vjp(x: Array, cotangents: tuple[Array, Array], outputs: tuple[Array, Array]) -> Array:
+    half = outputs[1]
+    slope = x * (GELU_LINEAR + 3 * GELU_CUBIC * mx.square(x)) * (0.5 - 2 * mx.square(half))
+    return cotangents[0] * (slope + half + 0.5)
+
+
+@mx.custom_function
+def _silu(x: Array) -> tuple[Array, Array]:
+    sigmoid = mx.sigmoid(x)
+    return x * sigmoid, sigmoid
+
+
+@_silu.vjp
+def _silu_vjp(x: Array, cotangents: tuple[Array, Array], outputs: tuple[Array, Array]) -> Array:
+    y, sigmoid = outputs
+    return cotangents[0] * (sigmoid + y * (1 - sigmoid))
+
+
+@mx.custom_function
+def _relu2(x: Array) -> tuple[Array, Array]:
+    relu = mx.maximum(x, 0)
+    return mx.square(relu), relu
+
+
+@_relu2.vjp
+def _relu2_vjp(x: Array, cotangents: tuple[Array, Array], outputs: tuple[Array, Array]) -> Array:
+    return cotangents[0] * (2 * outputs[1])
+
+
+def _first(outputs: Any) -> Array:  # MLX's types say that a custom function gives an object
+    return outputs[0]
+
+
 def _gelu(x: Array) -> Array:
-    """The exact GELU; mlx.nn's is wrapped in mx.compile, which costs seconds of g++ on a CPU."""
     return 0.5 * x * (1 + mx.erf(x / math.sqrt(2)))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "swiglu": lambda x: x * mx.sigmoid(x),
+    "swiglu": lambda x: _first(_silu(x)),
     "geglu": _gelu,
     "gelu": _gelu,
-    "gelu_tanh": lambda x: 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
-    "relu2": lambda x: mx.maximum(x, 0) * x,
+    "gelu_tanh": lambda x: _first(_gelu_tanh(x)),
+    "relu2": lambda x: _first(_relu2(x)),
 }
 
 
