@@ -241,7 +241,7 @@ def test_one_muon_step_from_the_same_gradients(twins, switches):
     rng = np.random.default_rng(0)
     params = dict(initialise(config, 1))
     grads = {name: rng.normal(0, 0.1, p.shape).astype(np.float32) for name, p in params.items()}
-    shapes = state_table(config, "muon")
+    shapes = state_table(config, "muon", "float32")
     state = {n: rng.normal(0, 0.1, s).astype(np.float32) ** (2 if ".v." in n else 1) for n, s in shapes.items()}
     train = TrainConfig(optimizer="muon", warmup_iters=0, learning_rate=1e-2, grad_clip=0.0)
     results = [step_with(engines, config, params, state, grads, train, step=5) for engines in twins]

@@ -160,8 +160,9 @@ class Checkpoint:
 
     def optimizer_state(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of the optimizer's state."""
-        optimizer = self.training()["train"]["optimizer"]
-        yield from read_tensors([self.folder / OPTIMIZER], state_table(self.config, optimizer))
+        train = self.training()["train"]
+        table = state_table(self.config, train["optimizer"], train["dtype"])
+        yield from read_tensors([self.folder / OPTIMIZER], table)
 
 
 def _is_training_state(state: Any) -> bool:

@@ -18,7 +18,11 @@ GATED_MLPS = ("swiglu", "geglu")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# The loss takes so many logits at a time, 256 MB of them in float32, and so many positions: float16 sums of
+# more could overflow.
+LOSS_LOGITS, LOSS_ROWS = 2**26, 4096
 
 T = TypeVar("T")
 
@@ -298,6 +302,10 @@ class TrainConfig:
     two, and all rates follow one schedule, which ends at the share `min_lr / learning_rate` of each:
     `wsd` holds them and lets them fall linearly over the last `warmdown_fraction` of the run.
     `weight_decay` falls linearly to 0 with `decay_weight_decay`.
+
+    `gradient_checkpointing` keeps each block's input alone and computes its inside again for the
+    backward pass. `skip_nonfinite` leaves out a step whose loss or gradient is not finite instead of
+    stopping there.
     """
 
     data: str = "python-docs"
@@ -305,6 +313,8 @@ class TrainConfig:
     vocab_size: int = 2048
     seed: int = 1337
     dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    skip_nonfinite: bool = False
     batch_size: int = 12
     gradient_accumulation_steps: int = 1
     max_iters: int = 2000

@@ -70,7 +70,7 @@ _keep_freed_memory()
 
 import mlx.core as mx  # noqa: E402  (the BLAS has to be open by now)
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def devices() -> list[Device]:

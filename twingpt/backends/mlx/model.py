@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from twingpt.core.config import GPTConfig
+from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, GPTConfig
 from twingpt.core.rope import rope_periods
 
 Array = mx.array
@@ -55,15 +55,16 @@ class KVCache:
 
 
 class Dropout:
-    """Zeroes entries with probability `rate` and scales the rest; each call splits `key`."""
+    """Zeroes entries with probability `rate` and scales the rest; each of the model's sites has its own key."""
 
-    def __init__(self, rate: float, key: Array) -> None:
-        self.rate, self.key = rate, key
+    def __init__(self, rate: float, key: Array, config: GPTConfig) -> None:
+        self.rate, self.keys, self.site = rate, mx.random.split(key, 1 + 2 * config.n_layer), 0
 
     def __call__(self, x: Array) -> Array:
         """Drop out entries of `x`."""
-        self.key, key = mx.random.split(self.key)
-        return mx.where(mx.random.bernoulli(1 - self.rate, x.shape, key), x * (1 / (1 - self.rate)), 0)
+        kept = mx.random.bernoulli(1 - self.rate, x.shape, self.keys[self.site])
+        self.site += 1
+        return mx.where(kept, x * (1 / (1 - self.rate)), 0)
 
 
 def keep_all(x: Array) -> Array:
@@ -226,6 +227,20 @@ def block(
     return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
 
 
+def block_again(
+    x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
+) -> Array:
+    """`block` in training, keeping its input alone: the backward pass computes the rest again (Chen et al. 2016)."""
+    own = {name: value for name, value in p.items() if name.startswith(f"model.layers.{layer}.")}
+
+    def run(x: Array, own: Parameters) -> Array:
+        if isinstance(dropout, Dropout):
+            dropout.site = 1 + 2 * layer  # the second time too
+        return block(x, own, layer, config, rope, None, dropout)
+
+    return mx.checkpoint(run)(x, own)
+
+
 def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
     """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
     x = p["model.embed_tokens.weight"][tokens]
@@ -246,8 +261,12 @@ def hidden_states(
     rope: Rope,
     cache: KVCache | None = None,
     dropout: Callable[[Array], Array] = keep_all,
+    again: bool = False,
 ) -> Array:
-    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions."""
+    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions.
+
+    In training, `again` computes the blocks again in the backward pass (gradient checkpointing).
+    """
     T, offset = tokens.shape[1], cache.offset if cache else 0
     x = embed(p, tokens, config, offset)
     if config.smear:
@@ -259,7 +278,10 @@ def hidden_states(
         x = smear(x, previous, p)
     x = dropout(x)
     for layer in range(config.n_layer):
-        x = block(x, p, layer, config, rope, cache, dropout)
+        if again:
+            x = block_again(x, p, layer, config, rope, dropout)
+        else:
+            x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
         cache.offset += T
     return norm(x, p, "model.norm", config)
@@ -269,6 +291,48 @@ def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     """(B, T, D) hidden states -> (B, T, V) float32 logits."""
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
     return softcap((x @ head.T).astype(mx.float32), config.logit_softcap)
+
+
+def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
+    """The summed nats of (n,) targets after (n, D) hidden states, and their gradient by the logits, (n, V)."""
+    scores = softcap((x @ head.T).astype(mx.float32), cap)
+    counted, index = (targets >= 0)[:, None], mx.maximum(targets, 0)[:, None]
+    log_z = mx.logsumexp(scores, axis=-1, keepdims=True)
+    nats = mx.where(counted, log_z - mx.take_along_axis(scores, index, axis=-1), 0.0).sum()
+    p = mx.exp(scores - log_z)
+    slope = mx.put_along_axis(p, index, mx.take_along_axis(p, index, axis=-1) - 1, axis=-1) * counted
+    if cap:
+        slope = slope * (1 - mx.square(scores / cap))
+    return nats, slope.astype(x.dtype)
+
+
+def chunked_nats(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
+    """The summed nats of (B, T) targets after (B, T, D) hidden states; a target below 0 counts nothing.
+
+    It goes a chunk of positions at a time, taking the gradients along the way (as Liger's kernels do), and
+    never holds the logits of all positions.
+    """
+    rows = max(1, min(LOSS_ROWS, LOSS_LOGITS // config.vocab_size))
+
+    @mx.custom_function
+    def nats_and_gradients(x: Array, head: Array) -> tuple[Array, Array, Array]:
+        total, dx, dhead = mx.array(0.0), [], mx.zeros(head.shape)
+        for start in range(0, len(x), rows):
+            # Each chunk waits for the one before, or all would be in memory at a time.
+            part = mx.depends([x[start : start + rows]], [dhead])[0] if start else x[:rows]
+            nats, slope = nats_and_slope(part, head, targets.flatten()[start : start + rows], config.logit_softcap)
+            total = total + nats
+            dx.append(slope @ head)
+            dhead = dhead + slope.T @ part
+        return total, mx.concatenate(dx), dhead.astype(head.dtype)
+
+    @nats_and_gradients.vjp
+    def _vjp(_: Any, cotangents: tuple[Array, ...], outputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        _, dx, dhead = outputs
+        return (cotangents[0] * dx).astype(dx.dtype), (cotangents[0] * dhead).astype(dhead.dtype)
+
+    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+    return _first(nats_and_gradients(x.flatten(0, 1), head))
 
 
 def cross_entropy(scores: Array, targets: Array) -> Array:

@@ -7,13 +7,15 @@ D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from twingpt.core.config import GPTConfig
+from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, GPTConfig
 from twingpt.core.rope import rope_frequencies
 
 Array = Tensor
@@ -193,6 +195,14 @@ def block(
     return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
 
 
+def block_again(
+    x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
+) -> Array:
+    """`block` in training, keeping its input alone: the backward pass computes the rest again (Chen et al. 2016)."""
+    y: Array = checkpoint(block, x, p, layer, config, rope, None, dropout, use_reentrant=False)
+    return y
+
+
 def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
     """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
     x = F.embedding(tokens, p["model.embed_tokens.weight"])
@@ -213,8 +223,12 @@ def hidden_states(
     rope: Rope,
     cache: KVCache | None = None,
     dropout: Callable[[Array], Array] = keep_all,
+    again: bool = False,
 ) -> Array:
-    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions."""
+    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions.
+
+    In training, `again` computes the blocks again in the backward pass (gradient checkpointing).
+    """
     T, offset = tokens.shape[1], cache.offset if cache else 0
     x = embed(p, tokens, config, offset)
     if config.smear:
@@ -226,7 +240,10 @@ def hidden_states(
         x = smear(x, previous, p)
     x = dropout(x)
     for layer in range(config.n_layer):
-        x = block(x, p, layer, config, rope, cache, dropout)
+        if again:
+            x = block_again(x, p, layer, config, rope, dropout)
+        else:
+            x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
         cache.offset += T
     return norm(x, p, "model.norm", config)
@@ -236,6 +253,56 @@ def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     """(B, T, D) hidden states -> (B, T, V) float32 logits."""
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
     return softcap(F.linear(x, head).float(), config.logit_softcap)
+
+
+def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
+    """The summed nats of (n,) targets after (n, D) hidden states, and their gradient by the logits, (n, V)."""
+    scores = softcap(F.linear(x, head).float(), cap)
+    counted, index = (targets >= 0)[:, None], targets.clamp_min(0)[:, None]
+    log_p = torch.log_softmax(scores, dim=-1)
+    nats = -(log_p.gather(-1, index) * counted).sum()
+    slope = log_p.exp_()  # of the same memory
+    slope.scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=slope.dtype)).mul_(counted)
+    if cap:
+        slope *= 1 - (scores / cap).square()
+    return nats, slope.to(x.dtype)
+
+
+class ChunkedNats(torch.autograd.Function):
+    """Summed nats a chunk of positions at a time, taking the gradients along the way (as Liger's kernels do).
+
+    It never holds the logits of all positions: beside a chunk's, it keeps gradients of the size of `x` and `head`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, head: Array, targets: Array, cap: float, training: bool) -> Array:
+        """(N, D) hidden states, (V, D) head and (N,) targets -> summed nats."""
+        total = torch.zeros((), device=x.device)
+        dx, dhead = [], torch.zeros_like(head, dtype=torch.float32) if training else None
+        rows = max(1, min(LOSS_ROWS, LOSS_LOGITS // len(head)))
+        for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
+            nats, slope = nats_and_slope(part, head, wanted, cap)
+            total += nats
+            if dhead is not None:
+                dx.append(slope @ head)
+                dhead += slope.mT @ part
+        if dhead is not None:
+            ctx.save_for_backward(torch.cat(dx), dhead.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Array) -> tuple[Array | None, ...]:
+        """The gradients of `x` and `head`."""
+        dx, dhead = ctx.saved_tensors
+        return (cotangent * dx).to(dx.dtype), (cotangent * dhead).to(dhead.dtype), None, None, None
+
+
+def chunked_nats(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
+    """The summed nats of (B, T) targets after (B, T, D) hidden states; a target below 0 counts nothing."""
+    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+    arguments = (x.flatten(0, 1), head, targets.flatten(), config.logit_softcap, torch.is_grad_enabled())
+    total: Array = ChunkedNats.apply(*arguments)
+    return total
 
 
 def cross_entropy(scores: Array, targets: Array) -> Array:
