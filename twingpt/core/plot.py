@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import io
 from pathlib import Path
 
 from twingpt.core.events import Event, RunEnded, read_events
+from twingpt.core.paths import write_atomically
 
 
 class PlotReporter:
@@ -17,8 +18,7 @@ class PlotReporter:
     def report(self, event: Event) -> None:
         """Draw when the run ends."""
         if isinstance(event, RunEnded):
-            with suppress(OSError):  # a picture that can't be written is no reason to lose the run's result
-                plot_loss(self.run / "metrics.jsonl", self.run / "loss.svg", self.run.name)
+            plot_loss(self.run / "metrics.jsonl", self.run / "loss.svg", self.run.name)
 
 
 def plot_loss(metrics: Path, path: Path, title: str) -> None:
@@ -39,4 +39,6 @@ def plot_loss(metrics: Path, path: Path, title: str) -> None:
     axes.set_title(title, parse_math=False)  # a name may hold a $
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
+    write_atomically(path, content.getvalue())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand, sync_folder, write_atomically
 
 NAME = re.compile(r"step-\d{8,}")
+FILES = ("run.json", "metrics.jsonl", "latest", "best", "loss.svg")  # beside the folder `checkpoints`
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -36,13 +38,29 @@ def pointed(run: Path, pointer: str) -> Path | None:
     return run / "checkpoints" / name if NAME.fullmatch(name) else None
 
 
+def latest(run: Path) -> Path | None:
+    """The checkpoint that `latest` names, or the newest where a crash came before the file; None where none is."""
+    if (run / "latest").exists():
+        return pointed(run, "latest")
+    return next(reversed(checkpoints(run)), None)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what killed saves and removals left behind, as far as that can be."""
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for name in FILES:
+        for file in run.glob(f".{name}.*.tmp"):
+            with suppress(OSError):
+                file.unlink()
+
+
 def prune(run: Path, keep: int) -> None:
     """Remove all but the `keep` latest checkpoints, the best and the latest named; a crash leaves no half one.
 
     What killed saves and removals left behind goes too.
     """
-    for leftover in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover)
+    remove_leftovers(run)
     named = {pointed(run, "latest"), pointed(run, "best")}
     for folder in checkpoints(run)[:-keep]:
         if folder not in named:
@@ -75,7 +93,7 @@ def resolve(path: str | Path) -> Path:
     if which.isascii() and which.isdecimal():
         found: Path | None = checkpoint_folder(run, int(which))
     elif which in ("latest", "best"):
-        found = pointed(run, which)
+        found = latest(run) if which == "latest" else pointed(run, which)
     else:
         raise UserError(f"{path} is no checkpoint: after @ give latest, best or a step.")
     if found is None or not found.is_dir():
