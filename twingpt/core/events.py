@@ -37,7 +37,10 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class Trained:
-    """`step` steps are done. The loss (nats per token) and gradient norm are means since the last report."""
+    """`step` steps are done. The loss (nats per token) and gradient norm are means since the last report.
+
+    `skipped` counts the run's steps that were left out, because they were not finite.
+    """
 
     step: int
     loss: float
@@ -47,6 +50,7 @@ class Trained:
     tokens_per_second: float
     memory_bytes: int
     peak_memory_bytes: int
+    skipped: int
 
 
 @dataclass(frozen=True)
