@@ -20,9 +20,9 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
 
-# The loss takes so many logits at a time, 256 MB of them in float32, and so many positions: float16 sums of
+# The loss takes so many logits at a time, 128 MB of them in float32, and so many positions: float16 sums of
 # more could overflow.
-LOSS_LOGITS, LOSS_ROWS = 2**26, 4096
+LOSS_LOGITS, LOSS_ROWS = 2**25, 4096
 
 T = TypeVar("T")
 

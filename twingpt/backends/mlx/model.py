@@ -299,8 +299,8 @@ def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[A
     counted, index = (targets >= 0)[:, None], mx.maximum(targets, 0)[:, None]
     log_z = mx.logsumexp(scores, axis=-1, keepdims=True)
     nats = mx.where(counted, log_z - mx.take_along_axis(scores, index, axis=-1), 0.0).sum()
-    p = mx.exp(scores - log_z)
-    slope = mx.put_along_axis(p, index, mx.take_along_axis(p, index, axis=-1) - 1, axis=-1) * counted
+    p = mx.exp(scores - mx.where(counted, log_z, mx.inf))  # rows of 0 for what doesn't count
+    slope = mx.put_along_axis(p, index, mx.take_along_axis(p, index, axis=-1) - counted, axis=-1)
     if cap:
         slope = slope * (1 - mx.square(scores / cap))
     return nats, slope.astype(x.dtype)
@@ -318,8 +318,9 @@ def chunked_nats(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> 
     def nats_and_gradients(x: Array, head: Array) -> tuple[Array, Array, Array]:
         total, dx, dhead = mx.array(0.0), [], mx.zeros(head.shape)
         for start in range(0, len(x), rows):
-            # Each chunk waits for the one before, or all would be in memory at a time.
-            part = mx.depends([x[start : start + rows]], [dhead])[0] if start else x[:rows]
+            part = x[start : start + rows]
+            if start:  # it waits for the chunk before, or all would be in memory at a time
+                part = mx.depends([part], [total, dx[-1], dhead])[0]
             nats, slope = nats_and_slope(part, head, targets.flatten()[start : start + rows], config.logit_softcap)
             total = total + nats
             dx.append(slope @ head)
