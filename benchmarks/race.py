@@ -65,8 +65,8 @@ COMMON = {"optimizer": "muon", "lr_schedule": "wsd", "warmdown_fraction": 0.8, "
 SPRINT_MODEL = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 128}
 SPRINT = {"batch_size": 16, "learning_rate": 0.015, "embedding_lr": 0.04, "matrix_lr": 0.04}
 SPRINT_STEPS = (190, 250, 330)
-MARATHON_MODEL = {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}
-MARATHON = {"batch_size": 4, "learning_rate": 0.01, "matrix_lr": 0.02, "max_iters": 1000}
+MARATHON_MODEL = {"block_size": 256, "n_layer": 3, "n_head": 4, "n_embd": 128}
+MARATHON = {"batch_size": 4, "learning_rate": 0.01, "matrix_lr": 0.02, "max_iters": 1000}  # by time, in thousandths
 
 
 def characters(path: Path) -> tuple[Array, Array, list[str]]:
