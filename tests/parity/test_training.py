@@ -111,7 +111,7 @@ def test_dropout_keeps_the_mean(engines):
 
         from twingpt.backends.mlx.model import Dropout
 
-        y = Dropout(0.3, mx.random.key(0))(mx.ones(200_000))
+        y = Dropout(0.3, mx.random.key(0), CONFIG)(mx.ones(200_000))
     y = np.array(y.tolist())
     assert (y == 0).mean() == pytest.approx(0.3, abs=0.01)
     assert y.mean() == pytest.approx(1.0, abs=0.01)
