@@ -19,11 +19,11 @@ from twingpt.core.config import GPTConfig, TrainConfig, preset, unknown_choice
 from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.events import JSONLReporter, Reporter, forget_after
+from twingpt.core.events import JSONLReporter, Reporter, forget_after, seconds_so_far
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
-from twingpt.core.runs import checkpoints, find_run, point
+from twingpt.core.runs import check_untrained, checkpoints, find_run, point
 from twingpt.core.trainer import Progress, Trainer
 
 SCHEMA = 1
@@ -90,6 +90,7 @@ def new_run(options: Options, out: Path | None, backend: str, device: str | None
     run = expand(out) if out else Path("runs") / f"{Path(train.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if (run / "run.json").exists() and checkpoints(run):
         raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
+    check_untrained(run)
     data = prepare(train.data, train.tokenizer, train.vocab_size)
     config = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
@@ -115,6 +116,7 @@ def resume_run(
     run = saved.folder.parent.parent
     if not (run / "run.json").is_file():  # named from within, as `.`
         run = find_run(saved.folder.resolve().parent.parent)
+    check_untrained(run)
     state, described = saved.training(), _read_run(run)
     train = _resumed_config(saved, state, options)
     for flag, last in (("--max-iters", train.max_iters), ("--stop-after", stop_after)):
@@ -135,6 +137,7 @@ def resume_run(
     trainer.saved_at = trainer.progress.step
     point(run, "latest", saved.folder)  # what came after it will be written again
     forget_after(run / "metrics.jsonl", trainer.progress.step)
+    trainer.seconds_before = seconds_so_far(run / "metrics.jsonl")
     _write_run(trainer, created=False)
     return trainer
 

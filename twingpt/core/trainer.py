@@ -19,7 +19,17 @@ from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.events import Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Saved, Trained
+from twingpt.core.events import (
+    Evaluated,
+    Event,
+    Reporter,
+    ReporterFailed,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Saved,
+    Trained,
+)
 from twingpt.core.generator import LanguageModel
 from twingpt.core.parameters import parameter_count
 from twingpt.core.schedule import hyperparameters, learning_rate_factor
@@ -61,29 +71,39 @@ class Trainer:
         self.interrupted = False
         self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
         self.speeds: list[float] = []  # tokens per second, of each report
+        self.seconds_before = 0.0  # of earlier starts of the run
+        self.began = 0.0
 
     def fit(self, stop_after: int | None = None) -> dict[str, Any]:
         """Train to the end of the schedule, or to `stop_after` steps, saving at the end; the run's summary.
 
         SIGINT and SIGTERM end it after the step under way, saved. Raises UserError for a loss that is
-        not finite, or a checkpoint that can't be saved.
+        not finite, a checkpoint that can't be saved, or a run that another process trains.
         """
-        start, progress = time.perf_counter(), self.progress
-        stop = min(self.train.max_iters, stop_after or self.train.max_iters)
-        self._started()
+        with runs.training(self.run):
+            self._started()
+            self.began = time.perf_counter()
+            try:
+                self._train(min(self.train.max_iters, stop_after or self.train.max_iters))
+            except BaseException:
+                self._report(RunEnded(self.progress.step, "failed", self._seconds))
+                raise
+            done = self.progress.step >= self.train.max_iters
+            reason = "interrupted" if self.interrupted else "finished" if done else "stop-after"
+            summary = self._summary(reason)
+            self._report(RunEnded(self.progress.step, reason, self._seconds))
+        return summary
+
+    def _train(self, stop: int) -> None:
+        """Train to `stop` steps or an interruption, and leave the run evaluated and saved there."""
         with self._interruptible():
             self.clock = time.perf_counter()
-            while progress.step < stop and not self.interrupted:
+            while self.progress.step < stop and not self.interrupted:
                 self._milestones()
                 self._step()
-                if (progress.step - 1) % self.train.log_interval == 0:
+                if (self.progress.step - 1) % self.train.log_interval == 0:
                     self._report_training(unread=1)
             self._finish()
-        done = progress.step >= self.train.max_iters
-        reason = "interrupted" if self.interrupted else "finished" if done else "stop-after"
-        seconds = time.perf_counter() - start
-        self._report(RunEnded(progress.step, reason, seconds))
-        return self._summary(reason, seconds)
 
     def _step(self) -> None:
         """Enqueue one optimizer step."""
@@ -137,9 +157,18 @@ class Trainer:
             self.speeds.append((self.progress.step - self.clock_step) * self._tokens_per_step / (now - self.clock))
         self.clock, self.clock_step = now, self.progress.step
         rate = train.learning_rate * learning_rate_factor(train, step - 1)
-        tokens = step * self._tokens_per_step
         self._report(
-            Trained(step, float(loss), float(grad_norm), rate, tokens, self.speeds[-1], memory.now, memory.peak)
+            Trained(
+                step=step,
+                loss=float(loss),
+                grad_norm=float(grad_norm),
+                learning_rate=rate,
+                tokens=step * self._tokens_per_step,
+                tokens_per_second=self.speeds[-1],
+                memory_bytes=memory.now,
+                peak_memory_bytes=memory.peak,
+                seconds=self._seconds,
+            )
         )
 
     def _diverged(self, what: str) -> UserError:
@@ -165,7 +194,7 @@ class Trainer:
         progress.val_loss, progress.val_bpb = nats / count, nats / math.log(2) / max(1, size)
         improved = progress.val_loss < progress.best_val_loss
         progress.best_val_loss = min(progress.val_loss, progress.best_val_loss)
-        self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved))
+        self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved, self._seconds))
         return improved
 
     def _sample(self) -> None:
@@ -217,7 +246,7 @@ class Trainer:
             )
         )
 
-    def _summary(self, reason: str, seconds: float) -> dict[str, Any]:
+    def _summary(self, reason: str) -> dict[str, Any]:
         progress = self.progress
         return {
             "run": str(self.run),
@@ -234,16 +263,27 @@ class Trainer:
             "best_val_loss": progress.best_val_loss,
             "tokens_per_second": float(np.median(self.speeds)) if self.speeds else None,
             "peak_memory_bytes": self.engine.memory().peak,
-            "seconds": seconds,
+            "seconds": self._seconds - self.seconds_before,
         }
 
     @property
     def _tokens_per_step(self) -> int:
         return self.train.batch_size * self.train.gradient_accumulation_steps * self.config.block_size
 
+    @property
+    def _seconds(self) -> float:
+        """How long the run has taken, over all its starts."""
+        return self.seconds_before + time.perf_counter() - self.began
+
     def _report(self, event: Event) -> None:
-        for reporter in self.reporters:
-            reporter.report(event)
+        """Tell every reporter; one that fails is dropped, since a report is not worth the run."""
+        for reporter in tuple(self.reporters):
+            try:
+                reporter.report(event)
+            except Exception as error:
+                self.reporters = [other for other in self.reporters if other is not reporter]
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._report(ReporterFailed(self.progress.step, type(reporter).__name__, why))
 
     @contextmanager
     def _stopped_clock(self) -> Iterator[None]:
