@@ -62,7 +62,8 @@ def _print_json(value: Any) -> None:
     "gpt train                                    the Python documentation, offline\n\n"
     "gpt train --data novel.txt --out runs/novel  your own text\n\n"
     "gpt train --data shakespeare --tokenizer char --preset micro --max-iters 2000\n\n"
-    "gpt train --resume runs/novel --backend mlx  go on, on the other backend\n"
+    "gpt train --resume runs/novel --backend mlx  go on, on the other backend\n\n"
+    "gpt train --report-to tensorboard,wandb      follow the run there too\n"
 )
 def train(
     data: Annotated[str | None, _option("python-docs, shakespeare, or a text file or folder.", DATA)] = None,
@@ -101,6 +102,9 @@ def train(
     sample_interval: Annotated[int | None, _option("Steps between samples; 0 is off.", REPORT)] = None,
     checkpoint_interval: Annotated[int | None, _option("Steps between checkpoints; 0 is off.", REPORT)] = None,
     keep: Annotated[int | None, _option("Latest checkpoints to keep, beside the best.", REPORT)] = None,
+    report_to: Annotated[
+        str, _option("tensorboard, wandb, mlflow: one or several, with commas. (default: none)", REPORT)
+    ] = "",
     out: Annotated[Path | None, _option("The run's folder. (default: runs/DATA-DATE)", WHERE)] = None,
     resume: Annotated[str | None, _option("Go on with a run: its folder, name, RUN@STEP, or latest.", WHERE)] = None,
     backend: Annotated[str, _option("auto, mlx or torch.", WHERE)] = "auto",
@@ -118,14 +122,15 @@ def train(
     What is not given comes from a recipe for the kind of device, and run.json keeps all of it.
     """
     given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("stop_after", "out", "resume", "backend", "device", "compile", "json_"):
+    for key in ("stop_after", "out", "resume", "backend", "device", "compile", "json_", "report_to"):
         given.pop(key, None)
     from rich.console import Console
     from rich.markup import escape
 
-    from twingpt.core import launch
+    from twingpt.core import launch, trackers
     from twingpt.core.console import ConsoleReporter
 
+    track = trackers.parse(report_to)
     if resume is not None and out:
         raise UserError("--resume goes on in the run's own folder: leave out --out.")
     if stop_after is not None and stop_after < 1:
@@ -136,14 +141,14 @@ def train(
         trainer = launch.new_run(given, out, backend, device, compile)
     console = Console(stderr=json_, highlight=False)
     reporter = ConsoleReporter(console)
-    trainer.reporters = [*trainer.reporters, reporter]
+    trainer.reporters = [*trainer.reporters, *trackers.make(track, trainer.run), reporter]
     with reporter.live():
         summary = trainer.fit(stop_after)
     if json_:
         _print_json(summary)
         return
     run, word = escape(summary["run"]), escape(shlex.quote(summary["run"]))
-    lines = [f"\nCheckpoint: [bold]{escape(summary['checkpoint'])}[/]", f"Loss curve: {run}/loss.svg"]
+    lines = [f"\nCheckpoint: [bold]{escape(summary['checkpoint'])}[/]", f"Report:     {run}/report.html"]
     if summary["reason"] != "finished":
         lines.append(f"Go on:      [bold]gpt train --resume {word}[/]")
     lines.append(f'Try it:     [bold]gpt generate {word} -p "…"[/]')
@@ -213,6 +218,33 @@ def convert(
         _print_json({"source": str(checkpoint.folder), "target": str(folder), "family": family})
     else:
         print(f"{folder}: {family}, from {checkpoint.folder}")
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt plot runs/a runs/b             their losses over one another, in runs-plot.svg\n\n"
+    "gpt plot latest --x time -o a.png  the last run, over the seconds it took\n\n"
+    "gpt plot runs/* --json             the curves as numbers\n"
+)
+def plot(
+    models: Annotated[list[str], typer.Argument(metavar="RUN…", help="Runs; latest is the last one written to.")],
+    x: Annotated[str, typer.Option("--x", help="step, tokens or time (seconds of training).")] = "step",
+    out: Annotated[Path, typer.Option("--out", "-o", help="An .svg, .png or .pdf file.")] = Path("runs-plot.svg"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the curves as one JSON object; draw nothing.")] = False,
+) -> None:
+    """Draw the training and held-out losses of runs over one another."""
+    from twingpt.core import plot as plots
+
+    plots.check_picture(out)
+    curves = plots.read_curves(models, x)
+    if json_:
+        _print_json({"x": x, "runs": curves})
+        return
+    plots.plot_curves(curves, x, out)
+    for run in curves:
+        if not (run["train"]["x"] or run["val"]["x"]):
+            print(f"gpt: {run['run']} has no losses over {x}, and is left out.", file=sys.stderr)
+    print(out)
 
 
 runs_app = typer.Typer(rich_markup_mode="rich")

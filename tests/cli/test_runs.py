@@ -294,6 +294,7 @@ def test_latest_may_be_a_folder_or_nothing(place, monkeypatch):
 def test_commands_take_latest(gpt, place, saved):
     os.utime("runs/old/run.json", (1_900_000_000, 1_900_000_000))
     assert json.loads(gpt("runs", "show", "latest", "--json")[1])["name"] == "old"
+    assert json.loads(gpt("plot", "latest@best", "--json")[1])["runs"][0]["label"] == "old"
     run = write_run(Path("runs/real"))
     saved.parent.rename(run / "checkpoints")
     runs.point(run, "latest", saved)

@@ -23,7 +23,9 @@ from twingpt.core.events import JSONLReporter, Reporter, forget_after, seconds_s
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
+from twingpt.core.report import HTMLReporter
 from twingpt.core.runs import check_untrained, checkpoints, find_run, point
+from twingpt.core.trackers import IDS
 from twingpt.core.trainer import Progress, Trainer
 
 SCHEMA = 1
@@ -201,7 +203,7 @@ def _trainer(
         compile = device.kind != "cpu"
     data.check(config)
     engine = engines.TrainEngine(config, device, train.optimizer, train.dtype, compile)
-    reporters: list[Reporter] = [JSONLReporter(run / "metrics.jsonl"), PlotReporter(run)]
+    reporters: list[Reporter] = [JSONLReporter(run / "metrics.jsonl"), PlotReporter(run), HTMLReporter(run)]
     return Trainer(run, config, train, data, engines, device, engine, reporters, progress)
 
 
@@ -221,7 +223,8 @@ def _write_run(trainer: Trainer, created: bool) -> None:
         trainer.run.mkdir(parents=True, exist_ok=True)
         starts = [] if created else _read_run(trainer.run)["starts"]
         if created:  # what a run that never came to a checkpoint left
-            (trainer.run / "metrics.jsonl").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", IDS):
+                (trainer.run / name).unlink(missing_ok=True)
         content = {
             "schema": SCHEMA,
             "config": trainer.config.to_dict(),
