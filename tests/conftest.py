@@ -68,10 +68,14 @@ def shakespeare() -> Path:
 @pytest.fixture
 def prose(tmp_path) -> Path:
     """A text file large enough to train on, of a few kilobytes."""
+    return write_prose(tmp_path)
+
+
+def write_prose(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     words = ["the", "cat", "dog", "bird", "sat", "ran", "flew", "on", "over", "mat", "hill", "tree", "and"]
     lines = [" ".join(rng.choice(words, 9)).capitalize() + "." for _ in range(400)]
-    path = tmp_path / "prose.txt"
+    path = folder / "prose.txt"
     path.write_text("\n".join(lines))
     return path
 

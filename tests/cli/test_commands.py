@@ -209,28 +209,10 @@ def test_a_damaged_checkpoint_is_not_resumed(gpt, prose, tmp_path):
 
 
 @needs("torch")
-def test_a_full_disk_during_training_keeps_the_last_checkpoint(gpt, prose, tmp_path, monkeypatch):
-    from twingpt.core import checkpoint
-
-    run, real, calls = tmp_path / "run", checkpoint.write_safetensors, [0]
-
-    def fills_up(path, shapes, tensors):
-        calls[0] += 1
-        if calls[0] > 2:  # the second checkpoint's model
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        return real(path, shapes, tensors)
-
-    monkeypatch.setattr(checkpoint, "write_safetensors", fills_up)
-    code, _, err = gpt("train", "--data", prose, "--out", run, *SMALL, "--json")
-    assert code == 2 and "No space left on device" in err and "earlier checkpoints are untouched" in err
-    monkeypatch.undo()
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
-    assert train(gpt, "--resume", run)["step"] == 12
-
-
-@needs("torch")
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"data": {"folder": 5}, "starts": []}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"data": {"folder": 5}, "starts": []}', '{"config": 5, "train": {}, "data": {}, "starts": []}'],
+)
 def test_a_damaged_run_json_is_not_resumed(gpt, prose, tmp_path, content):
     run = tmp_path / "run"
     train(gpt, "--data", prose, "--out", run, *SMALL, "--stop-after", 4)
@@ -281,19 +263,6 @@ def test_training_goes_on_when_nobody_reads_it(prose, tmp_path):
         process.stdout.readline()
         process.stdout.close()
     assert runs.resolve(tmp_path / "run").name == "step-00000012"
-
-
-@needs("torch")
-def test_a_full_disk_elsewhere_is_one_sentence(gpt, prose, tmp_path, monkeypatch):
-    from twingpt.core import runs as run_files
-
-    def full(path, content):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(run_files, "write_atomically", full)
-    code, out, err = gpt("train", "--data", prose, "--out", tmp_path / "run", *SMALL, "--json")
-    assert code == 2 and out == "" and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("gpt: No space left on device: ") and "latest" in err.splitlines()[-1]
 
 
 def test_a_broken_backend_says_so(tmp_path):

@@ -184,7 +184,7 @@ class Fails:
     def report(self, event):
         self.heard += 1
         if isinstance(event, Trained):
-            raise ConnectionError("the server\nis gone")
+            raise RuntimeError("the server\nis gone")
 
 
 @needs("torch")
@@ -193,10 +193,19 @@ def test_a_reporter_that_fails_is_told_once_and_training_goes_on(gpt, prose, tmp
     monkeypatch.setattr(trackers, "make", lambda names, run: made.append(Fails(run)) or made)
     code, out, err = gpt("train", "--data", prose, "--out", tmp_path / "run", "--backend", "torch", *SMALL)
     assert code == 0 and err == ""
-    assert out.count("Fails failed and reports no more of this run, which goes on: ConnectionError: the server") == 1
+    assert out.count("Fails failed and reports no more of this run, which goes on: RuntimeError: the server") == 1
     assert logged(tmp_path / "run")[-1]["step"] == 12
     assert [entry["reporter"] for entry in logged(tmp_path / "run", "reporter_failed")] == ["Fails"]
     assert made[0].heard == 3  # the start, the first evaluation, and what it fell over
+
+
+def test_a_tracker_that_cannot_reach_its_server_is_not_asked_again(run, monkeypatch):
+    def refuse(self):
+        raise ConnectionError("refused")  # which is an OSError, as a full disk is
+
+    monkeypatch.setattr(trackers.MLflowReporter, "_start", refuse)
+    with pytest.raises(RuntimeError, match="ConnectionError: refused"):
+        tell("mlflow", run, story(20))
 
 
 @needs("torch")

@@ -14,6 +14,7 @@ from tests.conftest import BOTH, needs
 from twingpt.core import runs
 from twingpt.core.checkpoint import open_checkpoint
 from twingpt.core.events import read_events
+from twingpt.core.trainer import Trainer
 
 SMALL = [
     "--tokenizer", "byte", "--n-layer", 2, "--n-head", 4, "--n-kv-head", 2, "--n-embd", 32, "--block-size", 32,
@@ -152,6 +153,70 @@ def test_resume_without_the_prepared_data_or_the_original(gpt, prose, tmp_path, 
     moved.write_text(moved.read_text() + "Something else.")
     code, _, err = gpt("train", "--resume", run, "--backend", "torch", "--data", moved)
     assert code == 2 and "fingerprint differs" in err
+
+
+def killed(gpt, *arguments) -> None:
+    """A start that ends before the first step."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "fit", interrupted)
+        assert gpt("train", *arguments)[0] == 130
+
+
+def test_a_run_without_a_checkpoint_is_resumed_from_its_beginning(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    whole = train(gpt, "--data", prose, "--out", tmp_path / "whole", *SMALL, "--max-iters", 8, "--warmup-iters", 2)
+    killed(gpt, "--data", prose, "--out", run, *SMALL)
+    assert [path.name for path in run.iterdir()] == ["run.json"]
+    before = (run / "run.json").read_bytes()
+    code, _, err = gpt("train", "--resume", run, "--seed", 7)
+    assert code == 2 and "--seed 7 conflicts with the run, which has 1337" in err
+    code, _, err = gpt("generate", run, "-p", "x")
+    assert code == 2 and "has no checkpoint latest: it has none yet" in err
+    assert (run / "run.json").read_bytes() == before
+    killed(gpt, "--resume", run, "--max-iters", 8)
+    assert train(gpt, "--resume", run)["step"] == whole["step"] == 8
+    assert equal(tensors(run), tensors(tmp_path / "whole"))
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 3
+
+
+def test_a_run_without_a_checkpoint_and_other_data(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    killed(gpt, "--data", prose, "--out", run, *SMALL)
+    described = json.loads((run / "run.json").read_text())
+    other = tmp_path / "other.txt"
+    other.write_text(prose.read_text() + "Something else.")
+    code, _, err = gpt("train", "--resume", run, "--data", other)
+    assert code == 2 and "fingerprint differs" in err
+    (run / "run.json").write_text(json.dumps({**described, "config": {**described["config"], "n_layers": 3}}))
+    code, _, err = gpt("train", "--resume", run)
+    assert code == 2 and "did you mean 'n_layer'" in err
+
+
+@needs("torch")
+def test_what_a_resumed_run_changed_outlives_a_kill(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    train(gpt, "--data", prose, "--out", run, "--backend", "torch", *SMALL, "--stop-after", 4)
+    killed(gpt, "--resume", run, "--backend", "torch", "--max-iters", 16)
+    assert train(gpt, "--resume", run, "--backend", "torch")["step"] == 16
+
+
+@needs("torch")
+def test_a_finished_run_is_not_evaluated_or_sampled_twice(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    train(gpt, "--data", prose, "--out", run, "--backend", "torch", *SMALL, "--sample-interval", 6)
+    before, best = list(read_events(run / "metrics.jsonl")), runs.pointed(run, "best")
+    train(gpt, "--resume", run, "--backend", "torch")
+    train(gpt, "--resume", run, "--backend", "torch", "--max-iters", 16, "--stop-after", 14)
+    events = [(event["event"], event["step"]) for event in read_events(run / "metrics.jsonl")]
+    assert events.count(("evaluated", 12)) == events.count(("sampled", 12)) == events.count(("saved", 12)) == 1
+    assert [event for event in events if event[1] < 12] == [
+        (event["event"], event["step"]) for event in before if event["step"] < 12
+    ]
+    assert best.name == "step-00000012"
 
 
 @needs("torch")

@@ -116,10 +116,11 @@ def test_the_default_shape_is_exported_as_it_is(tmp_path, bpe):
     assert relative(transformers_logits(tmp_path / "hf", tokens), our_logits(folder, tokens)) <= 1e-5
 
 
-def test_a_model_without_a_family_is_refused(tmp_path, bpe):
+@pytest.mark.parametrize("switches", [{"mlp": "relu2"}, SHAPES["gpt2"] | {"embed_norm": True}])
+def test_a_model_without_a_family_is_refused(tmp_path, bpe, switches):
     from twingpt import UserError
 
-    folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, "mlp": "relu2"}), bpe)
+    folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, **switches}), bpe)
     with pytest.raises(UserError, match="No transformers family computes this model"):
         export(open_checkpoint(folder), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

@@ -47,6 +47,8 @@ MATRIX = {
     "untied": {"tie_embeddings": False},
     "nano": SHAPES["nano"] | {"zero_init": False},
     "norm after the embedding": {"embed_norm": True},
+    "smear": {"smear": True},
+    "smear of positions": {"smear": True, "embed_norm": True, "position": "learned"},
     "layernorm after the embedding": {"embed_norm": True, "norm": "layernorm", "norm_bias": True},
     **{f"mlp {mlp}": {"mlp": mlp} for mlp in MLPS},
 }
@@ -161,6 +163,7 @@ def configs(draw):
         qk_norm=draw(st.booleans()),
         tie_embeddings=draw(st.booleans()),
         embed_norm=draw(st.booleans()),
+        smear=draw(st.booleans()),
         attn_softcap=draw(st.sampled_from([0.0, 0.0, 5.0])),
         logit_softcap=draw(st.sampled_from([0.0, 10.0])),
         sliding_window=draw(st.sampled_from([0, 0, 3, 16])),
@@ -238,7 +241,7 @@ def test_one_muon_step_from_the_same_gradients(twins, switches):
     rng = np.random.default_rng(0)
     params = dict(initialise(config, 1))
     grads = {name: rng.normal(0, 0.1, p.shape).astype(np.float32) for name, p in params.items()}
-    shapes = state_table(config, "muon")
+    shapes = state_table(config, "muon", "float32")
     state = {n: rng.normal(0, 0.1, s).astype(np.float32) ** (2 if ".v." in n else 1) for n, s in shapes.items()}
     train = TrainConfig(optimizer="muon", warmup_iters=0, learning_rate=1e-2, grad_clip=0.0)
     results = [step_with(engines, config, params, state, grads, train, step=5) for engines in twins]

@@ -106,7 +106,7 @@ def test_extra_file(saved, name):
 @pytest.mark.parametrize(
     "change",
     [{"step": None}, {"step": 2.5}, {"step": -1}, {"step": "3"}, {"train": None}, {"train": {}}, {"data": 5},
-     {"val_loss": "x"}, {"best_val_loss": []}, {"schema": 99}],
+     {"val_loss": "x"}, {"best_val_loss": []}, {"schema": 99}, {"evaluated_at": 2.5}, {"sampled_at": None}],
 )  # fmt: skip
 def test_a_training_state_that_is_none(saved, change):
     path = saved / "training_state.json"
@@ -257,7 +257,8 @@ def test_large_models_are_sharded_with_an_index(tmp_path, monkeypatch):
      ({"mlp_bias": True}, "twingpt"), ({"qkv_bias": True}, "twingpt"), ({"mlp": "relu2"}, "twingpt"),
      ({"qkv_bias": True, "attn_out_bias": True}, "qwen3"), ({"sliding_window": 8}, "twingpt"),
      ({"logit_softcap": 15.0}, "twingpt"),
-     ({"embed_norm": True}, "twingpt"), ({"position": "none"}, "twingpt"), ({"rope_fraction": 0.5}, "twingpt")],
+     ({"embed_norm": True}, "twingpt"), ({"smear": True}, "twingpt"),
+     ({"position": "none"}, "twingpt"), ({"rope_fraction": 0.5}, "twingpt")],
 )  # fmt: skip
 def test_only_a_model_that_transformers_computes_claims_its_family(switches, family):
     assert model_type(GPTConfig.from_dict({"vocab_size": 8, "n_embd": 64, **switches})) == family
@@ -266,12 +267,12 @@ def test_only_a_model_that_transformers_computes_claims_its_family(switches, fam
 def test_resolve(saved):
     run = saved.parent.parent
     (run / "run.json").write_text("{}")
-    with pytest.raises(UserError, match=r"has no checkpoint latest: it has those of the steps 3, as .*@STEP"):
-        runs.resolve(run)
+    assert runs.resolve(run) == saved  # killed between its first checkpoint and `latest`
     runs.point(run, "latest", saved)
     for name in (saved, run, f"{run}@3", f"{run}@latest"):
         assert runs.resolve(name) == saved
-    for name, message in (("@best", "no checkpoint best"), ("@4", "those of the steps 3"), ("@x", "latest, best or a"),
+    for name, message in (("@best", r"no checkpoint best: it has those of the steps 3, as .*@STEP"),
+                          ("@4", "those of the steps 3"), ("@x", "latest, best or a"),
                           ("@²", "latest, best or a")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             runs.resolve(f"{run}{name}")
@@ -312,6 +313,10 @@ def test_prune_keeps_the_latest_and_the_best(tmp_path):
     runs.point(tmp_path, "best", runs.checkpoint_folder(tmp_path, 2))
     for leftover in (".step-00000006.x1y2.tmp", ".step-00000001.old"):  # of a save and a removal that were killed
         (tmp_path / "checkpoints" / leftover / "deep").mkdir(parents=True)
+    for leftover in (".latest.77.tmp", ".run.json.77.tmp"):
+        (tmp_path / leftover).write_text("half")
+    (tmp_path / ".notes.tmp").write_text("somebody's own")
     runs.prune(tmp_path, 2)
     assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".notes.tmp"]
     assert [path.name[-1] for path in runs.checkpoints(tmp_path)] == ["2", "4", "5"]

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -195,6 +197,16 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "set", "set", ByteTokenizer(), {"train": np.zeros(9, np.int32)}, {})
     assert [p.name for p in tmp_path.iterdir() if "set" in p.name] == []
+
+
+def test_a_preparation_removes_what_a_killed_one_left_a_day_ago(prose, tmp_path):
+    old, new = (tmp_path / "home" / "data" / name for name in (".prose-1.x1y2.tmp", ".prose-2.x1y2.tmp"))
+    for leftover in (old, new):
+        leftover.mkdir(parents=True)
+        (leftover / "train.bin").write_bytes(b"half")
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
+    prepare(str(prose), "byte", 0)
+    assert new.exists() and not old.exists()
 
 
 def test_python_without_its_topics(monkeypatch):

@@ -72,7 +72,7 @@ def test_initial_bits_are_pinned():
 
 
 def test_optimizer_state_has_two_moments_for_each_parameter():
-    table, state = parameter_table(CONFIG), state_table(CONFIG, "adamw")
+    table, state = parameter_table(CONFIG), state_table(CONFIG, "adamw", "float32")
     assert len(state) == 2 * len(table)
     assert state["adamw.v.model.norm.weight"] == (64,)
 
@@ -85,6 +85,6 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     for batch in plan.muon:  # of one shape up to turning: w.up with w.down
         assert len({tuple(sorted(table[name].shape)) for name in batch}) == 1
     assert any({"up_proj", "down_proj"} <= {name.split(".")[-2] for name in batch} for batch in plan.muon)
-    state = state_table(CONFIG, "muon")
+    state = state_table(CONFIG, "muon", "float32")
     assert state["muon.momentum.model.layers.0.mlp.up_proj.weight"] == (CONFIG.n_inner, 64)
     assert len(state) == len(matrices) + 2 * len(plan.adamw)

@@ -91,7 +91,7 @@ class TrainEngine(Protocol):
         """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
 
     def update(self, hyper: Hyper) -> Handle:
-        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm)."""
+        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm, 1 if skipped)."""
 
     def evaluate(self, tokens: Array, targets: Array) -> Handle:
         """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
@@ -116,7 +116,7 @@ class Backend(Protocol):
     """The names that `twingpt.backends.NAME` exports."""
 
     NAME: str
-    TrainEngine: Callable[..., TrainEngine]  # (config, device, optimizer, dtype, compile)
+    TrainEngine: Callable[..., TrainEngine]  # (config, device, optimizer, dtype, compile, …)
     DecodeEngine: Callable[..., DecodeEngine]  # (config, tensors, device, dtype)
 
     def devices(self) -> list[Device]:

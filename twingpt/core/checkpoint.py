@@ -160,8 +160,9 @@ class Checkpoint:
 
     def optimizer_state(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of the optimizer's state."""
-        optimizer = self.training()["train"]["optimizer"]
-        yield from read_tensors([self.folder / OPTIMIZER], state_table(self.config, optimizer))
+        train = self.training()["train"]
+        table = state_table(self.config, train["optimizer"], train["dtype"])
+        yield from read_tensors([self.folder / OPTIMIZER], table)
 
 
 def _is_training_state(state: Any) -> bool:
@@ -169,10 +170,12 @@ def _is_training_state(state: Any) -> bool:
         return False
     step, train = state.get("step"), state.get("train")
     losses = [state.get(name, "missing") for name in ("train_loss", "val_loss", "val_bpb", "best_val_loss")]
+    milestones = [state.get(name, -1) for name in ("evaluated_at", "sampled_at")]  # older checkpoints have none
     return (
         type(step) is int
         and step >= 0
         and all(loss is None or type(loss) in (int, float) for loss in losses)
+        and all(type(milestone) is int for milestone in milestones)
         and isinstance(state.get("data"), str)
         and isinstance(train, dict)
         and set(train) == {field.name for field in dataclasses.fields(TrainConfig)}

@@ -18,7 +18,11 @@ GATED_MLPS = ("swiglu", "geglu")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# The loss takes so many logits at a time, 256 MB of them in float32, and so many positions: float16 sums of
+# more could overflow.
+LOSS_LOGITS, LOSS_ROWS = 2**26, 4096
 
 T = TypeVar("T")
 
@@ -106,7 +110,8 @@ class GPTConfig:
     Zero or None leaves a switch at its derived value: `n_kv_head` is `n_head`, `head_dim` is
     `n_embd / n_head`, `n_inner` (the MLP's hidden width) is 4 x `n_embd`, or 8/3 of it rounded up to
     a multiple of 32 when the MLP is gated. Lengths and windows are in tokens. `embed_norm` is a norm
-    after the embedding; `zero_init` starts the projections into the residual stream at zero, so that
+    after the embedding; `smear` adds to each position's embedding a learned share, by channel, of the
+    one before it (as in modded-nanogpt); `zero_init` starts the projections into the residual stream at zero, so that
     every block begins as the identity.
 
     Raises UserError for an impossible value, in one sentence.
@@ -135,6 +140,7 @@ class GPTConfig:
     qk_norm: bool = True
     tie_embeddings: bool = True
     embed_norm: bool = False
+    smear: bool = False
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
     sliding_window: int = 0
@@ -238,6 +244,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp": "relu2",
         "tie_embeddings": False,
         "embed_norm": True,
+        "smear": True,
         "logit_softcap": 15.0,
         "zero_init": True,
     },
@@ -295,6 +302,10 @@ class TrainConfig:
     two, and all rates follow one schedule, which ends at the share `min_lr / learning_rate` of each:
     `wsd` holds them and lets them fall linearly over the last `warmdown_fraction` of the run.
     `weight_decay` falls linearly to 0 with `decay_weight_decay`.
+
+    `gradient_checkpointing` keeps each block's input alone and computes its inside again for the
+    backward pass. `skip_nonfinite` leaves out a step whose loss or gradient is not finite instead of
+    stopping there.
     """
 
     data: str = "python-docs"
@@ -302,6 +313,8 @@ class TrainConfig:
     vocab_size: int = 2048
     seed: int = 1337
     dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    skip_nonfinite: bool = False
     batch_size: int = 12
     gradient_accumulation_steps: int = 1
     max_iters: int = 2000

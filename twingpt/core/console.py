@@ -13,7 +13,17 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from twingpt.core.events import Evaluated, Event, ReporterFailed, RunEnded, RunStarted, Sampled, Saved, Trained
+from twingpt.core.events import (
+    Evaluated,
+    Event,
+    ReporterFailed,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Saved,
+    SaveFailed,
+    Trained,
+)
 from twingpt.core.inventory import Run, SavedStep, starts
 
 SAMPLE_LINES = 12  # of a sample, blank ones left out; metrics.jsonl has all of it
@@ -109,6 +119,8 @@ class ConsoleReporter:
             self.console.print(Panel(escape("\n".join(lines)), title=title, border_style="dim"))
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
+        elif isinstance(event, SaveFailed):
+            self.console.print(f"[yellow]step {event.step:,}: {escape(event.message)}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
         elif isinstance(event, ReporterFailed):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from twingpt.core.paths import write_atomically
+from twingpt.core.paths import naming, write_atomically
+
+WAITING_EVENTS = 10_000  # at most kept in memory while they can't be written, the oldest dropped first
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,17 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class SaveFailed:
+    """Something of the run can't be written for now, as `message` says in a sentence; training goes on.
+
+    It is reported once, and again only if it fails after having worked.
+    """
+
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """The run stopped after `step` steps and `seconds`; `reason` is finished, stop-after, interrupted or failed."""
 
@@ -95,14 +110,18 @@ class ReporterFailed:
     error: str
 
 
-Event = RunStarted | Trained | Evaluated | Sampled | Saved | RunEnded | ReporterFailed
+Event = RunStarted | Trained | Evaluated | Sampled | Saved | SaveFailed | RunEnded | ReporterFailed
 
 
 class Reporter(Protocol):
     """Anything that wants to hear of a run."""
 
     def report(self, event: Event) -> None:
-        """Take note of an event."""
+        """Take note of an event.
+
+        An OSError is told to the user, and the next event tried; after any other exception the reporter
+        hears no more. Neither stops anything.
+        """
 
 
 def to_dict(event: Event) -> dict[str, Any]:
@@ -112,15 +131,26 @@ def to_dict(event: Event) -> dict[str, Any]:
 
 
 class JSONLReporter:
-    """metrics.jsonl: one event a line, flushed as it comes."""
+    """metrics.jsonl: one event a line, written as it comes; what can't be written waits for a later event."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.waiting: deque[bytes] = deque(maxlen=WAITING_EVENTS)
+        self.whole: int | None = None  # how much of the file is whole lines, after a write that failed
 
     def report(self, event: Event) -> None:
-        """Append an event."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(to_dict(event)) + "\n")
+        """Append an event after those that wait, or keep it with them and raise OSError."""
+        self.waiting.append((json.dumps(to_dict(event)) + "\n").encode())
+        with naming(self.path), self.path.open("ab") as file:
+            if self.whole is not None:
+                file.truncate(min(self.whole, file.tell()))
+            self.whole = file.seek(0, os.SEEK_END)
+            file.write(b"".join(self.waiting))
+            file.flush()
+            if isinstance(event, Saved):  # a checkpoint that outlives a power cut has its events with it
+                os.fsync(file.fileno())
+        self.whole = None
+        self.waiting.clear()
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -136,9 +166,16 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the events past `step`, which a run resumed from there will report again."""
-    kept = [event for event in read_events(path) if event["step"] <= step and event["event"] != "run_ended"]
+def rewind(path: Path, saved: Saved, again: Collection[str]) -> None:
+    """Make a metrics.jsonl what it was when `saved` happened: drop what a run resumed from there will report again.
+
+    Those are the later events, and of the same step those called as `again` says. `saved` itself is
+    added where a crash came between the checkpoint and its event.
+    """
+    events = [event for event in read_events(path) if event["step"] <= saved.step and event["event"] != "run_ended"]
+    kept = [event for event in events if event["step"] < saved.step or event["event"] not in again]
+    if not any(event["event"] == "saved" and event["step"] == saved.step for event in kept):
+        kept.append(to_dict(saved))
     write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
 
 

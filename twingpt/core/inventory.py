@@ -18,10 +18,7 @@ from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import sync_folder
 
-# What training and its reporters write in a run's folder; removing a run removes these. run.json is the
-# last, so that a removal cut short can be asked for again.
-FILES = ("metrics.jsonl", "loss.svg", "report.html", "trackers.json", "best", "latest", "run.json")
-FOLDERS = ("checkpoints", "tensorboard", "wandb")
+FOLDERS = ("checkpoints", "tensorboard", "wandb")  # what training and its trackers write beside runs.FILES
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def _problem(run: Path, saved: Iterable[SavedStep]) -> str | None:
 
 def inspect(run: Path) -> Run:
     """A run's row; whatever is damaged in it is told in `error`."""
-    latest, best = runs.pointed(run, "latest"), runs.pointed(run, "best")
+    latest, best = runs.latest(run), runs.pointed(run, "best")
     saved = [_checkpoint(folder, latest, best) for folder in runs.checkpoints(run)]
     saved = [one for one in saved if Path(one.path).is_dir()]  # training may have dropped one meanwhile
     described: dict[str, Any] = {}
@@ -305,10 +302,9 @@ def remove_checkpoint(run: Path, folder: Path) -> None:
 def remove_run(run: Path) -> list[str]:
     """Remove what training wrote in a run's folder, and the folder; the names of other files, which stay."""
     where = run.resolve()
-    for name in (*FOLDERS, *FILES):
+    runs.remove_leftovers(where)
+    for name in (*FOLDERS, *runs.FILES):
         _discard(where / name)
-        for leftover in where.glob(f".{name}.*.tmp"):
-            _discard(leftover)
     others = sorted(path.name for path in where.iterdir())
     if not others:
         where.rmdir()

@@ -19,12 +19,12 @@ from twingpt.core.config import GPTConfig, TrainConfig, preset, unknown_choice
 from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.events import JSONLReporter, Reporter, forget_after, seconds_so_far
+from twingpt.core.events import JSONLReporter, Reporter, Saved, rewind, seconds_so_far
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
 from twingpt.core.report import HTMLReporter
-from twingpt.core.runs import check_untrained, checkpoints, find_run, point
+from twingpt.core.runs import check_untrained, checkpoints, find_run, latest, point, remove_leftovers
 from twingpt.core.trackers import IDS
 from twingpt.core.trainer import Progress, Trainer
 
@@ -97,7 +97,7 @@ def new_run(options: Options, out: Path | None, backend: str, device: str | None
     config = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
     trainer.engine.load(initialise(config, train.seed))
-    _write_run(trainer, created=True)
+    _write_run(trainer, [], None)
     return trainer
 
 
@@ -111,16 +111,16 @@ def resume_run(
 ) -> Trainer:
     """A Trainer that goes on from the latest checkpoint of a run (RUN@STEP: from that one), on any backend.
 
-    `options` may change what RESUME_KEYS names; anything else that differs from the run's own is a
-    UserError, as are data that are no longer the same.
+    A run that was killed before its first checkpoint starts again, as run.json says. `options` may
+    change what RESUME_KEYS names; anything else that differs from the run's own is a UserError, as are
+    data that are no longer the same.
     """
-    saved = open_checkpoint(name)
-    run = saved.folder.parent.parent
-    if not (run / "run.json").is_file():  # named from within, as `.`
-        run = find_run(saved.folder.resolve().parent.parent)
+    run, saved = _find(name)
     check_untrained(run)
-    state, described = saved.training(), _read_run(run)
-    train = _resumed_config(saved, state, options)
+    described = _read_run(run)
+    state = saved.training() if saved else described | {"step": 0, "data": described["data"]["fingerprint"]}
+    config = saved.config if saved else GPTConfig.from_dict(described["config"])
+    train = _resumed_config(config, state["train"], described["train"], options)
     for flag, last in (("--max-iters", train.max_iters), ("--stop-after", stop_after)):
         if last is not None and state["step"] > last:
             raise UserError(f"{run} is at step {state['step']} already, past {flag} {last}.")
@@ -130,23 +130,43 @@ def resume_run(
         train = dataclasses.replace(train, dtype=target.default_dtype)
     backends.find_dtype(target, train.dtype)
     data = _resumed_data(run, described, saved, train, state["data"], moved="data" in options)
-    fields = {field.name: state[field.name] for field in dataclasses.fields(Progress)}
-    fields = {key: math.nan if value is None else value for key, value in fields.items()}
-    if math.isnan(fields["best_val_loss"]):
-        fields["best_val_loss"] = math.inf
-    trainer = _trainer(run, saved.config, train, data, engines, target, compile, Progress(**fields))
-    trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
-    trainer.saved_at = trainer.progress.step
-    point(run, "latest", saved.folder)  # what came after it will be written again
-    forget_after(run / "metrics.jsonl", trainer.progress.step)
+    trainer = _trainer(run, config, train, data, engines, target, compile, _progress(state) if saved else Progress())
+    if saved:
+        trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
+    else:
+        trainer.engine.load(initialise(config, train.seed))
+    _write_run(trainer, described["starts"], saved)
     trainer.seconds_before = seconds_so_far(run / "metrics.jsonl")
-    _write_run(trainer, created=False)
     return trainer
 
 
-def _resumed_config(saved: Checkpoint, state: Options, options: Options) -> TrainConfig:
-    stored = state["train"]
-    now = stored | saved.config.to_dict()
+def _find(name: str) -> tuple[Path, Checkpoint | None]:
+    """The run that `name` names, and the checkpoint to go on from: none where it was killed before its first."""
+    try:
+        run = find_run(name)
+    except UserError:  # RUN@STEP, a checkpoint's folder, or nothing
+        run = None
+    if run and latest(run) is None and not (run / "latest").exists():
+        return run, None
+    saved = open_checkpoint(name)
+    run = saved.folder.parent.parent
+    if not (run / "run.json").is_file():  # named from within, as `.`
+        run = find_run(saved.folder.resolve().parent.parent)
+    return run, saved
+
+
+def _progress(state: Options) -> Progress:
+    """How far a checkpoint is."""
+    fields = {field.name: state.get(field.name, field.default) for field in dataclasses.fields(Progress)}
+    fields = {key: math.nan if value is None else value for key, value in fields.items()}
+    if math.isnan(fields["best_val_loss"]):
+        fields["best_val_loss"] = math.inf
+    return Progress(**fields)
+
+
+def _resumed_config(config: GPTConfig, stored: Options, newest: Options, options: Options) -> TrainConfig:
+    """How the run goes on: as its checkpoint says, with what may change as its last start (`newest`) had it."""
+    now = {**stored, **config.to_dict()}
     for key, value in options.items():
         if key in RESUME_KEYS:
             continue
@@ -157,15 +177,19 @@ def _resumed_config(saved: Checkpoint, state: Options, options: Options) -> Trai
                 f"--{key.replace('_', '-')} {value} conflicts with the run, which has {stored.get(key, now[key])}: "
                 "leave it out, or start a new run."
             )
-    changes = {key: value for key, value in options.items() if key in RESUME_KEYS}
+    changes = {key: value for key, value in {**newest, **options}.items() if key in RESUME_KEYS}
     return TrainConfig.from_dict({**stored, **changes})
 
 
 def _read_run(run: Path) -> dict[str, Any]:
     """run.json as `_write_run` left it."""
+    kinds = {"config": dict, "train": dict, "data": dict, "starts": list}
     try:
         described = json.loads((run / "run.json").read_text("utf-8"))
-        if isinstance(described["data"]["folder"], str) and isinstance(described["starts"], list):
+        data = described["data"]
+        if all(isinstance(described[key], kind) for key, kind in kinds.items()) and all(
+            isinstance(data[key], str) for key in ("folder", "fingerprint")
+        ):
             return dict(described)
     except (ValueError, KeyError, TypeError):
         pass
@@ -173,14 +197,14 @@ def _read_run(run: Path) -> dict[str, Any]:
 
 
 def _resumed_data(
-    run: Path, described: Options, saved: Checkpoint, train: TrainConfig, fingerprint: str, moved: bool
+    run: Path, described: Options, saved: Checkpoint | None, train: TrainConfig, fingerprint: str, moved: bool
 ) -> TokenDataset:
     """The data that the run was trained on: prepared earlier, or prepared again with its tokenizer."""
     prepared = Path(described["data"]["folder"])
     if prepared.exists() and not moved:
         data = TokenDataset(prepared)
     else:
-        data = prepare(train.data, train.tokenizer, train.vocab_size, saved.tokenizer())
+        data = prepare(train.data, train.tokenizer, train.vocab_size, saved.tokenizer() if saved else None)
     if data.fingerprint != fingerprint:
         raise UserError(
             f"The data {train.data} is not what {run} was trained on (its fingerprint differs): "
@@ -207,31 +231,41 @@ def _trainer(
     return Trainer(run, config, train, data, engines, device, engine, reporters, progress)
 
 
-def _write_run(trainer: Trainer, created: bool) -> None:
-    """run.json: the resolved configuration, the data's fingerprint, versions and device, of each start."""
-    path = trainer.run / "run.json"
+def _write_run(trainer: Trainer, starts: list[Any], saved: Checkpoint | None) -> None:
+    """run.json: the resolved configuration, the data's fingerprint, versions and device, of each start.
+
+    The other files of the folder become what they were when `saved` was, or at the start of a run.
+    """
+    run, progress = trainer.run, trainer.progress
     start = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "step": trainer.progress.step,
+        "step": progress.step,
         "backend": trainer.backend.NAME,
         "device": dataclasses.asdict(trainer.device),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("numpy", "twingpt", trainer.backend.NAME)},
     }
+    content = {
+        "schema": SCHEMA,
+        "config": trainer.config.to_dict(),
+        "train": trainer.train.to_dict(),
+        "data": {"folder": str(trainer.data.folder.resolve()), "fingerprint": trainer.data.fingerprint},
+        "starts": [*starts, start],
+    }
+    trainer.saver.description = json.dumps(content, indent=2)
     try:
-        trainer.run.mkdir(parents=True, exist_ok=True)
-        starts = [] if created else _read_run(trainer.run)["starts"]
-        if created:  # what a run that never came to a checkpoint left
-            for name in ("metrics.jsonl", IDS):
-                (trainer.run / name).unlink(missing_ok=True)
-        content = {
-            "schema": SCHEMA,
-            "config": trainer.config.to_dict(),
-            "train": trainer.train.to_dict(),
-            "data": {"folder": str(trainer.data.folder.resolve()), "fingerprint": trainer.data.fingerprint},
-            "starts": [*starts, start],
-        }
-        write_atomically(path, json.dumps(content, indent=2))
+        run.mkdir(parents=True, exist_ok=True)
+        if saved:
+            trainer.saver.saved_at = progress.step
+            point(run, "latest", saved.folder)  # what came after it will be written again
+            done = {"evaluated": progress.evaluated_at, "sampled": progress.sampled_at}
+            again = [event for event, step in done.items() if step != progress.step]
+            rewind(run / "metrics.jsonl", Saved(progress.step, str(saved.folder)), again)
+        else:
+            for name in ("metrics.jsonl", "latest", "best", *(() if starts else (IDS,))):
+                (run / name).unlink(missing_ok=True)
+        write_atomically(run / "run.json", trainer.saver.description)
+        remove_leftovers(run)
     except OSError as error:
-        raise UserError(f"The run can't be written to {trainer.run}: {error.strerror}.") from error
+        raise UserError(f"The run can't be written to {run}: {error.strerror}.") from error

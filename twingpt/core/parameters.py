@@ -71,6 +71,8 @@ def parameter_table(config: GPTConfig) -> dict[str, Parameter]:
         table.embedding("model.embed_positions", c.block_size)
     if c.embed_norm:
         table.norm("model.embed_norm", c.n_embd)
+    if c.smear:
+        table["model.smear.weight"] = Parameter((c.n_embd,), VECTOR, fill=0.1)
     for i in range(c.n_layer):
         layer = f"model.layers.{i}"
         table.norm(f"{layer}.input_layernorm", c.n_embd)
@@ -140,8 +142,12 @@ def optimizer_plan(config: GPTConfig, optimizer: str) -> OptimizerPlan:
     return OptimizerPlan(adamw, decays, tuple(map(tuple, batches.values())))
 
 
-def state_table(config: GPTConfig, optimizer: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of the optimizer's float32 state: AdamW's two moments, Muon's momentum."""
+def state_table(config: GPTConfig, optimizer: str, dtype: str) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of the optimizer's float32 state: AdamW's two moments, Muon's momentum.
+
+    In float16 also the loss scale, and how many steps it has fitted.
+    """
     table, plan = parameter_table(config), optimizer_plan(config, optimizer)
     state = {f"adamw.{slot}.{name}": table[name].shape for slot in "mv" for name in plan.adamw}
-    return state | {f"muon.momentum.{name}": table[name].shape for batch in plan.muon for name in batch}
+    state |= {f"muon.momentum.{name}": table[name].shape for batch in plan.muon for name in batch}
+    return state | ({"loss_scale": (), "loss_scale.steps": ()} if dtype == "float16" else {})

@@ -37,15 +37,26 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomically(path: Path, content: str) -> None:
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError within name `path`, which is what its reader knows."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file by one rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_synced(temporary, content.encode())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with naming(path):
+        try:
+            write_synced(temporary, content.encode() if isinstance(content, str) else content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 @contextmanager

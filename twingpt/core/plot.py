@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.events import Event, RunEnded, points, read_events
+from twingpt.core.paths import write_atomically
 from twingpt.core.runs import owner
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AXES = {"step": "step", "tokens": "tokens", "time": "seconds of training"}
 SUFFIXES = (".svg", ".png", ".pdf")
@@ -27,8 +31,7 @@ class PlotReporter:
     def report(self, event: Event) -> None:
         """Draw when the run ends."""
         if isinstance(event, RunEnded):
-            with suppress(OSError):  # a picture that can't be written is no reason to lose the run's result
-                plot_loss(self.run / "metrics.jsonl", self.run / "loss.svg", self.run.name)
+            plot_loss(self.run / "metrics.jsonl", self.run / "loss.svg", self.run.name)
 
 
 def plot_loss(metrics: Path, path: Path, title: str) -> None:
@@ -50,7 +53,7 @@ def plot_loss(metrics: Path, path: Path, title: str) -> None:
     axes.set_title(title, parse_math=False)  # a name may hold a $
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def _columns(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -105,10 +108,16 @@ def plot_curves(runs: Sequence[dict[str, Any]], x: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     for text in axes.legend(fontsize=9, title="best held-out loss", title_fontsize=9).get_texts():
         text.set_parse_math(False)  # a name may hold a $
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def _label(run: dict[str, Any]) -> str:
     """The figure comes first: Matplotlib leaves a label that begins with _ out of the legend."""
     held_out = run["val"]["y"]
     return f"{f'{min(held_out):.4f}' if held_out else '–'}  {run['label']}"
+
+
+def _write(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix(".").lower())
+    write_atomically(path, content.getvalue())

@@ -11,9 +11,8 @@ def model_type(config: GPTConfig) -> str:
     """The transformers family that computes exactly this model: qwen3, llama, or twingpt for none."""
     plain = config.position == "rope" and not config.no_rope_layers and config.rope_fraction == 1
     plain = plain and config.norm == "rmsnorm" and config.mlp == "swiglu"
-    plain = (
-        plain and not config.embed_norm and not (config.attn_softcap or config.logit_softcap or config.sliding_window)
-    )
+    plain = plain and not (config.embed_norm or config.smear)
+    plain = plain and not (config.attn_softcap or config.logit_softcap or config.sliding_window)
     plain = plain and config.qkv_bias == config.attn_out_bias
     if plain and config.qk_norm and not config.mlp_bias:
         return "qwen3"

@@ -115,6 +115,11 @@ def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
     return linear(hidden, p, f"{name}.down_proj")
 
 
+def smear(x: Array, p: Parameters) -> Array:
+    """Each position and, by channel, a learned share of the one before it, (B, T, D)."""
+    return x + p["model.smear.weight"] * np.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+
 def block(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
     """One pre-norm transformer block, (B, T, D)."""
     name = f"model.layers.{layer}"
@@ -130,6 +135,8 @@ def forward(params: Parameters, tokens: Array, config: GPTConfig) -> Array:
         x = x + p["model.embed_positions.weight"][: tokens.shape[1]]
     if config.embed_norm:
         x = norm(x, p, "model.embed_norm", config)
+    if config.smear:
+        x = smear(x, p)
     for layer in range(config.n_layer):
         x = block(x, p, layer, config)
     x = norm(x, p, "model.norm", config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -31,8 +30,7 @@ class HTMLReporter:
     def report(self, event: Event) -> None:
         """Write the page where the event asks for it."""
         if isinstance(event, (Saved, RunEnded)):
-            with suppress(OSError):  # a page that can't be written is no reason to lose the run's result
-                write_report(self.run)
+            write_report(self.run)
 
 
 def write_report(run: Path) -> None:
@@ -43,7 +41,7 @@ def write_report(run: Path) -> None:
         described = {}
     described = described if isinstance(described, dict) else {}
     page = render(run.resolve().name, described, list(read_events(run / "metrics.jsonl")))
-    write_atomically(run / "report.html", page.encode("utf-8", "replace").decode())  # a name may hold any byte
+    write_atomically(run / "report.html", page.encode("utf-8", "replace"))  # a name may hold any byte
 
 
 def render(name: str, described: Mapping[str, Any], events: Events) -> str:

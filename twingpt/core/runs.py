@@ -15,6 +15,8 @@ from twingpt.core.paths import expand, sync_folder, write_atomically
 
 NAME = re.compile(r"step-\d{8,}")
 RUNS = Path("runs")
+# Beside the folder `checkpoints`. run.json is the last, so that a removal that was cut short can be repeated.
+FILES = ("metrics.jsonl", "loss.svg", "report.html", "trackers.json", "best", "latest", "run.json")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -41,6 +43,23 @@ def pointed(run: Path, pointer: str) -> Path | None:
     return run / "checkpoints" / name if NAME.fullmatch(name) else None
 
 
+def latest(run: Path) -> Path | None:
+    """The checkpoint that `latest` names, or the newest where a crash came before the file; None where none is."""
+    if (run / "latest").exists():
+        return pointed(run, "latest")
+    return next(reversed(checkpoints(run)), None)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what killed saves and removals left behind, as far as that can be."""
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for name in FILES:
+        for file in run.glob(f".{name}.*.tmp"):
+            with suppress(OSError):
+                file.unlink()
+
+
 def written(run: Path) -> float:
     """When a run was last written to, in seconds since the epoch; 0 where nothing of it is there."""
     times = [0.0]
@@ -58,7 +77,11 @@ def training(run: Path) -> Iterator[None]:
     """
     import fcntl  # where training runs, on POSIX; what only reads a checkpoint needs none
 
-    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        descriptor = os.open(run, os.O_RDONLY)
+    except OSError:  # a folder that can't be read: there is trouble enough
+        yield
+        return
     try:
         for attempt in range(5):  # `is_trained` holds it for an instant
             try:
@@ -116,8 +139,7 @@ def prune(run: Path, keep: int) -> None:
 
     What killed saves and removals left behind goes too.
     """
-    for leftover in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover)
+    remove_leftovers(run)
     named = {pointed(run, "latest"), pointed(run, "best")}
     for folder in checkpoints(run)[:-keep]:
         if folder not in named:
@@ -167,7 +189,7 @@ def resolve(path: str | Path) -> Path:
     if which.isascii() and which.isdecimal():
         found: Path | None = checkpoint_folder(run, int(which))
     elif which in ("latest", "best"):
-        found = pointed(run, which)
+        found = latest(run) if which == "latest" else pointed(run, which)
     else:
         raise UserError(f"{path} is no checkpoint: after @ give latest, best or a step.")
     if found is None or not found.is_dir():

@@ -32,6 +32,20 @@ class Hyper(NamedTuple):
     grad_clip: float
 
 
+# What moves a parameter or a moment: with these at 0 a step leaves all as it was.
+RATES = (
+    "matrix_lr",
+    "embedding_lr",
+    "head_lr",
+    "vector_lr",
+    "one_minus_beta1",
+    "one_minus_beta2",
+    "one_minus_momentum",
+)
+# The dynamic loss scale of float16, as torch's GradScaler has it.
+LOSS_SCALE_START, LOSS_SCALE_LARGEST, LOSS_SCALE_INTERVAL = 2.0**16, 2.0**24, 2000
+
+
 def learning_rate_factor(train: TrainConfig, step: int) -> float:
     """The share of every learning rate at a step: linear warm-up over `warmup_iters`, then the schedule.
 

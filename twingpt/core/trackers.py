@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import importlib.util
 import json
@@ -15,6 +16,8 @@ from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.events import Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
 from twingpt.core.paths import write_atomically
+
+Report = Callable[[Any, Event], None]
 
 LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 IDS = "trackers.json"  # in the run's folder: what W&B and MLflow call the run
@@ -82,6 +85,19 @@ def _remember(run: Path, name: str, id: str) -> None:
     write_atomically(run / IDS, json.dumps(_read_ids(run) | {name: id}, indent=2))
 
 
+def _for_good(report: Report) -> Report:
+    """Let an OSError end a tracker: what is not our own file on a disk is not worth a wait at every event."""
+
+    @functools.wraps(report)
+    def final(self: Any, event: Event) -> None:
+        try:
+            report(self, event)
+        except OSError as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    return final
+
+
 class TensorBoardReporter:
     """Event files in the run's folder tensorboard/; a resumed run goes on in them."""
 
@@ -89,6 +105,7 @@ class TensorBoardReporter:
         self.run = run
         self.writer: Any = None
 
+    @_for_good
     def report(self, event: Event) -> None:
         """Write an event's numbers, or its text."""
         if isinstance(event, RunStarted):
@@ -124,6 +141,7 @@ class WandbReporter:
         self.run = run
         self.tracked: Any = None
 
+    @_for_good
     def report(self, event: Event) -> None:
         """Log an event's numbers, or its text."""
         if isinstance(event, RunStarted):
@@ -169,6 +187,7 @@ class MLflowReporter:
         self.client: Any = None
         self.id = ""
 
+    @_for_good
     def report(self, event: Event) -> None:
         """Log an event's numbers, or its text."""
         if isinstance(event, RunStarted):

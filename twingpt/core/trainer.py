@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import checkpoint, rng, runs
+from twingpt.core import rng, runs
 from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.data.shards import TokenDataset
@@ -27,11 +27,11 @@ from twingpt.core.events import (
     RunEnded,
     RunStarted,
     Sampled,
-    Saved,
     Trained,
 )
 from twingpt.core.generator import LanguageModel
 from twingpt.core.parameters import parameter_count
+from twingpt.core.saving import Saver, Snapshot
 from twingpt.core.schedule import hyperparameters, learning_rate_factor
 
 SAMPLE_TOKENS = 120
@@ -46,6 +46,8 @@ class Progress:
     val_loss: float = math.nan
     val_bpb: float = math.nan
     best_val_loss: float = math.inf
+    evaluated_at: int = -1  # the step of the last evaluation
+    sampled_at: int = -1  # and of the last sample
 
 
 class Trainer:
@@ -67,7 +69,7 @@ class Trainer:
         self.backend, self.device, self.engine = backend, device, engine
         self.reporters, self.progress = reporters, progress
         self.unread: list[Handle] = []  # updates since the last report, oldest first
-        self.evaluated_at = self.saved_at = -1  # the step of the last evaluation and checkpoint
+        self.saver = Saver(run, config, data.tokenizer, train.keep, self._report)
         self.interrupted = False
         self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
         self.speeds: list[float] = []  # tokens per second, of each report
@@ -77,33 +79,50 @@ class Trainer:
     def fit(self, stop_after: int | None = None) -> dict[str, Any]:
         """Train to the end of the schedule, or to `stop_after` steps, saving at the end; the run's summary.
 
-        SIGINT and SIGTERM end it after the step under way, saved. Raises UserError for a loss that is
-        not finite, a checkpoint that can't be saved, or a run that another process trains.
+        SIGINT and SIGTERM end it after what is under way, saved. A checkpoint that can't be saved waits
+        while training goes on. Raises UserError for a loss that is not finite, where the last checkpoint
+        can't be saved in the end, or where another process trains the run.
         """
-        with runs.training(self.run):
+        with runs.training(self.run), self._interruptible():
             self._started()
-            self.began = time.perf_counter()
+            self.began = self.clock = time.perf_counter()
             try:
-                self._train(min(self.train.max_iters, stop_after or self.train.max_iters))
+                self._train_and_save(min(self.train.max_iters, stop_after or self.train.max_iters))
             except BaseException:
                 self._report(RunEnded(self.progress.step, "failed", self._seconds))
                 raise
-            done = self.progress.step >= self.train.max_iters
-            reason = "interrupted" if self.interrupted else "finished" if done else "stop-after"
-            summary = self._summary(reason)
-            self._report(RunEnded(self.progress.step, reason, self._seconds))
-        return summary
+            seconds, reason = self._seconds, self._reason()
+            self._report(RunEnded(self.progress.step, reason, seconds))
+        return self._summary(reason, seconds - self.seconds_before)
+
+    def _train_and_save(self, stop: int) -> None:
+        """Train to `stop` steps or an interruption; whatever ends it, what is to be saved is tried once more."""
+        try:
+            self._train(stop)
+            self._conclude()
+        except Exception:
+            self.saver.retry(now=True)
+            raise
+        self.saver.finish()
 
     def _train(self, stop: int) -> None:
-        """Train to `stop` steps or an interruption, and leave the run evaluated and saved there."""
-        with self._interruptible():
-            self.clock = time.perf_counter()
-            while self.progress.step < stop and not self.interrupted:
-                self._milestones()
-                self._step()
-                if (self.progress.step - 1) % self.train.log_interval == 0:
-                    self._report_training(unread=1)
-            self._finish()
+        """Steps, and what is due between them."""
+        progress = self.progress
+        while progress.step < stop and not self.interrupted:
+            self._milestones()
+            if self.interrupted:
+                return
+            self._step()
+            if (progress.step - 1) % self.train.log_interval == 0:
+                self._report_training(unread=1)
+                with self._stopped_clock():
+                    self.saver.retry()
+
+    def _reason(self) -> str:
+        """Why the run stopped: finished (and evaluated at its end), interrupted, or stop-after."""
+        if self.progress.evaluated_at == self.progress.step >= self.train.max_iters:
+            return "finished"
+        return "interrupted" if self.interrupted else "stop-after"
 
     def _step(self) -> None:
         """Enqueue one optimizer step."""
@@ -119,23 +138,25 @@ class Trainer:
 
     def _milestones(self) -> None:
         """Evaluate, sample and save where the present step asks for it."""
-        train, step = self.train, self.progress.step
-        if train.eval_interval and step % train.eval_interval == 0 and self.evaluated_at != step:
+        train, progress = self.train, self.progress
+        step = progress.step
+        if train.eval_interval and step % train.eval_interval == 0 and progress.evaluated_at != step:
             improved = self._evaluate()
             if improved and step:
                 self._save()
-        if step and train.sample_interval and step % train.sample_interval == 0:
+        if step and train.sample_interval and step % train.sample_interval == 0 and progress.sampled_at != step:
             self._sample()
         if step and train.checkpoint_interval and step % train.checkpoint_interval == 0:
             self._save()
 
-    def _finish(self) -> None:
-        """Leave the run evaluated and saved where it stands."""
+    def _conclude(self) -> None:
+        """Leave the run saved where it stands; and evaluated, unless somebody waits for it to end."""
+        progress = self.progress
         if self.unread:
             self._report_training(unread=0)
-        if self.evaluated_at != self.progress.step:
+        if progress.evaluated_at != progress.step and not self.interrupted:
             self._evaluate()
-        if self.train.sample_interval and not self.interrupted:
+        if self.train.sample_interval and progress.sampled_at != progress.step and not self.interrupted:
             self._sample()
         self._save()
 
@@ -172,7 +193,7 @@ class Trainer:
         )
 
     def _diverged(self, what: str) -> UserError:
-        kept = "the last checkpoint is good" if self.saved_at > 0 else "nothing was saved"
+        kept = "the last checkpoint is good" if self.saver.saved_at > 0 else "nothing was saved"
         return UserError(f"{what} is not finite: lower the learning rate; {kept}.")
 
     def _evaluate(self) -> bool:
@@ -190,7 +211,7 @@ class Trainer:
         progress = self.progress
         if not math.isfinite(nats):
             raise self._diverged(f"The held-out loss after {progress.step} steps")
-        self.evaluated_at = progress.step
+        progress.evaluated_at = progress.step
         progress.val_loss, progress.val_bpb = nats / count, nats / math.log(2) / max(1, size)
         improved = progress.val_loss < progress.best_val_loss
         progress.best_val_loss = min(progress.val_loss, progress.best_val_loss)
@@ -202,16 +223,19 @@ class Trainer:
         with self._stopped_clock():
             model = LanguageModel(self.config, self.data.tokenizer, self.engine.decoder())
             text = model.generate("", SAMPLE_TOKENS, seed=self.train.seed)
+        self.progress.sampled_at = self.progress.step
         self._report(Sampled(self.progress.step, text))
 
     def _save(self) -> None:
-        """Checkpoint the run, point `latest` (and `best`) at it, and drop what is no longer kept."""
+        """Checkpoint the run, unless this step has one."""
         progress = self.progress
-        if self.saved_at == progress.step:
+        best = progress.evaluated_at == progress.step and progress.val_loss == progress.best_val_loss
+        if self.saver.holds(progress.step):
+            if best:
+                self.saver.mark_best(progress.step)
             return
         self._report_training(unread=0)  # never save what was not seen to be finite
         with self._stopped_clock():
-            folder = runs.checkpoint_folder(self.run, progress.step)
             training = {
                 **{name: _finite(value) for name, value in vars(progress).items()},
                 "tokens": progress.step * self._tokens_per_step,
@@ -219,13 +243,7 @@ class Trainer:
                 "train": self.train.to_dict(),
                 "backend": self.backend.NAME,
             }
-            checkpoint.save(folder, self.config, self.data.tokenizer, dict(self.engine.state()), training)
-            runs.point(self.run, "latest", folder)
-            if self.evaluated_at == progress.step and progress.val_loss == progress.best_val_loss:
-                runs.point(self.run, "best", folder)
-            runs.prune(self.run, self.train.keep)
-        self.saved_at = progress.step
-        self._report(Saved(progress.step, str(folder)))
+            self.saver.save(Snapshot(progress.step, dict(self.engine.state()), training, best))
 
     def _started(self) -> None:
         train, manifest = self.train, self.data.manifest
@@ -246,7 +264,7 @@ class Trainer:
             )
         )
 
-    def _summary(self, reason: str) -> dict[str, Any]:
+    def _summary(self, reason: str, seconds: float) -> dict[str, Any]:
         progress = self.progress
         return {
             "run": str(self.run),
@@ -263,7 +281,7 @@ class Trainer:
             "best_val_loss": progress.best_val_loss,
             "tokens_per_second": float(np.median(self.speeds)) if self.speeds else None,
             "peak_memory_bytes": self.engine.memory().peak,
-            "seconds": self._seconds - self.seconds_before,
+            "seconds": seconds,
         }
 
     @property
@@ -276,10 +294,14 @@ class Trainer:
         return self.seconds_before + time.perf_counter() - self.began
 
     def _report(self, event: Event) -> None:
-        """Tell every reporter; one that fails is dropped, since a report is not worth the run."""
+        """Send an event to every reporter, and to the rest where one fails: no report is worth the run."""
         for reporter in tuple(self.reporters):
             try:
                 reporter.report(event)
+                self.saver.troubles.discard(reporter)
+            except OSError as error:
+                what = error.filename or type(reporter).__name__
+                self.saver.trouble(reporter, self.progress.step, f"{what} can't be written ({error.strerror})")
             except Exception as error:
                 self.reporters = [other for other in self.reporters if other is not reporter]
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -294,12 +316,16 @@ class Trainer:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks to stop after the step under way; the next one acts as usual."""
+        """The first SIGINT or SIGTERM asks to stop after what is under way; the next one acts as usual."""
         previous: dict[int, Any] = {}
+
+        def restore() -> None:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.interrupted = True
-            signal.signal(number, previous[number])
+            restore()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
@@ -309,8 +335,7 @@ class Trainer:
         try:
             yield
         finally:
-            for restored, handler in previous.items():
-                signal.signal(restored, handler)
+            restore()
 
 
 def _finite(value: float) -> float | None:

@@ -41,6 +41,7 @@ def is_gpt2(config: GPTConfig) -> bool:
         and config.tie_embeddings
         and config.n_kv_head == config.n_head
         and config.head_dim * config.n_head == config.n_embd
+        and not (config.embed_norm or config.smear)
         and not (config.attn_softcap or config.logit_softcap or config.sliding_window)
     )
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
-from twingpt.core.config import GPTConfig
+from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, GPTConfig
 from twingpt.core.rope import rope_periods
 
 Array = mx.array
@@ -36,12 +37,13 @@ class Rope:
 
 
 class KVCache:
-    """The keys and values of the positions seen so far, preallocated for block_size of them."""
+    """The token ids, keys and values of the positions seen so far, preallocated for block_size of them."""
 
     def __init__(self, config: GPTConfig, batch: int, dtype: mx.Dtype) -> None:
         shape = (batch, config.n_kv_head, config.block_size, config.head_dim)
         self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
         self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
+        self.tokens = mx.zeros((batch, config.block_size), mx.int32)
         self.offset = 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
@@ -53,15 +55,16 @@ class KVCache:
 
 
 class Dropout:
-    """Zeroes entries with probability `rate` and scales the rest; each call splits `key`."""
+    """Zeroes entries with probability `rate` and scales the rest; each of the model's sites has its own key."""
 
-    def __init__(self, rate: float, key: Array) -> None:
-        self.rate, self.key = rate, key
+    def __init__(self, rate: float, key: Array, config: GPTConfig) -> None:
+        self.rate, self.keys, self.site = rate, mx.random.split(key, 1 + 2 * config.n_layer), 0
 
     def __call__(self, x: Array) -> Array:
         """Drop out entries of `x`."""
-        self.key, key = mx.random.split(self.key)
-        return mx.where(mx.random.bernoulli(1 - self.rate, x.shape, key), x * (1 / (1 - self.rate)), 0)
+        kept = mx.random.bernoulli(1 - self.rate, x.shape, self.keys[self.site])
+        self.site += 1
+        return mx.where(kept, x * (1 / (1 - self.rate)), 0)
 
 
 def keep_all(x: Array) -> Array:
@@ -142,17 +145,61 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
     return linear(y.swapaxes(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
 
 
+# Activations with a backward pass of their own: a derived one takes two or three times as many passes
+# over memory. mlx.nn's are wrapped in mx.compile, which costs seconds of g++ on a CPU.
+GELU_LINEAR, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715 * math.sqrt(2 / math.pi)
+
+
+@mx.custom_function
+def _gelu_tanh(x: Array) -> tuple[Array, Array]:
+    half = 0.5 * mx.tanh(x * (GELU_LINEAR + GELU_CUBIC * mx.square(x)))
+    return x * (half + 0.5), half
+
+
+@_gelu_tanh.vjp
+def _gelu_tanh_vjp(x: Array, cotangents: tuple[Array, Array], outputs: tuple[Array, Array]) -> Array:
+    half = outputs[1]
+    slope = x * (GELU_LINEAR + 3 * GELU_CUBIC * mx.square(x)) * (0.5 - 2 * mx.square(half))
+    return cotangents[0] * (slope + half + 0.5)
+
+
+@mx.custom_function
+def _silu(x: Array) -> tuple[Array, Array]:
+    sigmoid = mx.sigmoid(x)
+    return x * sigmoid, sigmoid
+
+
+@_silu.vjp
+def _silu_vjp(x: Array, cotangents: tuple[Array, Array], outputs: tuple[Array, Array]) -> Array:
+    y, sigmoid = outputs
+    return cotangents[0] * (sigmoid + y * (1 - sigmoid))
+
+
+@mx.custom_function
+def _relu2(x: Array) -> tuple[Array, Array]:
+    relu = mx.maximum(x, 0)
+    return mx.square(relu), relu
+
+
+@_relu2.vjp
+def _relu2_vjp(x: Array, cotangents: tuple[Array, Array], outputs: tuple[Array, Array]) -> Array:
+    return cotangents[0] * (2 * outputs[1])
+
+
+def _first(outputs: Any) -> Array:  # MLX's types say that a custom function gives an object
+    return outputs[0]
+
+
 def _gelu(x: Array) -> Array:
-    """The exact GELU; mlx.nn's is wrapped in mx.compile, which costs seconds of g++ on a CPU."""
     return 0.5 * x * (1 + mx.erf(x / math.sqrt(2)))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "swiglu": lambda x: x * mx.sigmoid(x),
+    "swiglu": lambda x: _first(_silu(x)),
     "geglu": _gelu,
     "gelu": _gelu,
-    "gelu_tanh": lambda x: 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
-    "relu2": lambda x: mx.square(mx.maximum(x, 0)),
+    "gelu_tanh": lambda x: _first(_gelu_tanh(x)),
+    "relu2": lambda x: _first(_relu2(x)),
 }
 
 
@@ -180,6 +227,33 @@ def block(
     return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
 
 
+def block_again(
+    x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
+) -> Array:
+    """`block` in training, keeping its input alone: the backward pass computes the rest again (Chen et al. 2016)."""
+    own = {name: value for name, value in p.items() if name.startswith(f"model.layers.{layer}.")}
+
+    def run(x: Array, own: Parameters) -> Array:
+        if isinstance(dropout, Dropout):
+            dropout.site = 1 + 2 * layer  # the second time too
+        return block(x, own, layer, config, rope, None, dropout)
+
+    return mx.checkpoint(run)(x, own)
+
+
+def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
+    """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
+    x = p["model.embed_tokens.weight"][tokens]
+    if config.position == "learned":
+        x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
+    return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
+
+
+def smear(x: Array, previous: Array, p: Parameters) -> Array:
+    """Each position and, by channel, a learned share of the one before it; `previous` (B, 1, D) is before the first."""
+    return x + p["model.smear.weight"] * mx.concatenate([previous, x[:, :-1]], axis=1)
+
+
 def hidden_states(
     p: Parameters,
     tokens: Array,
@@ -187,17 +261,27 @@ def hidden_states(
     rope: Rope,
     cache: KVCache | None = None,
     dropout: Callable[[Array], Array] = keep_all,
+    again: bool = False,
 ) -> Array:
-    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions."""
+    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions.
+
+    In training, `again` computes the blocks again in the backward pass (gradient checkpointing).
+    """
     T, offset = tokens.shape[1], cache.offset if cache else 0
-    x = p["model.embed_tokens.weight"][tokens]
-    if config.position == "learned":
-        x = x + p["model.embed_positions.weight"][offset : offset + T]
-    if config.embed_norm:
-        x = norm(x, p, "model.embed_norm", config)
+    x = embed(p, tokens, config, offset)
+    if config.smear:
+        previous = mx.zeros_like(x[:, :1])
+        if cache:
+            cache.tokens[:, offset : offset + T] = tokens
+            if offset:
+                previous = embed(p, cache.tokens[:, offset - 1 : offset], config, offset - 1)
+        x = smear(x, previous, p)
     x = dropout(x)
     for layer in range(config.n_layer):
-        x = block(x, p, layer, config, rope, cache, dropout)
+        if again:
+            x = block_again(x, p, layer, config, rope, dropout)
+        else:
+            x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
         cache.offset += T
     return norm(x, p, "model.norm", config)
@@ -207,6 +291,48 @@ def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     """(B, T, D) hidden states -> (B, T, V) float32 logits."""
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
     return softcap((x @ head.T).astype(mx.float32), config.logit_softcap)
+
+
+def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
+    """The summed nats of (n,) targets after (n, D) hidden states, and their gradient by the logits, (n, V)."""
+    scores = softcap((x @ head.T).astype(mx.float32), cap)
+    counted, index = (targets >= 0)[:, None], mx.maximum(targets, 0)[:, None]
+    log_z = mx.logsumexp(scores, axis=-1, keepdims=True)
+    nats = mx.where(counted, log_z - mx.take_along_axis(scores, index, axis=-1), 0.0).sum()
+    p = mx.exp(scores - log_z)
+    slope = mx.put_along_axis(p, index, mx.take_along_axis(p, index, axis=-1) - 1, axis=-1) * counted
+    if cap:
+        slope = slope * (1 - mx.square(scores / cap))
+    return nats, slope.astype(x.dtype)
+
+
+def chunked_nats(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
+    """The summed nats of (B, T) targets after (B, T, D) hidden states; a target below 0 counts nothing.
+
+    It goes a chunk of positions at a time, taking the gradients along the way (as Liger's kernels do), and
+    never holds the logits of all positions.
+    """
+    rows = max(1, min(LOSS_ROWS, LOSS_LOGITS // config.vocab_size))
+
+    @mx.custom_function
+    def nats_and_gradients(x: Array, head: Array) -> tuple[Array, Array, Array]:
+        total, dx, dhead = mx.array(0.0), [], mx.zeros(head.shape)
+        for start in range(0, len(x), rows):
+            # Each chunk waits for the one before, or all would be in memory at a time.
+            part = mx.depends([x[start : start + rows]], [dhead])[0] if start else x[:rows]
+            nats, slope = nats_and_slope(part, head, targets.flatten()[start : start + rows], config.logit_softcap)
+            total = total + nats
+            dx.append(slope @ head)
+            dhead = dhead + slope.T @ part
+        return total, mx.concatenate(dx), dhead.astype(head.dtype)
+
+    @nats_and_gradients.vjp
+    def _vjp(_: Any, cotangents: tuple[Array, ...], outputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        _, dx, dhead = outputs
+        return (cotangents[0] * dx).astype(dx.dtype), (cotangents[0] * dhead).astype(dhead.dtype)
+
+    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+    return _first(nats_and_gradients(x.flatten(0, 1), head))
 
 
 def cross_entropy(scores: Array, targets: Array) -> Array:

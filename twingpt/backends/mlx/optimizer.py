@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from twingpt.core.parameters import OptimizerPlan
-from twingpt.core.schedule import Hyper
+from twingpt.core.schedule import LOSS_SCALE_INTERVAL, LOSS_SCALE_LARGEST, RATES, Hyper
 
 Array = mx.array
 Parameters = dict[str, mx.array]
@@ -14,11 +14,24 @@ Parameters = dict[str, mx.array]
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
 
 
-def clip_gradients(grads: Parameters, h: Hyper) -> tuple[Parameters, Array]:
-    """Scale all gradients so that their joint norm is at most h.grad_clip; and that norm before."""
-    total = mx.sqrt(mx.stack([mx.square(g).sum() for g in grads.values()]).sum())
-    scale = mx.minimum(h.grad_clip / (total + 1e-6), 1.0)
+def clip_gradients(grads: Parameters, h: Hyper, divisor: Array) -> tuple[Parameters, Array]:
+    """Gradients over `divisor`, scaled so that their joint norm is at most h.grad_clip; and that norm before."""
+    total = mx.sqrt(mx.stack([mx.square(g).sum() for g in grads.values()]).sum()) / divisor
+    scale = mx.minimum(h.grad_clip / (total + 1e-6), 1.0) / divisor
     return {name: g * scale for name, g in grads.items()}, total
+
+
+def skip_unless(finite: Array, grads: Parameters, h: Hyper) -> tuple[Parameters, Hyper]:
+    """The gradients and hyperparameters as they are, or, unless `finite`, such that a step moves nothing."""
+    grads = {name: mx.where(finite, g, 0.0) for name, g in grads.items()}
+    return grads, h._replace(**{rate: getattr(h, rate) * finite for rate in RATES})
+
+
+def rescale(scale: Array, steps: Array, finite: Array) -> tuple[Array, Array]:
+    """The loss scale after a step, and how many it has fitted: halved when it was too large, else doubled in time."""
+    steps = mx.where(finite, steps + 1, 0.0)
+    grown = mx.where(steps >= LOSS_SCALE_INTERVAL, mx.minimum(scale * 2, LOSS_SCALE_LARGEST), scale)
+    return mx.where(finite, grown, scale / 2), mx.where(steps >= LOSS_SCALE_INTERVAL, 0.0, steps)
 
 
 def adamw(p: Array, g: Array, m: Array, v: Array, h: Hyper, rate: Array, decays: bool) -> tuple[Array, Array, Array]:
@@ -40,7 +53,7 @@ def orthogonalise(x: Array, dtype: mx.Dtype) -> Array:
     x = (x / (mx.sqrt(mx.square(x).sum((-2, -1), keepdims=True)) + 1e-7)).astype(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         s = x @ x.swapaxes(-2, -1)
-        x = a * x + (b * s + c * (s @ s)) @ x
+        x = mx.addmm(x, mx.addmm(s, s, s, alpha=c, beta=b), x, beta=a)  # a x + (b s + c s^2) x
     return x.astype(mx.float32)
 
 
@@ -67,19 +80,34 @@ def muon(
 
 
 def optimizer_step(
-    params: Parameters, grads: Parameters, state: Parameters, h: Hyper, plan: OptimizerPlan, dtype: mx.Dtype
-) -> tuple[Parameters, Parameters, Array]:
-    """Clip, then step every parameter as `plan` says: (params, state, gradient norm).
+    params: Parameters,
+    grads: Parameters,
+    state: Parameters,
+    h: Hyper,
+    count: Array,
+    plan: OptimizerPlan,
+    dtype: mx.Dtype,
+    guarded: bool,
+) -> tuple[Parameters, Parameters, Array, Array]:
+    """Clip, then step every parameter as `plan` says: (params, state, gradient norm, 1 if skipped).
 
-    `state` holds adamw.m.NAME, adamw.v.NAME and muon.momentum.NAME; `h` holds 0-D arrays on the device;
-    Muon orthogonalises in `dtype`. The dictionaries given are left as they were.
+    `grads` are sums over `count` micro-batches, times the loss scale where `state` has one. `state` holds
+    adamw.m.NAME, adamw.v.NAME and muon.momentum.NAME; `h` and `count` hold 0-D arrays on the device; Muon
+    orthogonalises in `dtype`. `guarded` leaves all as it was when the norm is not finite.
+    The dictionaries given are left as they were.
     """
-    grads, total = clip_gradients(grads, h)
     params, state = dict(params), dict(state)
+    scale = state.get("loss_scale")
+    grads, total = clip_gradients(grads, h, count if scale is None else count * scale)
+    finite = mx.isfinite(total)
+    if guarded:
+        grads, h = skip_unless(finite, grads, h)
+    if scale is not None:
+        state["loss_scale"], state["loss_scale.steps"] = rescale(scale, state["loss_scale.steps"], finite)
     for name, group in plan.adamw.items():
         m, v, rate = f"adamw.m.{name}", f"adamw.v.{name}", getattr(h, f"{group}_lr")
         step = adamw(params[name], grads[name], state[m], state[v], h, rate, name in plan.decays)
         params[name], state[m], state[v] = step
     for names in plan.muon:
         muon(names, params, grads, state, h, dtype)
-    return params, state, total
+    return params, state, total, 1.0 - finite

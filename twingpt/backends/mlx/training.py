@@ -15,8 +15,8 @@ from twingpt.backends.mlx.device import DTYPES, keep_resident, memory, on_device
 from twingpt.backends.mlx.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
-from twingpt.core.parameters import optimizer_plan, state_table
-from twingpt.core.schedule import Hyper
+from twingpt.core.parameters import optimizer_plan, parameter_table, state_table
+from twingpt.core.schedule import LOSS_SCALE_START, Hyper
 
 Array = mx.array
 Parameters = dict[str, mx.array]
@@ -31,17 +31,18 @@ def summed_nats(
     rope: model.Rope,
     dtype: mx.Dtype,
     rate: float,
+    again: bool,
 ) -> Array:
     """The loss of a (B, T) batch, summed over its targets; one cast of the parameters to `dtype` at the top."""
     p = {name: value.astype(dtype) for name, value in params.items()}
-    dropout = model.Dropout(rate, key) if rate else model.keep_all
-    x = model.hidden_states(p, tokens, config, rope, dropout=dropout)
-    return model.cross_entropy(model.logits(x, p, config), targets)
+    dropout = model.Dropout(rate, key, config) if rate else model.keep_all
+    x = model.hidden_states(p, tokens, config, rope, dropout=dropout, again=again)
+    return model.chunked_nats(x, p, targets, config)
 
 
-def mean_nats(params: Parameters, tokens: Array, targets: Array, key: Array, **settings: Any) -> Array:
-    """The loss of a (B, T) batch per target; `settings` are those of `summed_nats`."""
-    return summed_nats(params, tokens, targets, key, **settings) / targets.size
+def mean_nats(params: Parameters, tokens: Array, targets: Array, scale: Array, key: Array, **settings: Any) -> Array:
+    """The loss of a (B, T) batch per target, times `scale`; `settings` are those of `summed_nats`."""
+    return summed_nats(params, tokens, targets, key, **settings) * (scale / targets.size)
 
 
 class TrainEngine:
@@ -54,6 +55,8 @@ class TrainEngine:
         optimizer: str = "adamw",
         dtype: str = "float32",
         compile: bool = False,
+        gradient_checkpointing: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         keep_resident(device)
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
@@ -63,46 +66,52 @@ class TrainEngine:
         self.grads: Parameters = {}
         compiled = mx.compile if compile else lambda function: function
         settings: dict[str, Any] = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
-        self.train_nats = compiled(mx.value_and_grad(partial(mean_nats, **settings, rate=config.dropout)))
-        self.summed_nats = compiled(partial(summed_nats, **settings, rate=0.0))
-        step = partial(optimizer_step, plan=optimizer_plan(config, optimizer), dtype=DTYPES[dtype])
+        training = {**settings, "rate": config.dropout, "again": gradient_checkpointing}
+        self.train_nats = compiled(mx.value_and_grad(partial(mean_nats, **training)))
+        self.summed_nats = compiled(partial(summed_nats, **settings, rate=0.0, again=False))
+        guarded = skip_nonfinite or dtype == "float16"
+        plan = optimizer_plan(config, optimizer)
+        step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], guarded=guarded)
         self.optimizer_step = compiled(step)
 
     @on_device
     def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
-        shapes = state_table(self.config, self.optimizer)
+        shapes = state_table(self.config, self.optimizer, self.dtype)
         arrays = {name: to_device(array) for name, array in tensors}
         self.optimizer_state = {
-            name: arrays.pop(name) if name in arrays else mx.zeros(shape) for name, shape in shapes.items()
+            name: arrays[name] if name in arrays else mx.zeros(shape) for name, shape in shapes.items()
         }
-        self.params = arrays
+        if "loss_scale" in shapes and "loss_scale" not in arrays:
+            self.optimizer_state["loss_scale"] = mx.array(LOSS_SCALE_START)
+        self.params = {name: arrays[name] for name in parameter_table(self.config)}
         mx.eval(self.params, self.optimizer_state)
 
     @on_device
     def micro(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
         """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
-        loss, grads = self.train_nats(self.params, to_device(tokens), to_device(targets), mx.random.key(key))
+        scale = self.optimizer_state.get("loss_scale", mx.array(1.0))
+        x, y = to_device(tokens), to_device(targets)
+        loss, grads = self.train_nats(self.params, x, y, scale, mx.random.key(key))
         self.grads = {name: self.grads[name] + g if self.grads else g for name, g in grads.items()}
-        self.losses.append(loss)
-        mx.async_eval(loss, self.grads)
+        self.losses.append(loss / scale)
+        mx.async_eval(self.losses[-1], self.grads)
 
     def gradients(self) -> Parameters:
         """The gradients of the mean loss over the micro-batches since the last update."""
-        n = len(self.losses)
-        return {name: g / n if n > 1 else g for name, g in self.grads.items()}
+        divisor = len(self.losses) * self.optimizer_state.get("loss_scale", mx.array(1.0))
+        return {name: g / divisor for name, g in self.grads.items()}
 
     @on_device
     def update(self, hyper: Hyper) -> Array:
-        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm)."""
-        numbers = to_device(np.array(hyper, np.float32))
-        grads, loss = self.gradients(), mx.stack(self.losses).mean()
-        self.params, self.optimizer_state, total = self.optimizer_step(
-            self.params, grads, self.optimizer_state, Hyper(*numbers)
+        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm, 1 if skipped)."""
+        numbers: list[Any] = list(to_device(np.array([*hyper, len(self.losses)], np.float32)))
+        self.params, self.optimizer_state, total, skipped = self.optimizer_step(
+            self.params, self.grads, self.optimizer_state, Hyper(*numbers[:-1]), numbers[-1]
         )
+        handle = mx.stack([mx.stack(self.losses).mean(), total, skipped])
         self.grads = {}
         self.losses = []
-        handle = mx.stack([loss, total])
         mx.async_eval(handle, self.params, self.optimizer_state)
         return handle
 

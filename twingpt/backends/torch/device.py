@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twingpt.core.backend import Device, Memory, process_memory
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def devices() -> list[Device]:
@@ -50,7 +50,7 @@ def memory(device: Device) -> Memory:
 
 def to_device(array: np.ndarray | Tensor, device: Device) -> Tensor:
     """An array on the device; what is there already is not copied. From a GPU's host, without waiting."""
-    tensor = array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    tensor = array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array, order="C"))
     if device.kind == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device.name, non_blocking=True)
     return tensor.to(device.name)

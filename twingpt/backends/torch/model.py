@@ -7,13 +7,15 @@ D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from twingpt.core.config import GPTConfig
+from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, GPTConfig
 from twingpt.core.rope import rope_frequencies
 
 Array = Tensor
@@ -21,31 +23,34 @@ Parameters = dict[str, Tensor]
 
 
 class Rope:
-    """Rotary position embedding with its tables: cos and sin, (block_size, rope_dim / 2) float32."""
+    """Rotary position embedding with its tables: cos and signed sin, (block_size, rope_dim) float32."""
 
     def __init__(self, config: GPTConfig, device: torch.device) -> None:
         self.config = config
         frequencies, factor = rope_frequencies(config)
         angles = np.arange(config.block_size, dtype=np.float32)[:, None] * frequencies
         # cos and sin of the float32 angle in float64: a device's own may be off in the last bits.
-        self.cos = torch.from_numpy((np.cos(angles, dtype=np.float64) * factor).astype(np.float32)).to(device)
-        self.sin = torch.from_numpy((np.sin(angles, dtype=np.float64) * factor).astype(np.float32)).to(device)
+        cos, sin = (f(angles, dtype=np.float64) * factor for f in (np.cos, np.sin))
+        self.cos = torch.from_numpy(np.concatenate([cos, cos], -1).astype(np.float32)).to(device)
+        self.sin = torch.from_numpy(np.concatenate([-sin, sin], -1).astype(np.float32)).to(device)
 
     def __call__(self, x: Array, offset: int) -> Array:
         """Rotate (B, H, T, d), whose first position is `offset`."""
         cos, sin = self.cos[offset : offset + x.shape[2]], self.sin[offset : offset + x.shape[2]]
-        half = self.config.rope_dim // 2
-        x1, x2, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1).to(x.dtype)
+        dim, x32 = self.config.rope_dim, x.float()
+        rotary, rest = x32[..., :dim], x32[..., dim:]
+        y = rotary * cos + rotary.roll(dim // 2, -1) * sin  # the roll swaps the halves
+        return (torch.cat([y, rest], dim=-1) if rest.shape[-1] else y).to(x.dtype)
 
 
 class KVCache:
-    """The keys and values of the positions seen so far, preallocated for block_size of them."""
+    """The token ids, keys and values of the positions seen so far, preallocated for block_size of them."""
 
     def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (batch, config.n_kv_head, config.block_size, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.tokens = torch.zeros(batch, config.block_size, dtype=torch.int64, device=device)
         self.offset = 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
@@ -79,7 +84,11 @@ def linear(x: Array, p: Parameters, name: str) -> Array:
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm over the last axis, in float32."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    x32 = x.float()
+    if x.is_cpu:  # where F.rms_norm is a chain of slow powers
+        mean_square = torch.linalg.vecdot(x32, x32).unsqueeze(-1) / x.shape[-1]
+        return (x32 * torch.rsqrt(mean_square + eps) * weight.float()).to(x.dtype)
+    return F.rms_norm(x32, weight.shape, weight.float(), eps).to(x.dtype)
 
 
 def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
@@ -158,7 +167,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "geglu": F.gelu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": lambda x: F.relu(x) * x,  # a square's backward is a slow power on a CPU
 }
 
 
@@ -186,6 +195,27 @@ def block(
     return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
 
 
+def block_again(
+    x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
+) -> Array:
+    """`block` in training, keeping its input alone: the backward pass computes the rest again (Chen et al. 2016)."""
+    y: Array = checkpoint(block, x, p, layer, config, rope, None, dropout, use_reentrant=False)
+    return y
+
+
+def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
+    """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
+    x = F.embedding(tokens, p["model.embed_tokens.weight"])
+    if config.position == "learned":
+        x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
+    return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
+
+
+def smear(x: Array, previous: Array, p: Parameters) -> Array:
+    """Each position and, by channel, a learned share of the one before it; `previous` (B, 1, D) is before the first."""
+    return x + p["model.smear.weight"] * torch.cat([previous, x[:, :-1]], dim=1)
+
+
 def hidden_states(
     p: Parameters,
     tokens: Array,
@@ -193,17 +223,27 @@ def hidden_states(
     rope: Rope,
     cache: KVCache | None = None,
     dropout: Callable[[Array], Array] = keep_all,
+    again: bool = False,
 ) -> Array:
-    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions."""
+    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions.
+
+    In training, `again` computes the blocks again in the backward pass (gradient checkpointing).
+    """
     T, offset = tokens.shape[1], cache.offset if cache else 0
-    x = F.embedding(tokens, p["model.embed_tokens.weight"])
-    if config.position == "learned":
-        x = x + p["model.embed_positions.weight"][offset : offset + T]
-    if config.embed_norm:
-        x = norm(x, p, "model.embed_norm", config)
+    x = embed(p, tokens, config, offset)
+    if config.smear:
+        previous = torch.zeros_like(x[:, :1])
+        if cache:
+            cache.tokens[:, offset : offset + T] = tokens
+            if offset:
+                previous = embed(p, cache.tokens[:, offset - 1 : offset], config, offset - 1)
+        x = smear(x, previous, p)
     x = dropout(x)
     for layer in range(config.n_layer):
-        x = block(x, p, layer, config, rope, cache, dropout)
+        if again:
+            x = block_again(x, p, layer, config, rope, dropout)
+        else:
+            x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
         cache.offset += T
     return norm(x, p, "model.norm", config)
@@ -213,6 +253,56 @@ def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     """(B, T, D) hidden states -> (B, T, V) float32 logits."""
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
     return softcap(F.linear(x, head).float(), config.logit_softcap)
+
+
+def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
+    """The summed nats of (n,) targets after (n, D) hidden states, and their gradient by the logits, (n, V)."""
+    scores = softcap(F.linear(x, head).float(), cap)
+    counted, index = (targets >= 0)[:, None], targets.clamp_min(0)[:, None]
+    log_p = torch.log_softmax(scores, dim=-1)
+    nats = -(log_p.gather(-1, index) * counted).sum()
+    slope = log_p.exp_()  # of the same memory
+    slope.scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=slope.dtype)).mul_(counted)
+    if cap:
+        slope *= 1 - (scores / cap).square()
+    return nats, slope.to(x.dtype)
+
+
+class ChunkedNats(torch.autograd.Function):
+    """Summed nats a chunk of positions at a time, taking the gradients along the way (as Liger's kernels do).
+
+    It never holds the logits of all positions: beside a chunk's, it keeps gradients of the size of `x` and `head`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Array, head: Array, targets: Array, cap: float, training: bool) -> Array:
+        """(N, D) hidden states, (V, D) head and (N,) targets -> summed nats."""
+        total = torch.zeros((), device=x.device)
+        dx, dhead = [], torch.zeros_like(head, dtype=torch.float32) if training else None
+        rows = max(1, min(LOSS_ROWS, LOSS_LOGITS // len(head)))
+        for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
+            nats, slope = nats_and_slope(part, head, wanted, cap)
+            total += nats
+            if dhead is not None:
+                dx.append(slope @ head)
+                dhead += slope.mT @ part
+        if dhead is not None:
+            ctx.save_for_backward(torch.cat(dx), dhead.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Array) -> tuple[Array | None, ...]:
+        """The gradients of `x` and `head`."""
+        dx, dhead = ctx.saved_tensors
+        return (cotangent * dx).to(dx.dtype), (cotangent * dhead).to(dhead.dtype), None, None, None
+
+
+def chunked_nats(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
+    """The summed nats of (B, T) targets after (B, T, D) hidden states; a target below 0 counts nothing."""
+    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+    arguments = (x.flatten(0, 1), head, targets.flatten(), config.logit_softcap, torch.is_grad_enabled())
+    total: Array = ChunkedNats.apply(*arguments)
+    return total
 
 
 def cross_entropy(scores: Array, targets: Array) -> Array:

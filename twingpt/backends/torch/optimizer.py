@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twingpt.core.parameters import OptimizerPlan
-from twingpt.core.schedule import Hyper
+from twingpt.core.schedule import LOSS_SCALE_INTERVAL, LOSS_SCALE_LARGEST, RATES, Hyper
 
 Array = Tensor
 Parameters = dict[str, Tensor]
@@ -15,11 +15,24 @@ Parameters = dict[str, Tensor]
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
 
 
-def clip_gradients(grads: Parameters, h: Hyper) -> tuple[Parameters, Array]:
-    """Scale all gradients so that their joint norm is at most h.grad_clip; and that norm before."""
-    total = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-    scale = torch.clamp(h.grad_clip / (total + 1e-6), max=1.0)
+def clip_gradients(grads: Parameters, h: Hyper, divisor: Array) -> tuple[Parameters, Array]:
+    """Gradients over `divisor`, scaled so that their joint norm is at most h.grad_clip; and that norm before."""
+    total = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt() / divisor
+    scale = torch.clamp(h.grad_clip / (total + 1e-6), max=1.0) / divisor
     return {name: g * scale for name, g in grads.items()}, total
+
+
+def skip_unless(finite: Array, grads: Parameters, h: Hyper) -> tuple[Parameters, Hyper]:
+    """The gradients and hyperparameters as they are, or, unless `finite`, such that a step moves nothing."""
+    grads = {name: torch.where(finite, g, 0.0) for name, g in grads.items()}
+    return grads, h._replace(**{rate: getattr(h, rate) * finite for rate in RATES})
+
+
+def rescale(scale: Array, steps: Array, finite: Array) -> tuple[Array, Array]:
+    """The loss scale after a step, and how many it has fitted: halved when it was too large, else doubled in time."""
+    steps = torch.where(finite, steps + 1, 0.0)
+    grown = torch.where(steps >= LOSS_SCALE_INTERVAL, torch.clamp(scale * 2, max=LOSS_SCALE_LARGEST), scale)
+    return torch.where(finite, grown, scale / 2), torch.where(steps >= LOSS_SCALE_INTERVAL, 0.0, steps)
 
 
 def adamw(p: Array, g: Array, m: Array, v: Array, h: Hyper, rate: Array, decays: bool) -> None:
@@ -40,7 +53,7 @@ def orthogonalise(x: Array, dtype: torch.dtype) -> Array:
     x = (x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         s = x @ x.mT
-        x = a * x + (b * s + c * (s @ s)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)  # a x + (b s + c s^2) x
     return x.float()
 
 
@@ -62,17 +75,32 @@ def muon(
 
 
 def optimizer_step(
-    params: Parameters, grads: Parameters, state: Parameters, h: Hyper, plan: OptimizerPlan, dtype: torch.dtype
-) -> tuple[Parameters, Parameters, Array]:
-    """Clip, then step every parameter as `plan` says: (params, state, gradient norm).
+    params: Parameters,
+    grads: Parameters,
+    state: Parameters,
+    h: Hyper,
+    count: Array,
+    plan: OptimizerPlan,
+    dtype: torch.dtype,
+    guarded: bool,
+) -> tuple[Parameters, Parameters, Array, Array]:
+    """Clip, then step every parameter as `plan` says: (params, state, gradient norm, 1 if skipped).
 
-    `state` holds adamw.m.NAME, adamw.v.NAME and muon.momentum.NAME; `h` holds 0-D arrays on the device;
-    Muon orthogonalises in `dtype`. The arrays are updated in place and returned.
+    `grads` are sums over `count` micro-batches, times the loss scale where `state` has one. `state` holds
+    adamw.m.NAME, adamw.v.NAME and muon.momentum.NAME; `h` and `count` hold 0-D arrays on the device; Muon
+    orthogonalises in `dtype`. `guarded` leaves all as it was when the norm is not finite.
+    The arrays are updated in place and returned.
     """
-    grads, total = clip_gradients(grads, h)
+    scale = state.get("loss_scale")
+    grads, total = clip_gradients(grads, h, count if scale is None else count * scale)
+    finite = torch.isfinite(total)
+    if guarded:
+        grads, h = skip_unless(finite, grads, h)
+    if scale is not None:
+        state["loss_scale"], state["loss_scale.steps"] = rescale(scale, state["loss_scale.steps"], finite)
     for name, group in plan.adamw.items():
         m, v = state[f"adamw.m.{name}"], state[f"adamw.v.{name}"]
         adamw(params[name], grads[name], m, v, h, getattr(h, f"{group}_lr"), name in plan.decays)
     for names in plan.muon:
         muon(names, params, grads, state, h, dtype)
-    return params, state, total
+    return params, state, total, 1.0 - finite.float()

@@ -16,8 +16,8 @@ from twingpt.backends.torch.device import DTYPES, memory, to_device, to_numpy
 from twingpt.backends.torch.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
-from twingpt.core.parameters import optimizer_plan, state_table
-from twingpt.core.schedule import Hyper
+from twingpt.core.parameters import optimizer_plan, parameter_table, state_table
+from twingpt.core.schedule import LOSS_SCALE_START, Hyper
 
 Array = Tensor
 Parameters = dict[str, Tensor]
@@ -31,12 +31,13 @@ def summed_nats(
     rope: model.Rope,
     dtype: torch.dtype,
     rate: float,
+    again: bool,
 ) -> Array:
     """The loss of a (B, T) batch, summed over its targets; one cast of the parameters to `dtype` at the top."""
     p = {name: value.to(dtype) for name, value in params.items()}
     dropout = model.Dropout(rate) if rate else model.keep_all
-    x = model.hidden_states(p, tokens, config, rope, dropout=dropout)
-    return model.cross_entropy(model.logits(x, p, config), targets)
+    x = model.hidden_states(p, tokens, config, rope, dropout=dropout, again=again)
+    return model.chunked_nats(x, p, targets, config)
 
 
 def mean_nats(params: Parameters, tokens: Array, targets: Array, *settings: Any) -> Array:
@@ -54,58 +55,65 @@ class TrainEngine:
         optimizer: str = "adamw",
         dtype: str = "float32",
         compile: bool = False,
+        gradient_checkpointing: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.settings = (config, model.Rope(config, torch.device(device.name)), DTYPES[dtype])
+        self.again = gradient_checkpointing
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
         self.losses: list[Array] = []
         self.mean_nats = torch.compile(mean_nats) if compile else mean_nats
         self.summed_nats = torch.compile(summed_nats) if compile else summed_nats
-        step = partial(optimizer_step, plan=optimizer_plan(config, optimizer), dtype=DTYPES[dtype])
+        guarded = skip_nonfinite or dtype == "float16"
+        plan = optimizer_plan(config, optimizer)
+        step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], guarded=guarded)
         self.optimizer_step = torch.compile(step) if compile else step
 
     def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
-        shapes = state_table(self.config, self.optimizer)
+        shapes = state_table(self.config, self.optimizer, self.dtype)
         arrays = {name: to_device(array, self.device).clone() for name, array in tensors}
         self.optimizer_state = {
-            name: arrays.pop(name) if name in arrays else torch.zeros(shape, device=self.device.name)
+            name: arrays[name] if name in arrays else torch.zeros(shape, device=self.device.name)
             for name, shape in shapes.items()
         }
-        self.params = {name: value.requires_grad_() for name, value in arrays.items()}
+        if "loss_scale" in shapes and "loss_scale" not in arrays:
+            self.optimizer_state["loss_scale"].fill_(LOSS_SCALE_START)
+        self.params = {name: arrays[name].requires_grad_() for name in parameter_table(self.config)}
 
     def micro(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
         """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
         if self.config.dropout:
             torch.manual_seed(key)
         x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
-        loss = self.mean_nats(self.params, x, y, *self.settings, self.config.dropout)
-        loss.backward()
+        loss = self.mean_nats(self.params, x, y, *self.settings, self.config.dropout, self.again)
+        (loss * self.optimizer_state["loss_scale"] if "loss_scale" in self.optimizer_state else loss).backward()
         self.losses.append(loss.detach())
 
     def gradients(self) -> Parameters:
         """The gradients of the mean loss over the micro-batches since the last update."""
-        n = len(self.losses)
-        grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
-        return {name: g / n if n > 1 else g for name, g in grads.items()}
+        divisor = len(self.losses) * self.optimizer_state.get("loss_scale", torch.tensor(1.0))
+        return {name: p.grad / divisor for name, p in self.params.items() if p.grad is not None}
 
     @torch.no_grad()
     def update(self, hyper: Hyper) -> Array:
-        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm)."""
-        numbers = to_device(np.array(hyper, np.float32), self.device)
-        grads, loss = self.gradients(), torch.stack(self.losses).mean()
-        _, _, total = self.optimizer_step(self.params, grads, self.optimizer_state, Hyper(*numbers))
+        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm, 1 if skipped)."""
+        *numbers, count = to_device(np.array([*hyper, len(self.losses)], np.float32), self.device)
+        grads = {name: p.grad for name, p in self.params.items()}
+        _, _, total, skipped = self.optimizer_step(self.params, grads, self.optimizer_state, Hyper(*numbers), count)
+        handle = torch.stack([torch.stack(self.losses).mean(), total, skipped])
         for p in self.params.values():
             p.grad = None
         self.losses = []
-        return torch.stack([loss, total])
+        return handle
 
     @torch.no_grad()
     def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
         """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
         x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
-        return self.summed_nats(self.params, x, y, *self.settings, 0.0)[None]
+        return self.summed_nats(self.params, x, y, *self.settings, 0.0, False)[None]
 
     def read(self, handles: Sequence[Array]) -> np.ndarray:
         """The numbers of some handles of one kind, a row each, in float64. The only call that waits."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +62,20 @@ def _key(source: Source, kind: str, vocab_size: int, tokenizer: Tokenizer | None
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed preparations left; what is younger than a day may be another process's work."""
+    for leftover in folder.glob(".*.tmp"):
+        with suppress(OSError):  # it has become the other's result meanwhile
+            if time.time() - leftover.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(leftover)
+
+
 def _write(folder: Path, source: Source, kind: str, vocab_size: int, tokenizer: Tokenizer | None) -> None:
     train, val = split(source.documents)
     tokenizer = tokenizer or make(kind, train, source.documents, vocab_size)
     splits = {"train": tokenize(train, tokenizer), "val": tokenize(val, tokenizer)}
     facts = {"source": source.digest, "documents": {"train": len(train), "val": len(val)}}
+    _remove_leftovers(folder.parent)
     try:
         shards.write(folder, source.name, tokenizer, splits, facts)
     except OSError as error:

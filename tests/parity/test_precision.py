@@ -1,0 +1,168 @@
+"""Precision, skipped steps, gradient checkpointing and the chunked loss: the same in both twins."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from tests.conftest import BOTH, cpu
+from tests.parity.test_training import CONFIG, TRAIN, losses
+from tests.parity.test_twins import MATRIX, batch, config_of, gradients
+from twingpt import TrainConfig
+from twingpt.core import backend as backends
+from twingpt.core import reference
+from twingpt.core.config import SHAPES
+from twingpt.core.data.prepare import prepare
+from twingpt.core.parameters import initialise, state_table
+from twingpt.core.schedule import LOSS_SCALE_START, hyperparameters
+
+LONG = dataclasses.replace(TRAIN, max_iters=200)
+HALVES = ("bfloat16", "float16")
+
+
+@pytest.fixture(scope="module")
+def docs():
+    return prepare("python-docs", "bpe", 512)
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def full(request, docs):
+    """A backend, and the losses of 200 float32 steps there."""
+    engines = backends.get(request.param)
+    return engines, losses(engines, CONFIG, docs, steps=200, train=LONG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALVES)
+def test_two_hundred_half_precision_steps_end_within_a_hundredth(full, docs, dtype):
+    engines, plain = full
+    half = losses(engines, CONFIG, docs, steps=200, dtype=dtype, train=LONG)
+    assert half[-20:].mean() == pytest.approx(plain[-20:].mean(), rel=0.01)
+    assert not np.array_equal(half, plain)
+
+
+def engine_of(engines, dtype="float32", **settings):
+    engine = engines.TrainEngine(CONFIG, cpu(engines), "muon", dtype, **settings)
+    engine.load(initialise(CONFIG, 1))
+    return engine
+
+
+def step(engine, tokens, targets, train=TRAIN):
+    engine.micro(tokens, targets, key=0)
+    return engine.read([engine.update(hyperparameters(train, 20))])[0]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_gradients_are_those_of_float32(engines, docs, dtype):
+    """float16 with its loss scale loses no small gradient: one part in fifty of each tensor's largest."""
+    tokens, targets = docs.batch(0, 8, 32, 1)
+    found = []
+    for precision in ("float32", dtype):
+        engine = engine_of(engines, precision)
+        engine.micro(tokens, targets, key=0)
+        found.append({name: np.array(g.tolist()) for name, g in engine.gradients().items()})
+    for name, g in found[0].items():
+        assert np.abs(found[1][name] - g).max() <= 0.05 * np.abs(g).max(), name
+
+
+def poison(engine):
+    """A weight that makes every loss NaN."""
+    state = dict(engine.state())
+    state["model.norm.weight"] = np.full_like(state["model.norm.weight"], np.nan)
+    engine.load(state.items())
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(engines, docs):
+    tokens, targets = docs.batch(0, 4, 32, 1)
+    engine = engine_of(engines, skip_nonfinite=True)
+    assert step(engine, tokens, targets)[2] == 0
+    poison(engine)
+    before = dict(engine.state())
+    loss, norm, skipped = step(engine, tokens, targets)
+    assert math.isnan(loss) and not math.isfinite(norm) and skipped == 1
+    for name, array in engine.state():
+        assert np.array_equal(array, before[name], equal_nan=True), name
+
+
+def test_the_loss_scale_falls_until_it_fits_and_grows_in_time(engines, docs):
+    tokens, targets = docs.batch(0, 4, 32, 1)
+    engine = engine_of(engines, "float16")
+    assert dict(engine.state())["loss_scale"] == LOSS_SCALE_START
+    state = dict(engine.state()) | {"loss_scale": np.float32(2.0**40), "loss_scale.steps": np.float32(7)}
+    engine.load(state.items())
+    skips = 0
+    while step(engine, tokens, targets)[2]:
+        skips += 1
+        assert skips < 60
+        now = dict(engine.state())
+        assert now["loss_scale"] == 2.0 ** (40 - skips) and now["loss_scale.steps"] == 0
+        assert np.array_equal(now["model.norm.weight"], state["model.norm.weight"])
+    assert skips > 3 and dict(engine.state())["loss_scale.steps"] == 1
+    engine.load((dict(engine.state()) | {"loss_scale": np.float32(8), "loss_scale.steps": np.float32(1999)}).items())
+    assert step(engine, tokens, targets)[2] == 0
+    assert dict(engine.state())["loss_scale"] == 16 and dict(engine.state())["loss_scale.steps"] == 0
+
+
+def test_float16_state_is_carried_over_and_left_behind(engines):
+    half = engine_of(engines, "float16")
+    assert set(dict(half.state())) - set(dict(engine_of(engines).state())) == {"loss_scale", "loss_scale.steps"}
+    full = engine_of(engines)
+    full.load(half.state())
+    assert "loss_scale" not in dict(full.state())
+    assert "loss_scale" in state_table(CONFIG, "adamw", "float16")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", ["qwen3", "gpt2", "nano"])
+def test_checkpointed_gradients_are_the_same(engines, docs, shape, dropout):
+    config = dataclasses.replace(config_of(SHAPES[shape] | {"zero_init": False}), dropout=dropout)
+    tokens, targets = batch(config, 2, 20)
+    found = []
+    for again in (False, True):
+        engine = engines.TrainEngine(config, cpu(engines), gradient_checkpointing=again)
+        engine.load(initialise(config, 1))
+        engine.micro(tokens, targets, key=3)
+        found.append({name: np.array(g.tolist()) for name, g in engine.gradients().items()})
+    for name, g in found[0].items():
+        assert np.abs(found[1][name] - g).max() <= 1e-6 * max(np.abs(g).max(), 1e-6), name
+
+
+@pytest.mark.parametrize("switches", ["qwen3", "untied", "logit softcap", "nano"])
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(engines, monkeypatch, switches, rows):
+    config = config_of(MATRIX[switches])
+    model = __import__(f"twingpt.backends.{engines.NAME}.model", fromlist=["model"])
+    params = dict(initialise(config, 1))
+    tokens, targets = batch(config, 2, 17)
+    targets[1, 9:] = -1
+    monkeypatch.setattr(model, "LOSS_ROWS", rows)
+    chunked = gradients(engines, config, params, tokens, targets)
+    engine = engines.TrainEngine(config, cpu(engines))
+    engine.load(params.items())
+    nats = engine.read([engine.evaluate(tokens, targets)])[0, 0]
+    monkeypatch.setattr(
+        model, "chunked_nats", lambda x, p, targets, config: model.cross_entropy(model.logits(x, p, config), targets)
+    )
+    plain = gradients(engines, config, params, tokens, targets)
+    for name, g in plain.items():
+        assert np.abs(chunked[name] - g).max() <= 1e-5 * np.abs(g).max(), name
+    expected = reference.cross_entropy(reference.forward(params, tokens, config), targets).sum()
+    assert nats == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_compiled_half_precision_step(engines, docs):
+    """Checkpointing, skipping and scaling in one compiled step."""
+    import shutil
+
+    if engines.NAME == "mlx" and shutil.which("g++") is None:
+        pytest.skip("mx.compile on a CPU needs g++")
+    tokens, targets = docs.batch(0, 4, 32, 1)
+    settings = {"gradient_checkpointing": True, "skip_nonfinite": True}
+    train = TrainConfig(optimizer="muon", warmup_iters=0)
+    plain, compiled = (
+        [step(engine, tokens, targets, train) for _ in range(3)]
+        for engine in (engine_of(engines, compile=c, **settings) for c in (False, True))
+    )
+    np.testing.assert_allclose(plain, compiled, rtol=2e-5)
