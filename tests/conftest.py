@@ -92,7 +92,7 @@ def story(last: int, first: int = 0) -> list:
     """The events of a run of `last` steps, reported every 10, evaluated every 20; the loss is 1 / step."""
     events = [RunStarted(**{**vars(STARTED), "step": first})]
     for step in range(first + 10, last + 1, 10):
-        events.append(Trained(step, 1 / step, 0.5, 1e-3, step * 2048, 6400.0, 5 * 10**8, 6 * 10**8, step / 2))
+        events.append(Trained(step, 1 / step, 0.5, 1e-3, step * 2048, 6400.0, 5 * 10**8, 6 * 10**8, 0, step / 2))
         if step % 20 == 0:
             events.append(Evaluated(step, 2 / step, 3 / step, True, step / 2))
     return [*events, Sampled(last, "a <b>\nsample"), Saved(last, "x"), RunEnded(last, "finished", last / 2)]

@@ -110,7 +110,18 @@ def train(
     backend: Annotated[str, _option("auto, mlx or torch.", WHERE)] = "auto",
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps, gpu … (default: best)", WHERE)] = None,
     dtype: Annotated[
-        str | None, _option("Compute precision: float32 or bfloat16. (default: the device's)", WHERE)
+        str | None, _option("Compute precision: float32, bfloat16 or float16. (default: the device's)", WHERE)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Less memory, a third more work. (default: not)", rich_help_panel=WHERE)
+    ] = None,
+    skip_nonfinite: Annotated[
+        bool | None,
+        typer.Option(
+            "--skip-nonfinite/--stop-nonfinite",
+            help="A step that is not finite is left out and counted. (default: stop)",
+            rich_help_panel=OPTIMIZER,
+        ),
     ] = None,
     compile: Annotated[
         bool | None, typer.Option(help="Compile the step. (default: not on a CPU)", rich_help_panel=WHERE)

@@ -325,7 +325,7 @@ def test_a_report_of_odd_files_is_still_a_page(tmp_path, lines, described):
 
 
 def test_a_long_run_has_a_small_report(tmp_path):
-    run = write_run(tmp_path / "r", [Trained(s, 1 / s, 1.0, 1e-3, s, 1.0, 1, 1, 1.0) for s in range(1, 5001)])
+    run = write_run(tmp_path / "r", [Trained(s, 1 / s, 1.0, 1e-3, s, 1.0, 1, 1, 0, 1.0) for s in range(1, 5001)])
     report.write_report(run)
     assert (run / "report.html").stat().st_size < 100_000
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import BOTH, needs
+from twingpt.core import backend as backends
 from twingpt.core import runs
 from twingpt.core.checkpoint import open_checkpoint
 from twingpt.core.events import read_events
@@ -244,6 +245,51 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(gpt, 
     code, _, err = gpt("train", *common, "--learning-rate", 1e30, "--eval-interval", 0)
     assert code == 2 and "is not finite: lower the learning rate" in err
     assert not runs.checkpoints(run)
+
+
+@both
+def test_a_step_that_is_not_finite_can_be_skipped(gpt, prose, tmp_path, backend, monkeypatch):
+    engines = backends.get(backend)
+    micro, calls = engines.TrainEngine.micro, []
+
+    def poisoned(self, tokens, targets, key):
+        micro(self, tokens, targets, key)
+        calls.append(key)
+        if len(calls) == 5:
+            self.losses[-1] = self.losses[-1] * float("nan")
+            grads = self.grads if backend == "mlx" else {name: p.grad for name, p in self.params.items()}
+            for name in grads:
+                grads[name] *= float("nan")
+
+    monkeypatch.setattr(engines.TrainEngine, "micro", poisoned)
+    common = ["--data", prose, "--backend", backend, *SMALL]
+    code, _, err = gpt("train", *common, "--out", tmp_path / "stops")
+    assert code == 2 and "The loss of step 5 is not finite" in err and "the last checkpoint is good" in err
+    calls.clear()
+    code, out, _ = gpt("train", *common, "--out", tmp_path / "skips", "--skip-nonfinite")
+    assert code == 0 and "not finite and left out, 1 steps so far" in out
+    assert open_checkpoint(tmp_path / "skips").training()["skipped"] == 1
+    assert all(np.isfinite(array).all() for array in tensors(tmp_path / "skips").values())
+    assert [entry["skipped"] for entry in logged(tmp_path / "skips")] == [0, 0, 1, 1, 1, 1]
+
+
+@needs("torch")
+def test_skipping_ends_when_nothing_is_finite_any_more(gpt, prose, tmp_path):
+    common = ["--data", prose, "--backend", "torch", *SMALL, "--max-iters", 150, "--eval-interval", 0]
+    common += ["--checkpoint-interval", 0, "--skip-nonfinite", "--learning-rate", 1e30, "--warmup-iters", 0]
+    code, _, err = gpt("train", *common, "--out", tmp_path / "run")
+    assert code == 2 and "as those of the 99 before it, is not finite" in err
+
+
+@both
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_resume_exactly(gpt, prose, tmp_path, backend, dtype):
+    common = ["--data", prose, "--backend", backend, *SMALL, "--dtype", dtype, "--gradient-checkpointing"]
+    train(gpt, *common, "--out", tmp_path / "whole")
+    train(gpt, *common, "--out", tmp_path / "parts", "--stop-after", 5)
+    train(gpt, "--resume", tmp_path / "parts", "--backend", backend)
+    assert equal(tensors(tmp_path / "whole"), tensors(tmp_path / "parts"))
+    assert ("loss_scale" in tensors(tmp_path / "whole")) == (dtype == "float16")
 
 
 @both

@@ -205,7 +205,7 @@ def test_what_waits_is_saved_when_training_breaks(gpt, prose, tmp_path, when):
 
     with pytest.MonkeyPatch.context() as patch:
         when(Saved, 4, lambda: full_disk(patch, run))
-        when(Trained, 10, lambda: (patch.undo(), patch.setattr(TokenDataset, "batch", batch)))
+        when(Trained, 8, lambda: (patch.undo(), patch.setattr(TokenDataset, "batch", batch)))
         patch.setattr(saving, "FIRST_WAIT", 60.0)
         code, _, err = gpt("train", "--data", prose, "--out", run, *SMALL)
     assert code == 2 and sentence(err) == "gpt: The data are damaged."

@@ -19,7 +19,7 @@ from twingpt.core.events import (
 
 EVENTS = [
     RunStarted(0, 100, "runs/[x]", "torch", "cpu", "float32", 2_000_000, 2048, "prose", 50_000, 5_000, 512),
-    Trained(10, 3.21, 1.0, 1e-3, 20480, 6400.0, 5 * 10**8, 6 * 10**8, 3.2),
+    Trained(10, 3.21, 1.0, 1e-3, 20480, 6400.0, 5 * 10**8, 6 * 10**8, 0, 3.2),
     Evaluated(10, 3.5, 1.5, True, 3.5),
     Sampled(10, "text with [brackets]"),
     Saved(10, "runs/[x]/checkpoints/step-00000010"),

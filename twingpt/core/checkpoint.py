@@ -178,7 +178,7 @@ def _is_training_state(state: Any) -> bool:
         and all(type(milestone) is int for milestone in milestones)
         and isinstance(state.get("data"), str)
         and isinstance(train, dict)
-        and set(train) == {field.name for field in dataclasses.fields(TrainConfig)}
+        and {"optimizer", "dtype"} <= set(train) <= {field.name for field in dataclasses.fields(TrainConfig)}
     )
 
 

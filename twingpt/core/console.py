@@ -72,6 +72,7 @@ class ConsoleReporter:
         self.console = console
         self.tokens_per_step = 1
         self.closed = False
+        self.skipped = 0
         self.progress = Progress(
             TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}"),
             BarColumn(bar_width=None),
@@ -158,6 +159,9 @@ class ConsoleReporter:
             memory=memory,
             steps_per_second=steps_per_second,
         )
+        if event.skipped > self.skipped:
+            self.skipped = event.skipped
+            self.console.print(f"[yellow]step {event.step:,}: not finite and left out, {event.skipped} steps so far[/]")
         if not self.console.is_terminal:
             total = self.progress.tasks[0].total or event.step
             left = human_time((total - event.step) / steps_per_second) if steps_per_second else "–"

@@ -40,6 +40,7 @@ class RunStarted:
 class Trained:
     """`step` steps are done. The loss (nats per token) and gradient norm are means since the last report.
 
+    `skipped` counts the run's steps that were left out, because they were not finite.
     `seconds` is the run's time so far, over all its starts.
     """
 
@@ -51,6 +52,7 @@ class Trained:
     tokens_per_second: float
     memory_bytes: int
     peak_memory_bytes: int
+    skipped: int
     seconds: float
 
 

@@ -37,6 +37,8 @@ SHAPE_KEYS = {"preset", "shape"}
 RESUME_KEYS = {
     "data",
     "dtype",
+    "gradient_checkpointing",
+    "skip_nonfinite",
     "max_iters",
     "eval_interval",
     "eval_iters",
@@ -226,7 +228,9 @@ def _trainer(
     if compile is None:  # on a CPU compiling takes longer than the run that it would speed up
         compile = device.kind != "cpu"
     data.check(config)
-    engine = engines.TrainEngine(config, device, train.optimizer, train.dtype, compile)
+    engine = engines.TrainEngine(
+        config, device, train.optimizer, train.dtype, compile, train.gradient_checkpointing, train.skip_nonfinite
+    )
     reporters: list[Reporter] = [JSONLReporter(run / "metrics.jsonl"), PlotReporter(run), HTMLReporter(run)]
     return Trainer(run, config, train, data, engines, device, engine, reporters, progress)
 

@@ -57,6 +57,7 @@ def scalars(event: Event) -> dict[str, float]:
             "train/grad_norm": event.grad_norm,
             "train/learning_rate": event.learning_rate,
             "train/tokens": event.tokens,
+            "train/skipped_steps": event.skipped,
             "speed/tokens_per_second": event.tokens_per_second,
             "memory/bytes": event.memory_bytes,
             "memory/peak_bytes": event.peak_memory_bytes,

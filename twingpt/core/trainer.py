@@ -17,6 +17,7 @@ import numpy as np
 from twingpt.core import rng, runs
 from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
+from twingpt.core.data.ahead import Ahead
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
 from twingpt.core.events import (
@@ -34,7 +35,10 @@ from twingpt.core.parameters import parameter_count
 from twingpt.core.saving import Saver, Snapshot
 from twingpt.core.schedule import hyperparameters, learning_rate_factor
 
+Array = np.ndarray
+
 SAMPLE_TOKENS = 120
+MOST_SKIPPED = 100  # steps in a row: by then the loss scale is at its smallest, and the weights are lost
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Progress:
     best_val_loss: float = math.inf
     evaluated_at: int = -1  # the step of the last evaluation
     sampled_at: int = -1  # and of the last sample
+    skipped: int = 0  # steps left out, because they were not finite
 
 
 class Trainer:
@@ -68,7 +73,9 @@ class Trainer:
         self.run, self.config, self.train, self.data = run, config, train, data
         self.backend, self.device, self.engine = backend, device, engine
         self.reporters, self.progress = reporters, progress
+        self.batches = Ahead(self._batch)
         self.unread: list[Handle] = []  # updates since the last report, oldest first
+        self.skipped_in_row = 0
         self.saver = Saver(run, config, data.tokenizer, train.keep, self._report)
         self.interrupted = False
         self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
@@ -129,12 +136,15 @@ class Trainer:
         train, step = self.train, self.progress.step
         for micro in range(train.gradient_accumulation_steps):
             number = step * train.gradient_accumulation_steps + micro
-            tokens, targets = self.data.batch(
-                number * train.batch_size, train.batch_size, self.config.block_size, train.seed
-            )
+            tokens, targets = self.batches(number)
             self.engine.micro(tokens, targets, rng.digest("dropout", train.seed, number) % 2**32)
         self.unread.append(self.engine.update(hyperparameters(train, step)))
         self.progress.step += 1
+
+    def _batch(self, number: int) -> tuple[Array, Array]:
+        """Micro-batch `number` of the run."""
+        train = self.train
+        return self.data.batch(number * train.batch_size, train.batch_size, self.config.block_size, train.seed)
 
     def _milestones(self) -> None:
         """Evaluate, sample and save where the present step asks for it."""
@@ -168,10 +178,10 @@ class Trainer:
         rows = self.engine.read(self.unread[:count])
         self.unread = self.unread[count:]
         step = self.progress.step - unread
-        for i, row in enumerate(rows):
-            if not np.isfinite(row).all():
-                raise self._diverged(f"The loss of step {step - count + i + 1}")
-        loss, grad_norm = rows.mean(axis=0)
+        rows = self._finite_rows(rows, step - count)
+        if not len(rows):
+            return
+        loss, grad_norm, _ = rows.mean(axis=0)
         self.progress.train_loss = float(loss)
         now, memory = time.perf_counter(), self.engine.memory()
         if self.progress.step > self.clock_step:
@@ -188,9 +198,27 @@ class Trainer:
                 tokens_per_second=self.speeds[-1],
                 memory_bytes=memory.now,
                 peak_memory_bytes=memory.peak,
+                skipped=self.progress.skipped,
                 seconds=self._seconds,
             )
         )
+
+    def _finite_rows(self, rows: Array, step: int) -> Array:
+        """The rows (loss, gradient norm, 1 if skipped) of the steps after `step`, less those that were skipped.
+
+        In float16 a gradient may be too large for the present loss scale, and the step is skipped; a loss
+        that is not finite may be skipped only with `skip_nonfinite`.
+        """
+        for i, (loss, norm, skipped) in enumerate(rows):
+            fine = (math.isfinite(loss) or self.train.skip_nonfinite) and (math.isfinite(norm) or skipped)
+            self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
+            if not fine or self.skipped_in_row == MOST_SKIPPED:
+                what = "gradient" if math.isfinite(loss) else "loss"
+                row = f", as those of the {MOST_SKIPPED - 1} before it," if fine else ""
+                raise self._diverged(f"The {what} of step {step + i + 1}{row}")
+        self.progress.skipped += int(rows[:, 2].sum())
+        kept: Array = rows[rows[:, 2] == 0]
+        return kept
 
     def _diverged(self, what: str) -> UserError:
         kept = "the last checkpoint is good" if self.saver.saved_at > 0 else "nothing was saved"
@@ -281,6 +309,7 @@ class Trainer:
             "best_val_loss": progress.best_val_loss,
             "tokens_per_second": float(np.median(self.speeds)) if self.speeds else None,
             "peak_memory_bytes": self.engine.memory().peak,
+            "skipped": progress.skipped,
             "seconds": seconds,
         }
 

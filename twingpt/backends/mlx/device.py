@@ -84,7 +84,7 @@ def devices() -> list[Device]:
         found.append(Device("gpu", kind, description, ("float32", "bfloat16"), "bfloat16", memory_bytes))
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cpu = f"{platform.processor() or platform.machine()}, BLAS: {BLAS}"
-    return [*found, Device("cpu", "cpu", cpu, ("float32", "bfloat16"), "float32", physical)]
+    return [*found, Device("cpu", "cpu", cpu, tuple(DTYPES), "float32", physical)]
 
 
 def on_device(method: F) -> F:

@@ -23,7 +23,7 @@ def devices() -> list[Device]:
         found.append(Device("mps", "mps", "Apple GPU", ("float32", "bfloat16"), "float32", memory_bytes))
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return [*found, Device("cpu", "cpu", cpu, ("float32", "bfloat16"), "float32", physical)]
+    return [*found, Device("cpu", "cpu", cpu, tuple(DTYPES), "float32", physical)]
 
 
 def _cuda(index: int) -> Device:

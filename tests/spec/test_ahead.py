@@ -1,0 +1,47 @@
+"""Batches made one ahead."""
+
+import threading
+import time
+
+import pytest
+
+from twingpt.core.data.ahead import Ahead
+
+
+def test_numbers_in_order_are_made_once_each_in_another_thread():
+    made, threads = [], set()
+
+    def make(number):
+        made.append(number)
+        threads.add(threading.current_thread().name)
+        return number * 10
+
+    ahead = Ahead(make)
+    assert [ahead(i) for i in range(5)] == [0, 10, 20, 30, 40]
+    ahead.next[1].result()
+    assert sorted(made) == [0, 1, 2, 3, 4, 5] and len(threads) == 2
+
+
+def test_any_other_number_is_right_too():
+    ahead = Ahead(lambda number: number * 10)
+    assert [ahead(i) for i in (3, 4, 9, 0, 1)] == [30, 40, 90, 0, 10]
+
+
+def test_the_next_one_is_ready_when_asked_for():
+    ahead = Ahead(lambda number: time.sleep(0.2) or number)
+    ahead(0)
+    time.sleep(0.3)
+    start = time.perf_counter()
+    assert ahead(1) == 1 and time.perf_counter() - start < 0.15
+
+
+def test_an_error_is_raised_where_its_number_is_asked_for():
+    def make(number):
+        if number == 2:
+            raise ValueError("two")
+        return number
+
+    ahead = Ahead(make)
+    assert [ahead(0), ahead(1)] == [0, 1]
+    with pytest.raises(ValueError, match="two"):
+        ahead(2)
