@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import pytest
 from twingpt.core import backend as backends
 from twingpt.core import checkpoint
 from twingpt.core.config import GPTConfig, TrainConfig
+from twingpt.core.events import Evaluated, JSONLReporter, RunEnded, RunStarted, Sampled, Saved, Trained
 from twingpt.core.parameters import initialise
 from twingpt.core.tokenizer import ByteTokenizer
 
@@ -81,6 +83,35 @@ def write_prose(folder: Path) -> Path:
 def training_state(step: int) -> dict:
     losses = dict.fromkeys(("train_loss", "val_loss", "val_bpb", "best_val_loss"), 1.5)
     return {"step": step, "data": "none", "train": TrainConfig().to_dict(), **losses}
+
+
+STARTED = RunStarted(0, 100, "runs/x", "torch", "cpu", "float32", 2_000_000, 2048, "prose", 50_000, 5_000, 512)
+
+
+def story(last: int, first: int = 0) -> list:
+    """The events of a run of `last` steps, reported every 10, evaluated every 20; the loss is 1 / step."""
+    events = [RunStarted(**{**vars(STARTED), "step": first})]
+    for step in range(first + 10, last + 1, 10):
+        events.append(Trained(step, 1 / step, 0.5, 1e-3, step * 2048, 6400.0, 5 * 10**8, 6 * 10**8, 0, step / 2))
+        if step % 20 == 0:
+            events.append(Evaluated(step, 2 / step, 3 / step, True, step / 2))
+    return [*events, Sampled(last, "a <b>\nsample"), Saved(last, "x"), RunEnded(last, "finished", last / 2)]
+
+
+def write_run(run: Path, events=()) -> Path:
+    """A run's folder without checkpoints, with these events in its metrics.jsonl."""
+    run.mkdir(parents=True)
+    start = {
+        "time": "2026-01-02T03:04:05+00:00", "step": 0, "backend": "torch", "platform": "Plan 9 & Co",
+        "python": "3.14.1", "versions": {"numpy": "2.9"}, "device": {"name": "cpu", "description": "a <chip>"},
+    }  # fmt: skip
+    config, data = GPTConfig(vocab_size=512).to_dict(), {"folder": "/nowhere", "fingerprint": "00"}
+    described = {"schema": 1, "config": config, "train": TrainConfig().to_dict(), "data": data, "starts": [start]}
+    (run / "run.json").write_text(json.dumps(described))
+    reporter = JSONLReporter(run / "metrics.jsonl")
+    for event in events:
+        reporter.report(event)
+    return run
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -61,7 +62,8 @@ def _print_json(value: Any) -> None:
     "gpt train                                    the Python documentation, offline\n\n"
     "gpt train --data novel.txt --out runs/novel  your own text\n\n"
     "gpt train --data shakespeare --tokenizer char --preset micro --max-iters 2000\n\n"
-    "gpt train --resume runs/novel --backend mlx  go on, on the other backend\n"
+    "gpt train --resume runs/novel --backend mlx  go on, on the other backend\n\n"
+    "gpt train --report-to tensorboard,wandb      follow the run there too\n"
 )
 def train(
     data: Annotated[str | None, _option("python-docs, shakespeare, or a text file or folder.", DATA)] = None,
@@ -100,8 +102,11 @@ def train(
     sample_interval: Annotated[int | None, _option("Steps between samples; 0 is off.", REPORT)] = None,
     checkpoint_interval: Annotated[int | None, _option("Steps between checkpoints; 0 is off.", REPORT)] = None,
     keep: Annotated[int | None, _option("Latest checkpoints to keep, beside the best.", REPORT)] = None,
+    report_to: Annotated[
+        str, _option("tensorboard, wandb, mlflow: one or several, with commas. (default: none)", REPORT)
+    ] = "",
     out: Annotated[Path | None, _option("The run's folder. (default: runs/DATA-DATE)", WHERE)] = None,
-    resume: Annotated[str | None, _option("Go on with a run: its folder, name, or RUN@STEP.", WHERE)] = None,
+    resume: Annotated[str | None, _option("Go on with a run: its folder, name, RUN@STEP, or latest.", WHERE)] = None,
     backend: Annotated[str, _option("auto, mlx or torch.", WHERE)] = "auto",
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps, gpu … (default: best)", WHERE)] = None,
     dtype: Annotated[
@@ -128,14 +133,15 @@ def train(
     What is not given comes from a recipe for the kind of device, and run.json keeps all of it.
     """
     given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("stop_after", "out", "resume", "backend", "device", "compile", "json_"):
+    for key in ("stop_after", "out", "resume", "backend", "device", "compile", "json_", "report_to"):
         given.pop(key, None)
     from rich.console import Console
     from rich.markup import escape
 
-    from twingpt.core import launch
+    from twingpt.core import launch, trackers
     from twingpt.core.console import ConsoleReporter
 
+    track = trackers.parse(report_to)
     if resume is not None and out:
         raise UserError("--resume goes on in the run's own folder: leave out --out.")
     if stop_after is not None and stop_after < 1:
@@ -146,14 +152,14 @@ def train(
         trainer = launch.new_run(given, out, backend, device, compile)
     console = Console(stderr=json_, highlight=False)
     reporter = ConsoleReporter(console)
-    trainer.reporters = [*trainer.reporters, reporter]
+    trainer.reporters = [*trainer.reporters, *trackers.make(track, trainer.run), reporter]
     with reporter.live():
         summary = trainer.fit(stop_after)
     if json_:
         _print_json(summary)
         return
     run, word = escape(summary["run"]), escape(shlex.quote(summary["run"]))
-    lines = [f"\nCheckpoint: [bold]{escape(summary['checkpoint'])}[/]", f"Loss curve: {run}/loss.svg"]
+    lines = [f"\nCheckpoint: [bold]{escape(summary['checkpoint'])}[/]", f"Report:     {run}/report.html"]
     if summary["reason"] != "finished":
         lines.append(f"Go on:      [bold]gpt train --resume {word}[/]")
     lines.append(f'Try it:     [bold]gpt generate {word} -p "…"[/]')
@@ -167,7 +173,7 @@ def train(
     "echo -n 'def ' | gpt generate runs/code -p - --json\n"
 )
 def generate(
-    model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run for its latest one.")],
+    model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run: RUN@best, latest.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from; - reads it from stdin.")] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most.")] = 200,
     temp: Annotated[float, typer.Option(help="Temperature; 0 always takes the likeliest token.")] = 0.8,
@@ -209,7 +215,7 @@ def generate(
 
 @app.command(epilog="[bold]Examples[/]\n\ngpt convert runs/novel novel-hf\n\ngpt convert runs/novel@best novel-best\n")
 def convert(
-    model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run for its latest one.")],
+    model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run: RUN@best, latest.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the result.")],
     json_: Json = False,
 ) -> None:
@@ -223,6 +229,125 @@ def convert(
         _print_json({"source": str(checkpoint.folder), "target": str(folder), "family": family})
     else:
         print(f"{folder}: {family}, from {checkpoint.folder}")
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt plot runs/a runs/b             their losses over one another, in runs-plot.svg\n\n"
+    "gpt plot latest --x time -o a.png  the last run, over the seconds it took\n\n"
+    "gpt plot runs/* --json             the curves as numbers\n"
+)
+def plot(
+    models: Annotated[list[str], typer.Argument(metavar="RUN…", help="Runs; latest is the last one written to.")],
+    x: Annotated[str, typer.Option("--x", help="step, tokens or time (seconds of training).")] = "step",
+    out: Annotated[Path, typer.Option("--out", "-o", help="An .svg, .png or .pdf file.")] = Path("runs-plot.svg"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the curves as one JSON object; draw nothing.")] = False,
+) -> None:
+    """Draw the training and held-out losses of runs over one another."""
+    from twingpt.core import plot as plots
+
+    plots.check_picture(out)
+    curves = plots.read_curves(models, x)
+    if json_:
+        _print_json({"x": x, "runs": curves})
+        return
+    plots.plot_curves(curves, x, out)
+    for run in curves:
+        if not (run["train"]["x"] or run["val"]["x"]):
+            print(f"gpt: {run['run']} has no losses over {x}, and is left out.", file=sys.stderr)
+    print(out)
+
+
+runs_app = typer.Typer(rich_markup_mode="rich")
+app.add_typer(runs_app, name="runs")
+
+
+@runs_app.callback(
+    invoke_without_command=True,
+    epilog="[bold]Examples[/]\n\n"
+    "gpt runs                     the runs below runs/, with their checkpoints\n\n"
+    "gpt runs --best --sort loss  each run's best checkpoint, the best run first\n\n"
+    "gpt runs show latest         the last run: configuration, starts, checkpoints\n\n"
+    "gpt runs rm novel@1000       one checkpoint; without @1000 the whole run\n",
+)
+def list_runs(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Option("--dir", help="The folder that holds the runs.")] = Path("runs"),
+    best: Annotated[bool, typer.Option("--best", help="Only the best checkpoint of each run.")] = False,
+    latest: Annotated[bool, typer.Option("--latest", help="Only the latest checkpoint of each run.")] = False,
+    max_loss: Annotated[float | None, typer.Option(help="Only checkpoints of at most this held-out loss.")] = None,
+    min_step: Annotated[int | None, typer.Option(help="Only checkpoints of at least this step.")] = None,
+    search: Annotated[str, typer.Option(help="Only runs with this in their name, path, data or backend.")] = "",
+    sort: Annotated[str, typer.Option(help="loss, step, date, size or name.")] = "date",
+    json_: Json = False,
+) -> None:
+    """List runs with their checkpoints, show one, or remove some."""
+    from twingpt.core import inventory
+    from twingpt.core.paths import expand
+
+    if command := context.invoked_subcommand:
+        for name in context.params:
+            source = context.get_parameter_source(name)
+            if source and source.name == "COMMANDLINE":
+                raise UserError(f"An option before {command} is for the list: put it after, or leave it out.")
+        return
+    there = inventory.find_runs(expand(folder))
+    found = inventory.select(there, best, latest, max_loss, min_step, search, sort)
+    if json_:
+        _print_json({"folder": str(folder), "runs": [dataclasses.asdict(run) for run in found]})
+    elif found:
+        from twingpt.core.console import print_runs
+
+        print_runs(_console(), found)
+    else:
+        print(f"No run in {folder} matches." if there else f"There are no runs in {folder}: gpt train begins one.")
+
+
+@runs_app.command(epilog="[bold]Examples[/]\n\ngpt runs show novel\n\ngpt runs show latest --json\n")
+def show(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="Its folder or name, or latest.")], json_: Json = False
+) -> None:
+    """Show a run: its checkpoints, starts and configuration."""
+    from twingpt.core import inventory
+
+    run, described = inventory.describe(model)
+    if json_:
+        _print_json({**dataclasses.asdict(run), **described})
+    else:
+        from twingpt.core.console import print_run
+
+        print_run(_console(), run, described)
+
+
+@runs_app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt runs rm novel             all of the run\n\n"
+    "gpt runs rm novel@1000 --yes  one checkpoint, without being asked\n"
+)
+def rm(
+    model: Annotated[str, typer.Argument(metavar="RUN|RUN@STEP", help="A run, or one checkpoint of it.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")] = False,
+    json_: Json = False,
+) -> None:
+    """Remove a run, or one checkpoint of it; latest and best then name others that are left."""
+    from twingpt.core import inventory
+    from twingpt.core.console import human_bytes
+
+    run, checkpoint = inventory.to_remove(model)
+    doomed = checkpoint or run
+    if not yes and not typer.confirm(f"Remove {doomed}, {human_bytes(inventory.size(doomed))}?", err=True):
+        raise typer.Exit(1)
+    kept: list[str] = []
+    if checkpoint:
+        inventory.remove_checkpoint(run, checkpoint)
+    else:
+        kept = inventory.remove_run(run)
+    if json_:
+        _print_json({"removed": str(doomed), "kept": kept})
+        return
+    print(f"Removed {doomed}.")
+    if kept:
+        print(f"The folder stays, with what training did not write: {', '.join(kept)}.")
 
 
 def _stdin() -> str:

@@ -86,7 +86,10 @@ LIGHT = (
 )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["parity", "-h"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["generate", "--help"], ["parity", "-h"], ["plot", "-h"], ["runs", "rm", "-h"]],
+)
 def test_help_loads_no_framework(arguments):
     done = run_python(
         f"import sys; sys.argv = ['gpt', *{arguments}]\n"
@@ -103,7 +106,7 @@ def test_importing_the_package_loads_no_framework():
 
 
 def test_help_has_examples(gpt):
-    for command in ("train", "generate", "parity", "doctor", "convert"):
+    for command in ("train", "generate", "parity", "doctor", "convert", "plot", "runs"):
         code, out, _ = gpt(command, "--help")
         assert code == 0 and "Examples" in out and f"gpt {command}" in out
 

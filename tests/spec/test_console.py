@@ -6,14 +6,24 @@ import pytest
 from rich.console import Console
 
 from twingpt.core.console import ConsoleReporter, human_bytes, human_count, human_time
-from twingpt.core.events import Evaluated, RunEnded, RunStarted, Sampled, Saved, SaveFailed, Trained
+from twingpt.core.events import (
+    Evaluated,
+    ReporterFailed,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Saved,
+    SaveFailed,
+    Trained,
+)
 
 EVENTS = [
     RunStarted(0, 100, "runs/[x]", "torch", "cpu", "float32", 2_000_000, 2048, "prose", 50_000, 5_000, 512),
-    Trained(10, 3.21, 1.0, 1e-3, 20480, 6400.0, 5 * 10**8, 6 * 10**8, 0),
-    Evaluated(10, 3.5, 1.5, True),
+    Trained(10, 3.21, 1.0, 1e-3, 20480, 6400.0, 5 * 10**8, 6 * 10**8, 0, 3.2),
+    Evaluated(10, 3.5, 1.5, True, 3.5),
     Sampled(10, "text with [brackets]"),
     Saved(10, "runs/[x]/checkpoints/step-00000010"),
+    ReporterFailed(10, "WandbReporter", "CommError: [no] network"),
     SaveFailed(10, "[no] space"),
     RunEnded(10, "stop-after", 75.0),
 ]
@@ -30,7 +40,8 @@ def test_every_event_is_shown(terminal):
     for part in (
         "runs/[x] starts", "2.0M parameters on torch cpu", "val loss 3.5000, 1.500 bits per byte", "best so far",
         "[brackets]", "saved runs/[x]/checkpoints", "stop-after after 10 steps in 1:15", "6.4k tok/s", "500 MB",
-        "ETA 29s", "step 10: [no] space",
+        "ETA 29s", "WandbReporter failed and reports no more of this run, which goes on: CommError: [no] network",
+        "step 10: [no] space",
     ):  # fmt: skip
         assert part in text, part
 

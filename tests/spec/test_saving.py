@@ -198,7 +198,7 @@ def lines(path) -> list[int]:
 
 
 def evaluated(step) -> Evaluated:
-    return Evaluated(step, 1.0, 1.0, False)
+    return Evaluated(step, 1.0, 1.0, False, 1.0)
 
 
 def test_events_that_can_not_be_written_come_later_in_order(tmp_path):

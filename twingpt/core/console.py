@@ -1,9 +1,11 @@
-"""A run on the terminal: a line a milestone, and a bar with loss, speed, memory and time left."""
+"""Runs on the terminal: one in training, as lines and a bar with loss, speed, memory and time left; or a list."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,7 +13,18 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from twingpt.core.events import Evaluated, Event, RunEnded, RunStarted, Sampled, Saved, SaveFailed, Trained
+from twingpt.core.events import (
+    Evaluated,
+    Event,
+    ReporterFailed,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Saved,
+    SaveFailed,
+    Trained,
+)
+from twingpt.core.inventory import Run, SavedStep, starts
 
 SAMPLE_LINES = 12  # of a sample, blank ones left out; metrics.jsonl has all of it
 
@@ -75,12 +88,12 @@ class ConsoleReporter:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Keep the bar on the screen for the time of the block."""
-        if not self.console.is_terminal:
+        """Keep the bar on the screen from the start of the run to the end of the block."""
+        try:
             yield
-            return
-        with self.progress:
-            yield
+        finally:
+            if self.console.is_terminal:
+                self.progress.stop()
 
     def report(self, event: Event) -> None:
         """Print an event, or move the bar; silent once nobody reads, as behind `| head`."""
@@ -111,6 +124,12 @@ class ConsoleReporter:
             self.console.print(f"[yellow]step {event.step:,}: {escape(event.message)}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
+        elif isinstance(event, ReporterFailed):
+            self.console.print(
+                f"[yellow]{escape(event.reporter)} failed and reports no more of this run, which goes on: "
+                f"{escape(event.error)}[/]",
+                soft_wrap=True,
+            )
 
     def _started(self, event: RunStarted) -> None:
         self.tokens_per_step = event.tokens_per_step
@@ -126,6 +145,8 @@ class ConsoleReporter:
             f"{human_count(event.val_tokens)} held out, vocabulary {event.vocab_size:,}; "
             f"{event.max_iters:,} steps of {event.tokens_per_step:,} tokens, {epochs:.1f} epochs"
         )
+        if self.console.is_terminal:
+            self.progress.start()
 
     def _trained(self, event: Trained) -> None:
         speed, memory = human_count(event.tokens_per_second), human_bytes(event.memory_bytes)
@@ -145,3 +166,43 @@ class ConsoleReporter:
             total = self.progress.tasks[0].total or event.step
             left = human_time((total - event.step) / steps_per_second) if steps_per_second else "–"
             self.console.print(f"step {event.step:,}: loss {event.loss:.4f}, {speed} tok/s, {memory}, ETA {left}")
+
+
+def print_runs(console: Console, found: Iterable[Run]) -> None:
+    """A line a run, below it one for each of its checkpoints and, in red, what is wrong with it."""
+    for run in found:
+        of = f"/{run.max_iters:,}" if run.max_iters else ""
+        where = ", no checkpoint" if run.step is None else f" at {run.step:,}{of}"
+        state = f"[green]{run.state}[/]" if run.state == "running" else run.state
+        facts = [f"{state}{where}", _losses(run), escape(run.backend or ""), human_bytes(run.size_bytes)]
+        line = "  ".join(filter(None, [*facts, _local(run.date)]))
+        console.print(f"[bold]{escape(run.name)}[/]  {line}", soft_wrap=True)
+        for one in run.checkpoints:
+            facts = [f"{f'@{one.step}':>10}", f"{_losses(one):21}", f"{human_bytes(one.size_bytes):>7}"]
+            marks = [name for name, true in (("latest", one.latest), ("best", one.best)) if true]
+            line = "  ".join([*facts, _local(one.date), *marks])
+            console.print(f"[dim]{line}[/]" + ("  [red]damaged[/]" if one.error else ""), soft_wrap=True)
+        if run.error:
+            console.print(f"         [red]{escape(run.error)}[/]", soft_wrap=True)
+
+
+def _losses(row: Run | SavedStep) -> str:
+    if row.val_loss is None:
+        return ""
+    return f"val {row.val_loss:.4f}" + (f"  {row.val_bpb:.3f} bpb" if row.val_bpb is not None else "")
+
+
+def _local(date: str) -> str:
+    return date[:16].replace("T", " ")
+
+
+def print_run(console: Console, run: Run, described: dict[str, Any]) -> None:
+    """A run's row and checkpoints, its starts, and its configuration, from run.json."""
+    print_runs(console, [run])
+    console.print()
+    for row in starts(described):
+        text = f"{row['when']} UTC at step {row['step']}: {row['backend']} on {row['device']}; {row['versions']}"
+        console.print(f"[bold]start[/] {escape(text)}")
+    for title, key in (("model", "config"), ("training", "train"), ("data", "data")):
+        text = ", ".join(f"{name} {json.dumps(value)}" for name, value in described[key].items())
+        console.print(f"\n[bold]{title}[/] {escape(text)}")

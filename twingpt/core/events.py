@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,7 @@ class Trained:
     """`step` steps are done. The loss (nats per token) and gradient norm are means since the last report.
 
     `skipped` counts the run's steps that were left out, because they were not finite.
+    `seconds` is the run's time so far, over all its starts.
     """
 
     step: int
@@ -51,16 +53,18 @@ class Trained:
     memory_bytes: int
     peak_memory_bytes: int
     skipped: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out loss after `step` steps, in nats per token and in bits per byte of text."""
+    """Held-out loss after `step` steps and `seconds`, in nats per token and in bits per byte of text."""
 
     step: int
     val_loss: float
     val_bpb: float
     best: bool
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -92,21 +96,34 @@ class SaveFailed:
 
 @dataclass(frozen=True)
 class RunEnded:
-    """The run stopped after `step` steps; `reason` is finished, stop-after or interrupted."""
+    """The run stopped after `step` steps and `seconds`; `reason` is finished, stop-after, interrupted or failed."""
 
     step: int
     reason: str
     seconds: float
 
 
-Event = RunStarted | Trained | Evaluated | Sampled | Saved | SaveFailed | RunEnded
+@dataclass(frozen=True)
+class ReporterFailed:
+    """A reporter raised `error`, and hears no more of the run, which goes on."""
+
+    step: int
+    reporter: str
+    error: str
+
+
+Event = RunStarted | Trained | Evaluated | Sampled | Saved | SaveFailed | RunEnded | ReporterFailed
 
 
 class Reporter(Protocol):
     """Anything that wants to hear of a run."""
 
     def report(self, event: Event) -> None:
-        """Take note of an event. An OSError is told to the user and stops nothing."""
+        """Take note of an event.
+
+        An OSError is told to the user, and the next event tried; after any other exception the reporter
+        hears no more. Neither stops anything.
+        """
 
 
 def to_dict(event: Event) -> dict[str, Any]:
@@ -162,3 +179,30 @@ def rewind(path: Path, saved: Saved, again: Collection[str]) -> None:
     if not any(event["event"] == "saved" and event["step"] == saved.step for event in kept):
         kept.append(to_dict(saved))
     write_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
+
+
+def seconds_so_far(path: Path) -> float:
+    """How long the run of a metrics.jsonl had taken at its last event that says so."""
+    return max((event["seconds"] for event in read_events(path) if _is_number(event.get("seconds"))), default=0.0)
+
+
+def points(events: Iterable[dict[str, Any]], kind: str, field: str, x: str = "step") -> list[tuple[float, float]]:
+    """The curve of `field` in the events of a kind, over "step", "tokens" or "time" (seconds).
+
+    An event that lacks either number is left out.
+    """
+    events = list(events)
+    scale = tokens_per_step(events) if x == "tokens" else 1
+    key = "seconds" if x == "time" else "step"
+    found = [(event.get(key), event.get(field)) for event in events if event["event"] == kind]
+    return [(a * scale, b) for a, b in found if scale and _is_number(a) and _is_number(b)]  # type: ignore[operator,misc]
+
+
+def tokens_per_step(events: Iterable[dict[str, Any]]) -> int:
+    """The tokens of each step of a run, or 0 where no event says it."""
+    counts = (event.get("tokens_per_step") for event in events if event["event"] == "run_started")
+    return next((count for count in counts if isinstance(count, int)), 0)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -19,11 +19,13 @@ from twingpt.core.config import GPTConfig, TrainConfig, preset, unknown_choice
 from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.events import JSONLReporter, Reporter, Saved, rewind
+from twingpt.core.events import JSONLReporter, Reporter, Saved, rewind, seconds_so_far
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
-from twingpt.core.runs import checkpoints, find_run, latest, point, remove_leftovers
+from twingpt.core.report import HTMLReporter
+from twingpt.core.runs import check_untrained, checkpoints, find_run, latest, point, remove_leftovers
+from twingpt.core.trackers import IDS
 from twingpt.core.trainer import Progress, Trainer
 
 SCHEMA = 1
@@ -92,6 +94,7 @@ def new_run(options: Options, out: Path | None, backend: str, device: str | None
     run = expand(out) if out else Path("runs") / f"{Path(train.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if (run / "run.json").exists() and checkpoints(run):
         raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
+    check_untrained(run)
     data = prepare(train.data, train.tokenizer, train.vocab_size)
     config = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
@@ -115,6 +118,7 @@ def resume_run(
     data that are no longer the same.
     """
     run, saved = _find(name)
+    check_untrained(run)
     described = _read_run(run)
     state = saved.training() if saved else described | {"step": 0, "data": described["data"]["fingerprint"]}
     config = saved.config if saved else GPTConfig.from_dict(described["config"])
@@ -134,6 +138,7 @@ def resume_run(
     else:
         trainer.engine.load(initialise(config, train.seed))
     _write_run(trainer, described["starts"], saved)
+    trainer.seconds_before = seconds_so_far(run / "metrics.jsonl")
     return trainer
 
 
@@ -226,7 +231,7 @@ def _trainer(
     engine = engines.TrainEngine(
         config, device, train.optimizer, train.dtype, compile, train.gradient_checkpointing, train.skip_nonfinite
     )
-    reporters: list[Reporter] = [JSONLReporter(run / "metrics.jsonl"), PlotReporter(run)]
+    reporters: list[Reporter] = [JSONLReporter(run / "metrics.jsonl"), PlotReporter(run), HTMLReporter(run)]
     return Trainer(run, config, train, data, engines, device, engine, reporters, progress)
 
 
@@ -262,7 +267,7 @@ def _write_run(trainer: Trainer, starts: list[Any], saved: Checkpoint | None) ->
             again = [event for event, step in done.items() if step != progress.step]
             rewind(run / "metrics.jsonl", Saved(progress.step, str(saved.folder)), again)
         else:
-            for name in ("metrics.jsonl", "latest", "best"):
+            for name in ("metrics.jsonl", "latest", "best", *(() if starts else (IDS,))):
                 (run / name).unlink(missing_ok=True)
         write_atomically(run / "run.json", trainer.saver.description)
         remove_leftovers(run)

@@ -1,12 +1,25 @@
-"""loss.svg: a run's training and held-out loss over its steps."""
+"""Pictures of losses: loss.svg in a run's folder, and several runs' curves over one another."""
 
 from __future__ import annotations
 
 import io
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from twingpt.core.events import Event, RunEnded, read_events
+from twingpt.core.config import unknown_choice
+from twingpt.core.errors import UserError
+from twingpt.core.events import Event, RunEnded, points, read_events
 from twingpt.core.paths import write_atomically
+from twingpt.core.runs import owner
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AXES = {"step": "step", "tokens": "tokens", "time": "seconds of training"}
+SUFFIXES = (".svg", ".png", ".pdf")
+LINES = ("-", "--", ":", "-.")  # when the ten colours are used up
 
 
 class PlotReporter:
@@ -26,19 +39,85 @@ def plot_loss(metrics: Path, path: Path, title: str) -> None:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     events = list(read_events(metrics))
-    trained = [event for event in events if event["event"] == "trained"]
-    evaluated = [event for event in events if event["event"] == "evaluated"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([e["step"] for e in trained], [e["loss"] for e in trained], color="#4c78a8", lw=1, label="training")
-    best = min(evaluated, key=lambda event: event["val_loss"], default=None)
-    label = f"held out, best {best['val_loss']:.3f} ({best['val_bpb']:.3f} bits per byte)" if best else None
-    steps, losses = [e["step"] for e in evaluated], [e["val_loss"] for e in evaluated]
-    axes.plot(steps, losses, color="#e45756", marker="o", ms=4, label=label)
+    axes.plot(*_columns(points(events, "trained", "loss")), color="#4c78a8", lw=1, label="training")
+    held_out = points(events, "evaluated", "val_loss")
+    bits = points(events, "evaluated", "val_bpb")
+    label = None
+    if held_out and bits:
+        best, bpb = (min(value for _, value in curve) for curve in (held_out, bits))
+        label = f"held out, best {best:.3f} ({bpb:.3f} bits per byte)"
+    axes.plot(*_columns(held_out), color="#e45756", marker="o", ms=4, label=label)
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.set_title(title, parse_math=False)  # a name may hold a $
     axes.grid(alpha=0.3)
     axes.legend()
+    _write(figure, path)
+
+
+def _columns(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve], [y for _, y in curve]
+
+
+def read_curves(names: Sequence[str], x: str = "step") -> list[dict[str, Any]]:
+    """For each run its label, folder, and curves "train" and "val", each {"x": […], "y": […]}.
+
+    `x` is a key of AXES. Runs given twice count once, and runs of one name are labelled with their
+    paths. A run without losses has empty curves; UserError where none has any.
+    """
+    if x not in AXES:
+        raise unknown_choice("--x", x, AXES)
+    folders = {folder.resolve(): folder for folder in map(owner, names)}
+    count = Counter(resolved.name for resolved in folders)
+    runs = []
+    for resolved, folder in folders.items():
+        events = list(read_events(folder / "metrics.jsonl"))
+        run: dict[str, Any] = {"label": resolved.name if count[resolved.name] == 1 else str(folder), "run": str(folder)}
+        for name, kind, field in (("train", "trained", "loss"), ("val", "evaluated", "val_loss")):
+            run[name] = dict(zip("xy", _columns(points(events, kind, field, x)), strict=True))
+        runs.append(run)
+    if not any(run["train"]["x"] or run["val"]["x"] for run in runs):
+        what = "has no losses" if len(runs) == 1 else "have no losses"
+        over = "" if x == "step" else f" over {x}: try --x step"
+        raise UserError(f"{', '.join(run['run'] for run in runs)} {what} to plot yet{over}.")
+    return runs
+
+
+def check_picture(path: Path) -> None:
+    """Raise UserError unless the file's ending is one that can be drawn."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
+
+
+def plot_curves(runs: Sequence[dict[str, Any]], x: str, path: Path) -> None:
+    """Draw what `read_curves` gave: training loss thin and pale, held-out loss over it, a colour a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    drawn = [run for run in runs if run["train"]["x"] or run["val"]["x"]]
+    for i, run in enumerate(drawn):
+        color, line = f"C{i % 10}", LINES[i // 10 % len(LINES)]
+        axes.plot(run["train"]["x"], run["train"]["y"], color=color, ls=line, lw=0.9, alpha=0.45)
+        marker = "o" if len(run["val"]["x"]) <= 50 else None
+        axes.plot(run["val"]["x"], run["val"]["y"], color=color, ls=line, lw=1.8, marker=marker, ms=3.5)
+        axes.plot([], [], color=color, ls=line, lw=1.8, label=_label(run))
+    axes.set(xlabel=AXES[x], ylabel="loss, nats per token")
+    axes.set_title("held-out loss, and training loss (thin)", fontsize=10)
+    axes.grid(alpha=0.3)
+    for text in axes.legend(fontsize=9, title="best held-out loss", title_fontsize=9).get_texts():
+        text.set_parse_math(False)  # a name may hold a $
+    _write(figure, path)
+
+
+def _label(run: dict[str, Any]) -> str:
+    """The figure comes first: Matplotlib leaves a label that begins with _ out of the legend."""
+    held_out = run["val"]["y"]
+    return f"{f'{min(held_out):.4f}' if held_out else '–'}  {run['label']}"
+
+
+def _write(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix("."))
+    figure.savefig(content, format=path.suffix.removeprefix(".").lower())
     write_atomically(path, content.getvalue())

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand, sync_folder, write_atomically
 
 NAME = re.compile(r"step-\d{8,}")
-FILES = ("run.json", "metrics.jsonl", "latest", "best", "loss.svg")  # beside the folder `checkpoints`
+RUNS = Path("runs")
+# Beside the folder `checkpoints`. run.json is the last, so that a removal that was cut short can be repeated.
+FILES = ("metrics.jsonl", "loss.svg", "report.html", "trackers.json", "best", "latest", "run.json")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -55,6 +60,80 @@ def remove_leftovers(run: Path) -> None:
                 file.unlink()
 
 
+def written(run: Path) -> float:
+    """When a run was last written to, in seconds since the epoch; 0 where nothing of it is there."""
+    times = [0.0]
+    for name in ("run.json", "metrics.jsonl", "latest"):
+        with suppress(OSError):
+            times.append((run / name).stat().st_mtime)
+    return max(times)
+
+
+@contextmanager
+def training(run: Path) -> Iterator[None]:
+    """Hold the run as the one process that trains it; UserError where another does.
+
+    The lock is the kernel's, on the folder itself, so it leaves no file and ends with the process.
+    """
+    import fcntl  # where training runs, on POSIX; what only reads a checkpoint needs none
+
+    try:
+        descriptor = os.open(run, os.O_RDONLY)
+    except OSError:  # a folder that can't be read: there is trouble enough
+        yield
+        return
+    try:
+        for attempt in range(5):  # `is_trained` holds it for an instant
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 4:
+                    raise _busy(run) from None
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_trained(run: Path) -> bool:
+    """Whether a process on this machine trains the run at this moment."""
+    import fcntl
+
+    try:
+        descriptor = os.open(run, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def check_untrained(run: Path) -> None:
+    """Raise UserError where another process trains the run at this moment."""
+    if is_trained(run):
+        raise _busy(run)
+
+
+def _busy(run: Path) -> UserError:
+    return UserError(f"{run} is being trained by another process: wait for it, or stop it with Ctrl-C, which saves.")
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint's folder; a crash leaves no half one in sight, and `prune` sweeps up what it left."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def prune(run: Path, keep: int) -> None:
     """Remove all but the `keep` latest checkpoints, the best and the latest named; a crash leaves no half one.
 
@@ -64,18 +143,35 @@ def prune(run: Path, keep: int) -> None:
     named = {pointed(run, "latest"), pointed(run, "best")}
     for folder in checkpoints(run)[:-keep]:
         if folder not in named:
-            doomed = folder.with_name(f".{folder.name}.old")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+            remove_checkpoint(folder)
     sync_folder(run / "checkpoints")
 
 
 def find_run(name: str | Path) -> Path:
-    """The folder of a run given by path, or by its name under runs/."""
-    for folder in (expand(name), Path("runs") / name):
+    """The folder of a run given by path, or by its name under runs/; `latest` is the one last written to."""
+    places = (expand(name), RUNS / name)
+    for folder in places:
         if (folder / "run.json").is_file():
             return folder
+    if str(name) == "latest" and not any(folder.is_dir() for folder in places):
+        found = [folder.parent for folder in RUNS.glob("*/run.json")]
+        if found:
+            return max(found, key=written)
     raise UserError(f"There is no run {name}: give its folder, or its name under runs/.")
+
+
+def owner(name: str | Path) -> Path:
+    """The folder of the run that `name` is, or that it names a checkpoint of."""
+    try:
+        return find_run(name)
+    except UserError:
+        folder = resolve(name)
+    if not folder.name:  # named from within, as `.`
+        folder = folder.absolute()
+    run = folder.parent.parent
+    if folder.parent.name != "checkpoints" or not (run / "run.json").is_file():
+        raise UserError(f"{name} is neither a run nor a checkpoint of one.")
+    return run
 
 
 def resolve(path: str | Path) -> Path:

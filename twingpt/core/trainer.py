@@ -20,7 +20,16 @@ from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.data.ahead import Ahead
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.events import Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
+from twingpt.core.events import (
+    Evaluated,
+    Event,
+    Reporter,
+    ReporterFailed,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Trained,
+)
 from twingpt.core.generator import LanguageModel
 from twingpt.core.parameters import parameter_count
 from twingpt.core.saving import Saver, Snapshot
@@ -71,29 +80,37 @@ class Trainer:
         self.interrupted = False
         self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
         self.speeds: list[float] = []  # tokens per second, of each report
+        self.seconds_before = 0.0  # of earlier starts of the run
+        self.began = 0.0
 
     def fit(self, stop_after: int | None = None) -> dict[str, Any]:
         """Train to the end of the schedule, or to `stop_after` steps, saving at the end; the run's summary.
 
         SIGINT and SIGTERM end it after what is under way, saved. A checkpoint that can't be saved waits
-        while training goes on. Raises UserError for a loss that is not finite, or where the last
-        checkpoint can't be saved in the end.
+        while training goes on. Raises UserError for a loss that is not finite, where the last checkpoint
+        can't be saved in the end, or where another process trains the run.
         """
-        start, progress = time.perf_counter(), self.progress
-        stop = min(self.train.max_iters, stop_after or self.train.max_iters)
-        with self._interruptible():
+        with runs.training(self.run), self._interruptible():
             self._started()
-            self.clock = time.perf_counter()
+            self.began = self.clock = time.perf_counter()
             try:
-                self._train(stop)
-                self._conclude()
-            except Exception:  # whatever it is, the run ends here: a last try for what waits
-                self.saver.retry(now=True)
+                self._train_and_save(min(self.train.max_iters, stop_after or self.train.max_iters))
+            except BaseException:
+                self._report(RunEnded(self.progress.step, "failed", self._seconds))
                 raise
-            self.saver.finish()
-            seconds, reason = time.perf_counter() - start, self._reason()
-            self._report(RunEnded(progress.step, reason, seconds))
-        return self._summary(reason, seconds)
+            seconds, reason = self._seconds, self._reason()
+            self._report(RunEnded(self.progress.step, reason, seconds))
+        return self._summary(reason, seconds - self.seconds_before)
+
+    def _train_and_save(self, stop: int) -> None:
+        """Train to `stop` steps or an interruption; whatever ends it, what is to be saved is tried once more."""
+        try:
+            self._train(stop)
+            self._conclude()
+        except Exception:
+            self.saver.retry(now=True)
+            raise
+        self.saver.finish()
 
     def _train(self, stop: int) -> None:
         """Steps, and what is due between them."""
@@ -171,18 +188,18 @@ class Trainer:
             self.speeds.append((self.progress.step - self.clock_step) * self._tokens_per_step / (now - self.clock))
         self.clock, self.clock_step = now, self.progress.step
         rate = train.learning_rate * learning_rate_factor(train, step - 1)
-        tokens = step * self._tokens_per_step
         self._report(
             Trained(
-                step,
-                float(loss),
-                float(grad_norm),
-                rate,
-                tokens,
-                self.speeds[-1],
-                memory.now,
-                memory.peak,
-                self.progress.skipped,
+                step=step,
+                loss=float(loss),
+                grad_norm=float(grad_norm),
+                learning_rate=rate,
+                tokens=step * self._tokens_per_step,
+                tokens_per_second=self.speeds[-1],
+                memory_bytes=memory.now,
+                peak_memory_bytes=memory.peak,
+                skipped=self.progress.skipped,
+                seconds=self._seconds,
             )
         )
 
@@ -226,7 +243,7 @@ class Trainer:
         progress.val_loss, progress.val_bpb = nats / count, nats / math.log(2) / max(1, size)
         improved = progress.val_loss < progress.best_val_loss
         progress.best_val_loss = min(progress.val_loss, progress.best_val_loss)
-        self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved))
+        self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved, self._seconds))
         return improved
 
     def _sample(self) -> None:
@@ -300,15 +317,24 @@ class Trainer:
     def _tokens_per_step(self) -> int:
         return self.train.batch_size * self.train.gradient_accumulation_steps * self.config.block_size
 
+    @property
+    def _seconds(self) -> float:
+        """How long the run has taken, over all its starts."""
+        return self.seconds_before + time.perf_counter() - self.began
+
     def _report(self, event: Event) -> None:
-        """Send an event to every reporter; one that can't write it stops nothing."""
-        for reporter in self.reporters:
+        """Send an event to every reporter, and to the rest where one fails: no report is worth the run."""
+        for reporter in tuple(self.reporters):
             try:
                 reporter.report(event)
                 self.saver.troubles.discard(reporter)
             except OSError as error:
                 what = error.filename or type(reporter).__name__
                 self.saver.trouble(reporter, self.progress.step, f"{what} can't be written ({error.strerror})")
+            except Exception as error:
+                self.reporters = [other for other in self.reporters if other is not reporter]
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._report(ReporterFailed(self.progress.step, type(reporter).__name__, why))
 
     @contextmanager
     def _stopped_clock(self) -> Iterator[None]:
