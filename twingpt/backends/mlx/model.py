@@ -316,7 +316,8 @@ def chunked_nats(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> 
 
     @mx.custom_function
     def nats_and_gradients(x: Array, head: Array) -> tuple[Array, Array, Array]:
-        total, dx, dhead = mx.array(0.0), [], mx.zeros(head.shape)
+        total, dhead = mx.array(0.0), mx.zeros(head.shape)
+        dx: list[Array] = []
         for start in range(0, len(x), rows):
             part = x[start : start + rows]
             if start:  # it waits for the chunk before, or all would be in memory at a time
