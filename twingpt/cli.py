@@ -65,6 +65,7 @@ def _print_json(value: Any) -> None:
     "gpt train --data novel.txt --out runs/novel  your own text\n\n"
     "gpt train --data shakespeare --tokenizer char --preset micro --max-iters 2000\n\n"
     "gpt train --depth 6 --data novel.txt         one dial: size, batch, rates and length from the depth\n\n"
+    "gpt train --wizard                           questions, an estimate measured here, and a train.toml\n\n"
     "gpt train --config train.toml --set norm=layernorm --set 'no_rope_layers=[3]'\n\n"
     "gpt train --resume runs/novel --backend mlx  go on, on the other backend\n\n"
     "What --set says wins over a flag, a flag over the --config file, and the file over the recipe.\n"
@@ -74,6 +75,7 @@ def train(
     set_: Annotated[
         list[str] | None, _option("KEY=VALUE, any setting of a model or a run; repeatable.", FILE, "--set")
     ] = None,
+    wizard: Annotated[bool, _option("Ask for them, estimate, and write a file.", FILE, "--wizard")] = False,
     data: Annotated[str | None, _option("python-docs, shakespeare, or a text file or folder.", DATA)] = None,
     tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
     vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
@@ -127,8 +129,10 @@ def train(
 
     What is not given comes from a recipe for the kind of device, and the run's config.toml keeps all of it.
     """
-    given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("config", "set_", "stop_after", "resume", "json_"):
+    given = {key: value for key, value in locals().items() if value is not None and key not in ("json_", "wizard")}
+    if wizard:
+        config, given = _ask_wizard([*given, *["json"] * json_]), {}
+    for key in ("config", "set_", "stop_after", "resume"):
         given.pop(key, None)
     from rich.console import Console
 
@@ -156,6 +160,22 @@ def train(
         _print_json(summary | {"settings": settings.spelled_out(trainer.config, trainer.train)})
     else:
         _print_summary(console, summary)
+
+
+def _ask_wizard(beside: list[str]) -> Path:
+    """The file that the wizard wrote, if it is to be trained on now."""
+    if beside:
+        names = ", ".join(f"--{key.rstrip('_').replace('_', '-')}" for key in beside)
+        raise UserError(f"--wizard asks for the settings itself: leave out {names}.")
+    from twingpt.core.wizard import run
+
+    answer = run(_console())
+    if answer is None:
+        raise typer.Exit(130)
+    path, start = answer
+    if not start:
+        raise typer.Exit
+    return path
 
 
 def _print_settings(console: Console, trainer: Trainer, options: dict[str, Any]) -> None:

@@ -134,6 +134,8 @@ def test_resuming_with_a_file(gpt, prose, file, tmp_path):
         (["--set", "no_rope_layers=[9]"], "no_rope_layers must be layers 0 to 3"),
         (["--depth", 0], "depth must be from 1 to 48, and is 0"),
         (["--depth", 4, "--preset", "tiny"], "--preset and --depth both say how large the model is"),
+        (["--wizard"], "--wizard asks questions, so it needs a terminal"),
+        (["--wizard", "--json", "--depth", 3], "leave out --depth, --json"),
     ],
 )
 def test_mistakes_write_nothing(gpt, tmp_path, monkeypatch, arguments, message):
