@@ -313,14 +313,15 @@ def plan(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed
     return Plan(steps, total, interval, eval_iters)
 
 
-def checkpoint_bytes(config: GPTConfig, optimizer: str) -> int:
+def checkpoint_bytes(config: GPTConfig, train: TrainConfig) -> int:
     """The size of a checkpoint's tensors: parameters and optimizer state, in float32."""
-    return 4 * (parameter_count(config) + sum(math.prod(shape) for shape in state_table(config, optimizer).values()))
+    state = state_table(config, train.optimizer, train.dtype)
+    return 4 * (parameter_count(config) + sum(math.prod(shape) for shape in state.values()))
 
 
 def _estimate(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed, planned: Plan) -> Table:
     tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
-    disk = checkpoint_bytes(config, train.optimizer)
+    disk = checkpoint_bytes(config, train)
     rows: list[tuple[str, Any]] = [
         ("parameters", human_count(parameter_count(config))),
         ("speed, measured", f"{human_count(tokens / speed.step)} tokens/s"),
