@@ -18,6 +18,8 @@ from twingpt.core.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from twingpt.core.trainer import Trainer
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -33,6 +35,7 @@ Device = Annotated[
 ]
 
 MODEL, DATA, OPTIMIZER, REPORT, WHERE = "Model", "Data", "Optimization", "Reports and checkpoints", "Where and how"
+FILE = "Settings from elsewhere"
 
 
 def _option(help: str, panel: str, *names: str) -> Any:
@@ -62,14 +65,24 @@ def _print_json(value: Any) -> None:
     "gpt train                                    the Python documentation, offline\n\n"
     "gpt train --data novel.txt --out runs/novel  your own text\n\n"
     "gpt train --data shakespeare --tokenizer char --preset micro --max-iters 2000\n\n"
+    "gpt train --depth 6 --data novel.txt         one dial: size, batch, rates and length from the depth\n\n"
+    "gpt train --wizard                           questions, an estimate measured here, and a train.toml\n\n"
+    "gpt train --config train.toml --set norm=layernorm --set 'no_rope_layers=[3]'\n\n"
     "gpt train --resume runs/novel --backend mlx  go on, on the other backend\n\n"
-    "gpt train --report-to tensorboard,wandb      follow the run there too\n"
+    "gpt train --report-to tensorboard,wandb      follow the run there too\n\n"
+    "What --set says wins over a flag, a flag over the --config file, and the file over the recipe.\n"
 )
 def train(
+    config: Annotated[Path | None, _option("A TOML file of settings, such as a run's config.toml.", FILE)] = None,
+    set_: Annotated[
+        list[str] | None, _option("KEY=VALUE, any setting of a model or a run; repeatable.", FILE, "--set")
+    ] = None,
+    wizard: Annotated[bool, _option("Ask for them, estimate, and write a file.", FILE, "--wizard")] = False,
     data: Annotated[str | None, _option("python-docs, shakespeare, or a text file or folder.", DATA)] = None,
     tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
     vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
     preset: Annotated[str | None, _option("micro, tiny, small, medium, gpt2 or large.", MODEL)] = None,
+    depth: Annotated[int | None, _option("1 to 48: size, batch, rates and length follow from it.", MODEL)] = None,
     shape: Annotated[str | None, _option("qwen3, llama, gpt2 or nano: the kind of block.", MODEL)] = None,
     n_layer: Annotated[int | None, _option("Blocks.", MODEL)] = None,
     n_head: Annotated[int | None, _option("Query heads.", MODEL)] = None,
@@ -107,7 +120,7 @@ def train(
     ] = "",
     out: Annotated[Path | None, _option("The run's folder. (default: runs/DATA-DATE)", WHERE)] = None,
     resume: Annotated[str | None, _option("Go on with a run: its folder, name, RUN@STEP, or latest.", WHERE)] = None,
-    backend: Annotated[str, _option("auto, mlx or torch.", WHERE)] = "auto",
+    backend: Annotated[str | None, _option("auto, mlx or torch. (default: auto)", WHERE)] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps, gpu … (default: best)", WHERE)] = None,
     dtype: Annotated[
         str | None, _option("Compute precision: float32, bfloat16 or float16. (default: the device's)", WHERE)
@@ -130,34 +143,78 @@ def train(
 ) -> None:
     """Train a GPT, or go on training one, and keep it as checkpoints that other tools open.
 
-    What is not given comes from a recipe for the kind of device, and run.json keeps all of it.
+    What is not given comes from a recipe for the kind of device, and the run's config.toml keeps all of it.
     """
     given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("stop_after", "out", "resume", "backend", "device", "compile", "json_", "report_to"):
+    for key in ("json_", "wizard", "report_to"):
+        given.pop(key)
+    if wizard:
+        config, given = _ask_wizard([*given, *["json"] * json_]), {}
+    for key in ("config", "set_", "stop_after", "resume"):
         given.pop(key, None)
     from rich.console import Console
-    from rich.markup import escape
 
-    from twingpt.core import launch, trackers
+    from twingpt.core import launch, settings, trackers
     from twingpt.core.console import ConsoleReporter
 
     track = trackers.parse(report_to)
-    if resume is not None and out:
-        raise UserError("--resume goes on in the run's own folder: leave out --out.")
+    console = Console(stderr=json_, highlight=False)
+    options, names = settings.gather(config, given, set_ or [])
+    where = {key: options.pop(key, None) for key in settings.TABLES["run"]}
+    if resume is not None and where["out"]:
+        raise UserError(f"--resume goes on in the run's own folder: leave out {names['out']}.")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
+    place = (where["backend"] or "auto", where["device"], where["compile"])
     if resume is not None:
-        trainer = launch.resume_run(resume, given, backend, device, compile, stop_after)
+        trainer = launch.resume_run(resume, options, *place, stop_after, names)
     else:
-        trainer = launch.new_run(given, out, backend, device, compile)
-    console = Console(stderr=json_, highlight=False)
+        trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place)
+    _print_settings(console, trainer, options)
     reporter = ConsoleReporter(console)
     trainer.reporters = [*trainer.reporters, *trackers.make(track, trainer.run), reporter]
     with reporter.live():
         summary = trainer.fit(stop_after)
     if json_:
-        _print_json(summary)
-        return
+        _print_json(summary | {"settings": settings.spelled_out(trainer.config, trainer.train)})
+    else:
+        _print_summary(console, summary)
+
+
+def _ask_wizard(beside: list[str]) -> Path:
+    """The file that the wizard wrote, if it is to be trained on now."""
+    if beside:
+        names = ", ".join(f"--{key.rstrip('_').replace('_', '-')}" for key in beside)
+        raise UserError(f"--wizard asks for the settings itself: leave out {names}.")
+    from twingpt.core.wizard import run
+
+    answer = run(_console())
+    if answer is None:
+        raise typer.Exit(130)
+    path, start = answer
+    if not start:
+        raise typer.Exit
+    return path
+
+
+def _print_settings(console: Console, trainer: Trainer, options: dict[str, Any]) -> None:
+    """What the depth came to, and what is not as in the recipe."""
+    from rich.markup import escape
+
+    from twingpt.core import launch
+    from twingpt.core.depth import describe
+    from twingpt.core.settings import as_pairs
+
+    if "depth" in options:
+        console.print(describe(options["depth"], trainer.config, trainer.train))
+    differences = launch.differences(trainer, options)
+    if differences:
+        console.print(f"[dim]Other than the recipe: {escape(as_pairs(differences))}[/]")
+
+
+def _print_summary(console: Console, summary: dict[str, Any]) -> None:
+    from rich.markup import escape
+
     run, word = escape(summary["run"]), escape(shlex.quote(summary["run"]))
     lines = [f"\nCheckpoint: [bold]{escape(summary['checkpoint'])}[/]", f"Report:     {run}/report.html"]
     if summary["reason"] != "finished":

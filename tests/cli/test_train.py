@@ -58,7 +58,7 @@ def test_a_run_from_text_to_checkpoints(gpt, prose, tmp_path, backend):
     assert result["backend"] == backend and result["device"] == "cpu" and result["step"] == 12
     assert result["run"] == str(run) and result["val_loss"] < 5.4 and 0 < result["val_bpb"] < 8
     assert {path.name for path in run.iterdir()} == {
-        "run.json", "metrics.jsonl", "checkpoints", "latest", "best", "loss.svg", "report.html",
+        "run.json", "config.toml", "metrics.jsonl", "checkpoints", "latest", "best", "loss.svg", "report.html",
     }  # fmt: skip
     assert [path.name for path in runs.checkpoints(run)] == ["step-00000008", "step-00000012"]
     assert (run / "latest").read_text() == "step-00000012\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,16 +52,31 @@ def _is_number(value: object, kind: str) -> bool:
     return kind == "float" and isinstance(value, (int, float)) and math.isfinite(value)
 
 
+# A field's annotation -> what its value must be, and whether it is.
+KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "int": ("of type int", lambda value: _is_number(value, "int")),
+    "float": ("a finite number", lambda value: _is_number(value, "float")),
+    "bool": ("of type bool", lambda value: _is_number(value, "bool")),
+    "str": ("of type str", lambda value: isinstance(value, str)),
+    "tuple[int, ...]": (
+        "a list of layer numbers",
+        lambda value: isinstance(value, (list, tuple)) and all(_is_number(item, "int") for item in value),
+    ),
+    "RopeScaling": ("a set of keys or nothing", lambda value: isinstance(value, (Mapping, RopeScaling))),
+}
+
+
+def check_type(name: str, annotation: str, value: object) -> None:
+    """Raise UserError unless the value of the field `name` is of its annotated type, as `KINDS` has it."""
+    kind, optional = annotation.removesuffix(" | None"), annotation.endswith(" | None")
+    what, fits = KINDS[kind]
+    if not fits(value) and not (optional and value is None):
+        _fail(f"{name} must be {what}, and is {value!r}.")
+
+
 def _check_types(config: Any) -> None:
-    """Reject a field whose value is not of its annotated scalar type (`int`, `float`, `bool`, `str`)."""
     for field in dataclasses.fields(config):
-        value, annotation = getattr(config, field.name), str(field.type)
-        kind, optional = annotation.split(" | ")[0], annotation.endswith("| None")
-        if kind not in ("int", "float", "bool", "str") or (optional and value is None):
-            continue
-        if not (isinstance(value, str) if kind == "str" else _is_number(value, kind)):
-            what = "a finite number" if kind == "float" else f"of type {kind}"
-            _fail(f"{field.name} must be {what}, and is {value!r}.")
+        check_type(field.name, str(field.type), getattr(config, field.name))
 
 
 def _from_dict(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -101,6 +116,11 @@ class RopeScaling:
             _fail(f"rope_scaling type {self.type!r} needs original_block_size, in tokens.")
         if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             _fail("rope_scaling high_freq_factor must be larger than low_freq_factor.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RopeScaling:
+        """The scaling that `values` describe; an unknown key is an error that names the nearest one."""
+        return _from_dict(cls, values, "rope_scaling")
 
 
 @dataclass(frozen=True)
@@ -149,15 +169,9 @@ class GPTConfig:
     zero_init: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, Mapping):
-            scaling: RopeScaling = _from_dict(RopeScaling, self.rope_scaling, "rope_scaling")
-            object.__setattr__(self, "rope_scaling", scaling)
-        elif self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
-            _fail(f"rope_scaling must be a set of keys or nothing, and is {self.rope_scaling!r}.")
-        layers = self.no_rope_layers
-        if not isinstance(layers, (list, tuple)) or not all(_is_number(layer, "int") for layer in layers):
-            _fail(f"no_rope_layers must be a list of layer numbers, and is {layers!r}.")
         _check_types(self)
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
         self._derive()
         self._validate()
 
@@ -282,11 +296,16 @@ def preset(name: str, vocab_size: int, shape: str | None = None, **overrides: An
     values = dict(PRESETS[name])
     own_shape = values.pop("shape", "qwen3")
     shape = shape or own_shape
-    if shape not in SHAPES:
-        raise unknown_choice("shape", shape, SHAPES)
     if "n_embd" in overrides or "n_head" in overrides:  # a new width or head count makes its own ratio
         values.pop("n_kv_head", None)
-    return GPTConfig.from_dict(SHAPES[shape] | values | {"vocab_size": vocab_size} | overrides)
+    return shaped(shape, **(values | {"vocab_size": vocab_size} | overrides))
+
+
+def shaped(shape: str, **values: Any) -> GPTConfig:
+    """The configuration of a shape (a key of SHAPES), with its fields replaced by `values`."""
+    if shape not in SHAPES:
+        raise unknown_choice("shape", shape, SHAPES)
+    return GPTConfig.from_dict(SHAPES[shape] | values)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from twingpt.core import backend as backends
-from twingpt.core.backend import Backend, Device
+from twingpt.core import depth
+from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.checkpoint import Checkpoint, open_checkpoint
-from twingpt.core.config import GPTConfig, TrainConfig, preset, unknown_choice
+from twingpt.core.config import GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
 from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
@@ -25,13 +27,12 @@ from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
 from twingpt.core.report import HTMLReporter
 from twingpt.core.runs import check_untrained, checkpoints, find_run, latest, point, remove_leftovers
+from twingpt.core.settings import FIELDS, MODEL_FIELDS, SIZE_KEYS, TRAIN_FIELDS, spelled_out
+from twingpt.core.settings import write as write_toml
 from twingpt.core.trackers import IDS
 from twingpt.core.trainer import Progress, Trainer
 
 SCHEMA = 1
-MODEL_KEYS = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size"}
-TRAIN_KEYS = {field.name for field in dataclasses.fields(TrainConfig)}
-SHAPE_KEYS = {"preset", "shape"}
 # What a resumed run may change: how far it goes, what it reports, where it finds its data. The rest
 # decides the weights, so a change would be another run.
 RESUME_KEYS = {
@@ -70,36 +71,54 @@ RECIPES: dict[str, dict[str, Any]] = {
 Options = Mapping[str, Any]
 
 
-def new_run(options: Options, out: Path | None, backend: str, device: str | None, compile: bool | None) -> Trainer:
-    """A Trainer for a new run in `out`, or in a folder of its own under runs/.
+def recipe(device: Device) -> dict[str, Any]:
+    """What a run on a device is without flags."""
+    return RECIPES["cpu" if device.kind == "cpu" else "gpu"]
 
-    `options` are fields of GPTConfig and TrainConfig, `preset` and `shape`; what is not given comes
-    from the recipe of the device's kind. Raises UserError for anything that can't be; then nothing
-    has been written but the prepared data.
+
+def resolve(options: Options, device: Device, vocab_size: int) -> tuple[GPTConfig, TrainConfig]:
+    """The configurations that `options` come to on a device, with a vocabulary.
+
+    `options` are fields of GPTConfig and TrainConfig, `preset` or `depth`, and `shape`; what is not
+    given comes from the depth, or else from the recipe of the device's kind. Raises UserError for
+    anything that can't be.
     """
-    for key in options:
-        if key not in MODEL_KEYS | TRAIN_KEYS | SHAPE_KEYS:
-            raise unknown_choice("option", key, MODEL_KEYS | TRAIN_KEYS | SHAPE_KEYS)
-    engines = backends.get(backend)
-    target = backends.find_device(engines, device)
-    values = RECIPES["cpu" if target.kind == "cpu" else "gpu"] | dict(options)
-    values["dtype"] = backends.find_dtype(target, options.get("dtype"))
+    known = MODEL_FIELDS.keys() | TRAIN_FIELDS.keys() | SIZE_KEYS
+    for key, value in options.items():
+        if key not in known:
+            raise unknown_choice("option", key, known)
+        check_type(key, FIELDS[key], value)
+    values = depth.derive(options, vocab_size) if "depth" in options else recipe(device) | dict(options)
+    values["dtype"] = backends.find_dtype(device, options.get("dtype"))
     if "min_lr" not in options and "learning_rate" in options:
         values["min_lr"] = options["learning_rate"] / 10
     if "max_iters" in values:  # a short run warms up for a tenth of it
         values.setdefault("warmup_iters", min(TrainConfig.warmup_iters, values["max_iters"] // 10))
-    train = TrainConfig.from_dict({key: value for key, value in values.items() if key in TRAIN_KEYS})
-    shape = {key: value for key, value in values.items() if key in MODEL_KEYS}
-    model = preset(values["preset"], 256, values.get("shape"), **shape)  # wrong before any work is done
+    train = TrainConfig.from_dict({key: value for key, value in values.items() if key in TRAIN_FIELDS})
+    model = {key: value for key, value in values.items() if key in MODEL_FIELDS}
+    if "depth" in options:
+        return shaped(values["shape"], vocab_size=vocab_size, **model), train
+    return preset(values["preset"], vocab_size, values.get("shape"), **model), train
+
+
+def new_run(options: Options, out: Path | None, backend: str, device: str | None, compile: bool | None) -> Trainer:
+    """A Trainer for a new run in `out`, or in a folder of its own under runs/, with the options of `resolve`.
+
+    Raises UserError for anything that can't be; then nothing has been written but the prepared data.
+    """
+    engines = backends.get(backend)
+    target = backends.find_device(engines, device)
+    _, train = resolve(options, target, 256)  # wrong before any work is done
     run = expand(out) if out else Path("runs") / f"{Path(train.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if (run / "run.json").exists() and checkpoints(run):
         raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
     check_untrained(run)
     data = prepare(train.data, train.tokenizer, train.vocab_size)
-    config = dataclasses.replace(model, vocab_size=data.tokenizer.vocab_size)
+    config, train = resolve(options, target, data.tokenizer.vocab_size)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
     trainer.engine.load(initialise(config, train.seed))
     _write_run(trainer, [], None)
+    _write_config(trainer, compile)
     return trainer
 
 
@@ -110,19 +129,20 @@ def resume_run(
     device: str | None,
     compile: bool | None,
     stop_after: int | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> Trainer:
     """A Trainer that goes on from the latest checkpoint of a run (RUN@STEP: from that one), on any backend.
 
     A run that was killed before its first checkpoint starts again, as run.json says. `options` may
     change what RESUME_KEYS names; anything else that differs from the run's own is a UserError, as are
-    data that are no longer the same.
+    data that are no longer the same. `names` says how an option was given, if not as the flag of its name.
     """
     run, saved = _find(name)
     check_untrained(run)
     described = _read_run(run)
     state = saved.training() if saved else described | {"step": 0, "data": described["data"]["fingerprint"]}
     config = saved.config if saved else GPTConfig.from_dict(described["config"])
-    train = _resumed_config(config, state["train"], described["train"], options)
+    train = _resumed_config(config, state["train"], described["train"], options, names)
     for flag, last in (("--max-iters", train.max_iters), ("--stop-after", stop_after)):
         if last is not None and state["step"] > last:
             raise UserError(f"{run} is at step {state['step']} already, past {flag} {last}.")
@@ -138,6 +158,7 @@ def resume_run(
     else:
         trainer.engine.load(initialise(config, train.seed))
     _write_run(trainer, described["starts"], saved)
+    _write_config(trainer, compile)
     trainer.seconds_before = seconds_so_far(run / "metrics.jsonl")
     return trainer
 
@@ -166,17 +187,20 @@ def _progress(state: Options) -> Progress:
     return Progress(**fields)
 
 
-def _resumed_config(config: GPTConfig, stored: Options, newest: Options, options: Options) -> TrainConfig:
+def _resumed_config(
+    config: GPTConfig, stored: Options, newest: Options, options: Options, names: Mapping[str, str]
+) -> TrainConfig:
     """How the run goes on: as its checkpoint says, with what may change as its last start (`newest`) had it."""
     now = {**stored, **config.to_dict()}
     for key, value in options.items():
         if key in RESUME_KEYS:
             continue
+        name = names.get(key, f"--{key.replace('_', '-')}")
         if key not in now:
-            raise UserError(f"--{key.replace('_', '-')} can't change when a run goes on: leave it out.")
+            raise UserError(f"{name} can't change when a run goes on: leave it out.")
         if value != (stored.get(key, now[key])):
             raise UserError(
-                f"--{key.replace('_', '-')} {value} conflicts with the run, which has {stored.get(key, now[key])}: "
+                f"{name} {value} conflicts with the run, which has {stored.get(key, now[key])}: "
                 "leave it out, or start a new run."
             )
     changes = {key: value for key, value in {**newest, **options}.items() if key in RESUME_KEYS}
@@ -215,6 +239,17 @@ def _resumed_data(
     return data
 
 
+def make_engine(
+    config: GPTConfig, train: TrainConfig, engines: Backend, device: Device, compile: bool | None
+) -> TrainEngine:
+    """A training engine without parameters yet."""
+    if compile is None:  # on a CPU compiling takes longer than the run that it would speed up
+        compile = device.kind != "cpu"
+    return engines.TrainEngine(
+        config, device, train.optimizer, train.dtype, compile, train.gradient_checkpointing, train.skip_nonfinite
+    )
+
+
 def _trainer(
     run: Path,
     config: GPTConfig,
@@ -225,14 +260,26 @@ def _trainer(
     compile: bool | None,
     progress: Progress,
 ) -> Trainer:
-    if compile is None:  # on a CPU compiling takes longer than the run that it would speed up
-        compile = device.kind != "cpu"
     data.check(config)
-    engine = engines.TrainEngine(
-        config, device, train.optimizer, train.dtype, compile, train.gradient_checkpointing, train.skip_nonfinite
-    )
+    engine = make_engine(config, train, engines, device, compile)
     reporters: list[Reporter] = [JSONLReporter(run / "metrics.jsonl"), PlotReporter(run), HTMLReporter(run)]
     return Trainer(run, config, train, data, engines, device, engine, reporters, progress)
+
+
+def differences(trainer: Trainer, options: Options) -> dict[str, Any]:
+    """What of a run is not as its recipe has it: that of the preset, depth and shape among the run's `options`."""
+    size = {key: options[key] for key in SIZE_KEYS & options.keys()}
+    usual = spelled_out(*resolve(size, trainer.device, trainer.config.vocab_size))
+    now = spelled_out(trainer.config, trainer.train)
+    return {key: value for key, value in now.items() if key not in usual or value != usual[key]}
+
+
+def _write_config(trainer: Trainer, compile: bool | None) -> None:
+    """config.toml, which starts the same run again."""
+    values = {"backend": trainer.backend.NAME, "device": trainer.device.name, "compile": compile}
+    run = {key: value for key, value in values.items() if value is not None}
+    again = "Every setting of this run. It runs again with: gpt train --config THIS_FILE --out FOLDER"
+    write_toml(trainer.run / "config.toml", spelled_out(trainer.config, trainer.train) | run, again)
 
 
 def _write_run(trainer: Trainer, starts: list[Any], saved: Checkpoint | None) -> None:

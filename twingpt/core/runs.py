@@ -16,7 +16,7 @@ from twingpt.core.paths import expand, sync_folder, write_atomically
 NAME = re.compile(r"step-\d{8,}")
 RUNS = Path("runs")
 # Beside the folder `checkpoints`. run.json is the last, so that a removal that was cut short can be repeated.
-FILES = ("metrics.jsonl", "loss.svg", "report.html", "trackers.json", "best", "latest", "run.json")
+FILES = ("metrics.jsonl", "loss.svg", "report.html", "trackers.json", "best", "latest", "config.toml", "run.json")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

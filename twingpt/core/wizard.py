@@ -1,0 +1,354 @@
+"""gpt train --wizard: a few questions, an estimate measured on the device, and a TOML file that trains so."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.prompt import Confirm, Prompt
+from rich.table import Table
+
+from twingpt.core import backend as backends
+from twingpt.core import depth, launch
+from twingpt.core.backend import Backend, Device
+from twingpt.core.config import PRESETS, GPTConfig, TrainConfig, unknown_choice
+from twingpt.core.console import human_bytes, human_count, human_time
+from twingpt.core.data.prepare import prepare
+from twingpt.core.data.shards import TokenDataset
+from twingpt.core.data.sources import NAMED
+from twingpt.core.errors import UserError
+from twingpt.core.parameters import initialise, parameter_count, state_table
+from twingpt.core.paths import expand
+from twingpt.core.schedule import hyperparameters
+from twingpt.core.settings import Settings, write
+
+DEPTHS = (2, 4, 6, 8, 12, 16, 20, 24)  # shown; any is accepted
+EVALUATIONS = 10  # of a run, beside the one at its start
+EVALUATION_SHARE = 0.1  # of a run's time, at most
+MEASURED_SECONDS = 3.0
+PATIENCE_SECONDS = 20.0
+UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device of a backend."""
+
+    engines: Backend
+    device: Device
+
+    def __str__(self) -> str:
+        return f"{self.engines.NAME} {self.device.name}"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a dry run measured: seconds of a step, of a batch of evaluation and of compiling, and memory at most."""
+
+    step: float
+    evaluation_batch: float
+    peak_bytes: int
+    start: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that fits the time: its length, its intervals, in steps, and what it will take."""
+
+    steps: int
+    seconds: float
+    eval_interval: int
+    eval_iters: int
+
+
+def run(console: Console) -> tuple[Path, bool] | None:
+    """Ask, measure and write a file: its path, and whether to start now; None where the user left.
+
+    Raises UserError where there is no terminal to ask on.
+    """
+    if not (sys.stdin and sys.stdin.isatty() and console.is_terminal):
+        raise UserError("--wizard asks questions, so it needs a terminal: give flags, or a file with --config.")
+    try:
+        return _conversation(console)
+    except (KeyboardInterrupt, EOFError):
+        console.print("\nNo file was written.")
+        return None
+
+
+def _conversation(console: Console) -> tuple[Path, bool]:
+    place = _ask_place(console)
+    spec, data = _ask_data(console, place.device)
+    while True:
+        size, plan = _ask_length(console, place, spec, data)
+        if Confirm.ask("Go on with this? [dim](n asks for size and time again)[/]", console=console, default=True):
+            break
+    settings: Settings = {
+        **size,
+        "data": spec,
+        "max_iters": plan.steps,
+        "eval_interval": plan.eval_interval,
+        "eval_iters": plan.eval_iters,
+        "checkpoint_interval": plan.eval_interval,
+        "sample_interval": math.ceil(plan.steps / 2),
+        "backend": place.engines.NAME,
+        "device": place.device.name,
+    }
+    path = _ask_file(console, settings, f"About {human_time(plan.seconds)} on {place}, as measured there.")
+    command = f"gpt train --config {shlex.quote(str(path))}"
+    console.print(f"Wrote {escape(str(path))}. To train: [bold]{escape(command)}[/]", soft_wrap=True)
+    return path, Confirm.ask("Start now?", console=console, default=True)
+
+
+def _ask(console: Console, question: str, default: str, parse: Callable[[str], T]) -> T:
+    """The answer as `parse` has it; what that refuses with a UserError is asked again."""
+    while True:
+        try:
+            return parse(Prompt.ask(f"[bold]{question}[/]", console=console, default=default))
+        except UserError as error:
+            console.print(f"[red]{escape(str(error))}[/]")
+
+
+# Hardware and data ------------------------------------------------------------------------------------------
+
+
+def places() -> list[Place]:
+    """Every device of every backend that works here, the one that would be chosen first."""
+    found = []
+    for name in filter(backends.installed, backends.BACKENDS):  # MLX first, as in `gpt doctor`
+        try:
+            engines = backends.get(name)
+            found += [Place(engines, device) for device in engines.devices()]
+        except (UserError, RuntimeError):  # a broken one; `gpt doctor` says how
+            continue
+    chosen, _ = backends.choose()
+    return sorted(found, key=lambda place: chosen != place.engines.NAME)
+
+
+def _ask_place(console: Console) -> Place:
+    with console.status("Looking for devices …"):
+        found = places()
+    if not found:
+        raise UserError("No backend works on this machine: gpt doctor says why.")
+    table = Table(box=box.SIMPLE, show_header=False, padding=(0, 1))
+    for number, place in enumerate(found, 1):
+        memory = human_bytes(place.device.memory_bytes) if place.device.memory_bytes else "memory unknown"
+        table.add_row(f"[bold]{number}[/]", str(place), escape(place.device.description), memory)
+    console.print(table)
+
+    def parse(text: str) -> Place:
+        if text.isdecimal() and 1 <= int(text) <= len(found):
+            return found[int(text) - 1]
+        raise UserError(f"Answer with a number from 1 to {len(found)}.")
+
+    return _ask(console, "Which device?", "1", parse) if len(found) > 1 else found[0]
+
+
+def _ask_data(console: Console, device: Device) -> tuple[str, TokenDataset]:
+    """What was answered, and the data set that it names, prepared."""
+
+    def parse(text: str) -> tuple[str, TokenDataset]:
+        spec = text.strip("'\"")  # as a terminal quotes a file dropped on it
+        _, train = launch.resolve({"data": spec}, device, 256)
+        with console.status("Reading and tokenizing …"):
+            return spec, prepare(spec, train.tokenizer, train.vocab_size)
+
+    spec, data = _ask(console, f"Which data? [dim]({', '.join(NAMED)}, a text file or a folder)[/]", NAMED[0], parse)
+    splits = data.manifest["splits"]
+    size = human_bytes(sum(split["bytes"] for split in splits.values()))
+    tokens = [human_count(splits[split]["tokens"]) for split in ("train", "val")]
+    console.print(
+        f"  {size} of text: {tokens[0]} tokens to train on, {tokens[1]} held out, "
+        f"vocabulary {data.tokenizer.vocab_size:,}\n"
+    )
+    return spec, data
+
+
+# Size and time ----------------------------------------------------------------------------------------------
+
+
+def _ask_length(console: Console, place: Place, spec: str, data: TokenDataset) -> tuple[Settings, Plan]:
+    """Size and time, with the estimate shown; asks again where the size doesn't train on the device."""
+    while True:
+        size = _ask_size(console, place.device, data)
+        config, train = launch.resolve({**size, "data": spec}, place.device, data.tokenizer.vocab_size)
+        if "depth" in size:
+            console.print(f"  In full, {depth.describe(size['depth'], config, train)}")
+        span = _ask(console, "How long? [dim](5m, 1h30m, or a number of steps)[/]", "10m", parse_span)
+        try:
+            with console.status(f"Training a few steps on {place} to measure them … (Ctrl-C leaves)"):
+                speed = measure(config, train, data, place)
+        except (RuntimeError, MemoryError, UserError) as error:
+            reason = (str(error).splitlines() or ["out of memory"])[0]
+            console.print(f"[red]This size does not train on {place}: {escape(reason)}[/]")
+            continue
+        planned = plan(config, train, data, speed, span)
+        console.print(_estimate(config, train, data, speed, planned))
+        return size, planned
+
+
+def _ask_size(console: Console, device: Device, data: TokenDataset) -> Settings:
+    vocab_size = data.tokenizer.vocab_size
+    table = Table("answer", "layers x width", "context", "parameters", box=box.SIMPLE_HEAD, padding=(0, 1))
+    options: list[Settings] = [{"preset": name} for name in PRESETS] + [{"depth": n} for n in DEPTHS]
+    for option in options:
+        config, _ = launch.resolve(option, device, vocab_size)
+        answer = str(option.get("depth", option.get("preset")))
+        shape = f"{config.n_layer} x {config.n_embd}"
+        table.add_row(answer, shape, str(config.block_size), human_count(parameter_count(config)))
+    console.print(table)
+
+    def parse(text: str) -> Settings:
+        size: Settings = {"depth": int(text)} if text.isdecimal() else {"preset": text}
+        if not text.isdecimal() and text not in PRESETS:
+            raise unknown_choice("size", text, [*PRESETS, f"a depth from 1 to {depth.DEEPEST}"])
+        data.check(launch.resolve(size, device, vocab_size)[0])
+        return size
+
+    default = launch.recipe(device)["preset"]
+    return _ask(console, f"Which size? [dim](a preset, or a depth from 1 to {depth.DEEPEST})[/]", default, parse)
+
+
+def parse_span(text: str) -> float | int:
+    """Seconds, as a float, for 90s, 5m, 1h30m or 1.5h; steps, as an int, for a bare number."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(min|[smhd])\s*", text)
+    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if not re.fullmatch(r"(\d+(\.\d+)?\s*(min|[smhd])\s*)+", text) or seconds <= 0:
+        raise UserError("Answer with a time such as 90s, 5m or 1h30m, or with a number of steps.")
+    return seconds
+
+
+# The estimate -----------------------------------------------------------------------------------------------
+
+
+class _DryRun:
+    """The engine of a run, timed on its first batches; nothing of it is kept."""
+
+    def __init__(self, config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Place) -> None:
+        self.config, self.train, self.data = config, train, data
+        self.engine = launch.make_engine(config, train, place.engines, place.device, None)
+        self.engine.load(initialise(config, train.seed))
+
+    def seconds(self, rows: int, micro_batches: int = 1, updates: int = 1) -> float:
+        """Steps of some micro-batches of `rows` windows, from the call to the last number read."""
+        tokens, targets = self.data.batch(0, rows, self.config.block_size, self.train.seed)
+        start, handles = time.perf_counter(), []
+        for _ in range(updates):
+            for key in range(micro_batches):
+                self.engine.micro(tokens, targets, key)
+            handles.append(self.engine.update(hyperparameters(self.train, 0)))
+        self.engine.read(handles)
+        return time.perf_counter() - start
+
+    def evaluation(self, rows: int) -> float:
+        """One batch of evaluation, once the first has warmed up."""
+        tokens, targets = next(self.data.validation(rows, self.config.block_size, 1))
+        for _ in range(2):
+            start = time.perf_counter()
+            self.engine.read([self.engine.evaluate(tokens, targets)])
+        return time.perf_counter() - start
+
+    def peak(self) -> int:
+        """Bytes in use at most so far."""
+        return self.engine.memory().peak
+
+
+def measure(config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Place) -> Speed:
+    """Train on real batches for a few seconds, and evaluate one; UserError where memory would not do.
+
+    Where a step has more micro-batches than that time holds, some are measured and the rest is added.
+    Where even one is too long for a CPU, one window and two are, and the rest is added.
+    """
+    dry, rows, micro_batches = _DryRun(config, train, data, place), train.batch_size, train.gradient_accumulation_steps
+    cpu = place.device.kind == "cpu"  # elsewhere other shapes would compile again
+    one = dry.seconds(1) if cpu else 0.0
+    if one * rows > PATIENCE_SECONDS:
+        before = dry.peak()
+        row = max(0.0, dry.seconds(2) - one)
+        peak = before + (rows - 1) * (dry.peak() - before)
+        _check_memory(place, peak)
+        return Speed(one + (rows * micro_batches - 1) * row, rows * dry.evaluation(1), peak)
+    first = step = dry.seconds(rows)  # compiles where that is on, and allocates
+    if not cpu or first < MEASURED_SECONDS:
+        step = dry.seconds(rows)
+        measured = max(1, min(micro_batches, int(MEASURED_SECONDS / step)))
+        updates = max(1, min(200, int(MEASURED_SECONDS / (step * measured))))
+        step = dry.seconds(rows, measured, updates) / updates / measured
+    _check_memory(place, dry.peak())
+    return Speed(step * micro_batches, dry.evaluation(rows), dry.peak(), max(0.0, first - step))
+
+
+def _check_memory(place: Place, peak: int) -> None:
+    memory = place.device.memory_bytes
+    if memory and peak > memory:
+        raise UserError(f"it needs about {human_bytes(peak)} of memory, and {place} has {human_bytes(memory)}.")
+
+
+def plan(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed, span: float | int) -> Plan:
+    """Steps for a time (a float, in seconds), or the time for steps (an int), evaluations included."""
+    windows = math.ceil((len(data.splits["val"]) - 1) / config.block_size)
+    whole = math.ceil(windows / train.batch_size)
+    seconds = span if isinstance(span, float) else span * speed.step
+    allowed = int(EVALUATION_SHARE * seconds / (EVALUATIONS + 1) / speed.evaluation_batch)
+    eval_iters = 0 if allowed >= whole else max(1, allowed)  # 0 is all of them
+    evaluation = (eval_iters or whole) * speed.evaluation_batch
+    fits = int((seconds - speed.start - (EVALUATIONS + 1) * evaluation) / speed.step)
+    steps = max(1, fits) if isinstance(span, float) else span
+    interval = math.ceil(steps / EVALUATIONS)
+    evaluations = 1 + math.ceil(steps / interval)
+    total = speed.start + steps * speed.step + evaluations * evaluation
+    return Plan(steps, total, interval, eval_iters)
+
+
+def checkpoint_bytes(config: GPTConfig, train: TrainConfig) -> int:
+    """The size of a checkpoint's tensors: parameters and optimizer state, in float32."""
+    state = state_table(config, train.optimizer, train.dtype)
+    return 4 * (parameter_count(config) + sum(math.prod(shape) for shape in state.values()))
+
+
+def _estimate(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed, planned: Plan) -> Table:
+    tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
+    disk = checkpoint_bytes(config, train)
+    rows: list[tuple[str, Any]] = [
+        ("parameters", human_count(parameter_count(config))),
+        ("speed, measured", f"{human_count(tokens / speed.step)} tokens/s"),
+        ("steps", f"{planned.steps:,} of {tokens:,} tokens"),
+        ("epochs over the data", f"{planned.steps * tokens / len(data.splits['train']):.2f}"),
+        ("total time", human_time(planned.seconds)),
+        ("memory at most", human_bytes(speed.peak_bytes)),
+        ("a checkpoint on disk", f"{human_bytes(disk)}, the {train.keep} latest and the best are kept"),
+    ]
+    table = Table(box=box.SIMPLE, show_header=False, padding=(0, 1), title="Estimate", title_justify="left")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _ask_file(console: Console, settings: Settings, comment: str) -> Path:
+    """Where the settings were written: a new file, or one that may be replaced."""
+
+    def parse(text: str) -> Path:
+        path = expand(text)
+        if path.is_dir():
+            raise UserError(f"{text} is a folder: give the name of a file.")
+        if not path.parent.is_dir():
+            raise UserError(f"There is no folder {path.parent}: make it first, or choose another.")
+        if path.exists() and not Confirm.ask(f"{escape(text)} exists: replace it?", console=console, default=False):
+            raise UserError("Choose another name.")
+        write(path, settings, comment)
+        return path
+
+    return _ask(console, "Write to which file?", "train.toml", parse)
