@@ -171,7 +171,7 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_beginning(gpt, prose, tm
     run = tmp_path / "run"
     whole = train(gpt, "--data", prose, "--out", tmp_path / "whole", *SMALL, "--max-iters", 8, "--warmup-iters", 2)
     killed(gpt, "--data", prose, "--out", run, *SMALL)
-    assert [path.name for path in run.iterdir()] == ["run.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.toml", "run.json"]
     before = (run / "run.json").read_bytes()
     code, _, err = gpt("train", "--resume", run, "--seed", 7)
     assert code == 2 and "--seed 7 conflicts with the run, which has 1337" in err

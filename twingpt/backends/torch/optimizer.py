@@ -17,7 +17,8 @@ NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
 
 def clip_gradients(grads: Parameters, h: Hyper, divisor: Array) -> tuple[Parameters, Array]:
     """Gradients over `divisor`, scaled so that their joint norm is at most h.grad_clip; and that norm before."""
-    total = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt() / divisor
+    norms = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()])  # one pass over each
+    total = torch.linalg.vector_norm(norms) / divisor
     scale = torch.clamp(h.grad_clip / (total + 1e-6), max=1.0) / divisor
     return {name: g * scale for name, g in grads.items()}, total
 
@@ -39,9 +40,9 @@ def adamw(p: Array, g: Array, m: Array, v: Array, h: Hyper, rate: Array, decays:
     """One step of AdamW (Loshchilov & Hutter 2019) in torch's formula, all in float32, in place."""
     if decays:
         p.mul_(1 - rate * h.weight_decay)
-    m.add_((g - m) * h.one_minus_beta1)
-    v.add_((g * g - v) * h.one_minus_beta2)
-    p.sub_(rate / h.bias_correction1 * m / ((v / h.bias_correction2).sqrt_().add_(h.eps)))
+    m.lerp_(g, h.one_minus_beta1)
+    v.lerp_(g * g, h.one_minus_beta2)
+    p.addcdiv_(m * (-rate / h.bias_correction1), (v / h.bias_correction2).sqrt_().add_(h.eps))
 
 
 def orthogonalise(x: Array, dtype: torch.dtype) -> Array:
