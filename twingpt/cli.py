@@ -433,14 +433,10 @@ def parity(
     json_: Json = False,
 ) -> None:
     """Compare both backends and the float64 reference, on every device here; exit 1 if they differ."""
-    from twingpt.core import backend as backends
     from twingpt.core import parity as measurement
     from twingpt.core.checkpoint import open_checkpoint
 
-    if backend == "auto":
-        names = [name for name in backends.BACKENDS if backends.installed(name)]
-    else:
-        names = [backends.choose(backend)[0]]
+    names = _installed(backend)
     if model is None:
         models = measurement.random_models(seed)
     else:
@@ -497,8 +493,6 @@ def doctor(backend: Backend = "auto", device: Device = None, json_: Json = False
 
 
 def _print_doctor(console: Console, report: dict[str, Any]) -> None:
-    from twingpt.core.console import human_bytes
-
     console.print(f"[bold]{report['platform']}[/], Python {report['python']}")
     versions = [f"{name} {version}" for name, version in report["libraries"].items() if version]
     console.print(", ".join(versions) + "\n")
@@ -506,12 +500,10 @@ def _print_doctor(console: Console, report: dict[str, Any]) -> None:
         if "version" not in facts:
             console.print(f"{name}: {facts.get('broken') or 'not installed: ' + facts['install']}", markup=False)
             continue
-        rest = ", ".join(f"{key} {value}" for key, value in facts.items() if key != "installed")
+        rest = ", ".join(f"{key} {value}" for key, value in facts.items() if key != "installed" and value is not None)
         console.print(f"[bold]{name}[/]: {rest}")
         for device in (device for device in report["devices"] if device["backend"] == name):
-            memory = human_bytes(device["memory_bytes"]) if device["memory_bytes"] else "memory unknown"
-            dtypes = ", ".join(device["dtypes"])
-            console.print(f"  {device['name']}: {device['description']}, {memory}, {dtypes}")
+            _print_device(console, device)
     choice, test = report["choice"], report["self_test"]
     chosen = (
         f"{choice['backend']} on {choice['device']} in {choice['dtype']}, because" if choice["backend"] else "none:"
@@ -521,6 +513,201 @@ def _print_doctor(console: Console, report: dict[str, Any]) -> None:
     worst = f", at worst {test['max_rel_diff']:.1e}" if test["max_rel_diff"] is not None else ""
     limit = f"{test['tolerance']:.0e}"
     console.print(f"Self-test: {verdict}. The largest difference may be {limit} of the largest logit{worst}.")
+
+
+def _print_device(console: Console, device: dict[str, Any]) -> None:
+    from twingpt.core.console import human_bytes, human_flops
+
+    memory = human_bytes(device["memory_bytes"]) if device["memory_bytes"] else "memory unknown"
+    free = human_bytes(device["free_memory_bytes"])
+    console.print(f"  [bold]{device['name']}[/]: {device['description']}, {memory}, {free} free")
+    for dtype in device["dtypes"]:
+        fast = "fast" if dtype in device["fast_dtypes"] else "slow"
+        measured, published = device["measured_flops"][dtype], device["documented_flops"][dtype]
+        speed = f"{human_flops(measured)} measured" if measured else "can't be measured"
+        beside = f", {human_flops(published)} published" if published else ""
+        console.print(f"    {dtype:8}  {fast}  matrix products: {speed}{beside}")
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory, both backends side by side.")
+app.add_typer(
+    bench,
+    name="bench",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt bench train                      the default run on each backend\n\n"
+    "gpt bench forward --preset small --batch-size 4\n\n"
+    "gpt bench memory                     the loss, plain and chunked\n",
+)
+
+BenchBackend = Annotated[str, typer.Option("--backend", help="mlx, torch, or auto for all that are installed.")]
+Dtype = Annotated[str | None, typer.Option(help="Compute precision. (default: the device's)")]
+Compile = Annotated[bool | None, typer.Option(help="Compile the step. (default: not on a CPU)")]
+Preset = Annotated[str | None, _option("micro, tiny, small, medium, gpt2 or large. (default: as gpt train)", MODEL)]
+Shape = Annotated[str | None, _option("qwen3, llama, gpt2 or nano.", MODEL)]
+VocabSize = Annotated[int | None, _option("Tokens.", MODEL)]
+Layers = Annotated[int | None, _option("Blocks.", MODEL)]
+Heads = Annotated[int | None, _option("Query heads.", MODEL)]
+KVHeads = Annotated[int | None, _option("Key-value heads.", MODEL)]
+Width = Annotated[int | None, _option("Width.", MODEL)]
+Context = Annotated[int | None, _option("Context, in tokens.", MODEL)]
+BatchSize = Annotated[int | None, typer.Option(help="Windows of a micro-batch. (default: as gpt train)")]
+Repeats = Annotated[int, typer.Option(help="Measurements; the median and their spread are shown.")]
+Steps = Annotated[int, typer.Option(help="Steps of a measurement.")]
+
+
+@bench.command(
+    "train",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt bench train\n\n"
+    "gpt bench train --preset small --batch-size 8 --optimizer adamw --dtype bfloat16\n\n"
+    "gpt bench train --json | jq '.rows[] | {backend, tokens_per_second, mfu}'\n",
+)
+def bench_train(
+    backend: BenchBackend = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    compile: Compile = None,
+    preset: Preset = None,
+    shape: Shape = None,
+    vocab_size: VocabSize = None,
+    n_layer: Layers = None,
+    n_head: Heads = None,
+    n_kv_head: KVHeads = None,
+    n_embd: Width = None,
+    block_size: Context = None,
+    batch_size: BatchSize = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or muon. (default: as gpt train)")] = None,
+    repeats: Repeats = 5,
+    steps: Steps = 5,
+    json_: Json = False,
+) -> None:
+    """Time training steps: forward, backward and update, on random tokens."""
+    _bench("train", locals())
+
+
+@bench.command(
+    "forward",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt bench forward\n\n"
+    "gpt bench forward --preset gpt2 --vocab-size 50304 --batch-size 2 --backend torch\n",
+)
+def bench_forward(
+    backend: BenchBackend = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    compile: Compile = None,
+    preset: Preset = None,
+    shape: Shape = None,
+    vocab_size: VocabSize = None,
+    n_layer: Layers = None,
+    n_head: Heads = None,
+    n_kv_head: KVHeads = None,
+    n_embd: Width = None,
+    block_size: Context = None,
+    batch_size: BatchSize = None,
+    repeats: Repeats = 5,
+    steps: Steps = 5,
+    json_: Json = False,
+) -> None:
+    """Time the forward pass and the loss, as a run's evaluations compute them."""
+    _bench("forward", locals())
+
+
+@bench.command(
+    "memory",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt bench memory                                GPT-2's vocabulary and width, 16,384 tokens\n\n"
+    "gpt bench memory --tokens 2048 --backend torch  less, on a small machine\n",
+)
+def bench_memory(
+    backend: BenchBackend = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    vocab_size: Annotated[int, typer.Option(help="Ids.")] = 50304,
+    n_embd: Annotated[int, typer.Option(help="Width.")] = 768,
+    tokens: Annotated[int, typer.Option(help="Positions of a batch.")] = 16384,
+    json_: Json = False,
+) -> None:
+    """Measure the memory of the loss and its gradients: all logits at once, and a chunk at a time as in training."""
+    from rich import box
+    from rich.table import Table
+
+    from twingpt.core.bench import measure_loss
+    from twingpt.core.console import human_bytes
+
+    result = measure_loss(_installed(backend), vocab_size, n_embd, tokens, device, dtype)
+    if json_:
+        _print_json(result)
+        return
+    console = _console()
+    table = Table("backend", "device", "dtype", "loss", "memory", "plain / this", "seconds", box=box.SIMPLE_HEAD)
+    for row in result["rows"]:
+        memory, ratio = human_bytes(row["peak_memory_bytes"]), f"{row['ratio']:.1f}" if row["ratio"] else "–"
+        facts = (row["backend"], row["device"], row["dtype"], row["way"], memory, ratio)
+        table.add_row(*facts, f"{row['seconds_per_step']:.1f}")
+    console.print(table)
+    for entry in result["skipped"]:
+        console.print(f"Not measured: {entry['reason']}", markup=False)
+
+
+def _installed(backend: str) -> list[str]:
+    """The backend that is named, or all that are installed for auto."""
+    from twingpt.core import backend as backends
+
+    if backend != "auto":
+        return [backends.choose(backend)[0]]
+    return [name for name in backends.BACKENDS if backends.installed(name)] or [backends.choose()[0]]
+
+
+def _bench(mode: str, values: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from twingpt.core.bench import measure
+
+    json_, names = values.pop("json_"), _installed(values.pop("backend"))
+    settings = {key: values.pop(key) for key in ("device", "dtype", "compile", "repeats", "steps")}
+    options = {key: value for key, value in values.items() if value is not None}
+    with Console(stderr=True).status(f"Measuring on {' and '.join(names)}"):
+        result = measure(mode, names, options, **settings)
+    if json_:
+        _print_json(result)
+    else:
+        _print_bench(_console(), result)
+
+
+def _print_bench(console: Console, result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from twingpt.core.console import human_bytes, human_count, human_flops, human_share
+
+    row = result["rows"][0]
+    accumulated = f" x {row['gradient_accumulation_steps']}" if row["gradient_accumulation_steps"] > 1 else ""
+    console.print(
+        f"{human_count(row['parameters'])} parameters, {row['batch_size']}{accumulated} windows of "
+        f"{row['config']['block_size']} tokens a step{', ' + row['optimizer'] if row['optimizer'] else ''}; "
+        f"medians of {row['repeats']} times {row['steps']} steps"
+    )
+    table = Table("backend", "device", "dtype", "tok/s", "s/step", "spread", "MFU", "peak memory", box=box.SIMPLE_HEAD)
+    for row in result["rows"]:
+        table.add_row(
+            row["backend"] + (" compiled" if row["compile"] else ""),
+            row["device"],
+            row["dtype"],
+            human_count(row["tokens_per_second"]),
+            f"{row['seconds_per_step']:.3g}",
+            human_share(row["spread"]),
+            human_share(row["mfu"]),
+            human_bytes(row["peak_memory_bytes"]),
+        )
+    console.print(table)
+    for row in result["rows"]:
+        if row["peak_flops"]:
+            peak = f"{human_flops(row['peak_flops'])} in matrix products, {row['peak_source']}"
+            console.print(f"MFU of {row['backend']} is the share of {peak}.")
+    for entry in result["skipped"]:
+        console.print(f"Not measured: {entry['reason']}", markup=False)
 
 
 def main() -> None:

@@ -58,9 +58,14 @@ def test_doctor(gpt):
     assert report["self_test"]["ok"] is True and 0 < report["self_test"]["max_rel_diff"] <= 1e-5
     assert report["libraries"]["numpy"] and report["backends"][chosen]["version"]
     assert any({"backend": chosen, "name": "cpu"}.items() <= device.items() for device in report["devices"])
-    assert all("float32" in device["dtypes"] for device in report["devices"])
+    for device in report["devices"]:
+        assert "float32" in device["fast_dtypes"] and set(device["fast_dtypes"]) <= set(device["dtypes"])
+        assert 0 < device["free_memory_bytes"] <= device["memory_bytes"]
+        assert set(device["measured_flops"]) == set(device["documented_flops"]) == set(device["dtypes"])
+        assert all(speed > 1e7 for speed in device["measured_flops"].values())
     code, out, _ = gpt("doctor")
     assert code == 0 and "Choice:" in out and "Self-test: passed" in out
+    assert "float32   fast  matrix products:" in out and " free" in out and "FLOP/s measured" in out
 
 
 @needs("mlx")
@@ -88,7 +93,15 @@ LIGHT = (
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["generate", "--help"], ["parity", "-h"], ["plot", "-h"], ["runs", "rm", "-h"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["parity", "-h"],
+        ["plot", "-h"],
+        ["runs", "rm", "-h"],
+        ["bench", "train", "-h"],
+    ],
 )
 def test_help_loads_no_framework(arguments):
     done = run_python(
@@ -106,8 +119,8 @@ def test_importing_the_package_loads_no_framework():
 
 
 def test_help_has_examples(gpt):
-    for command in ("train", "generate", "parity", "doctor", "convert", "plot", "runs"):
-        code, out, _ = gpt(command, "--help")
+    for command in ("train", "generate", "parity", "doctor", "convert", "plot", "runs", "bench", "bench train"):
+        code, out, _ = gpt(*command.split(), "--help")
         assert code == 0 and "Examples" in out and f"gpt {command}" in out
 
 

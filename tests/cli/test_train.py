@@ -25,7 +25,7 @@ SMALL = [
 
 KEYS = {
     "run", "checkpoint", "backend", "device", "dtype", "step", "train_loss", "val_loss", "val_bpb",
-    "tokens_per_second", "peak_memory_bytes", "seconds",
+    "tokens_per_second", "mfu", "peak_memory_bytes", "seconds",
 }  # fmt: skip
 
 both = pytest.mark.parametrize("backend", BOTH)
@@ -65,10 +65,24 @@ def test_a_run_from_text_to_checkpoints(gpt, prose, tmp_path, backend):
     described = json.loads((run / "run.json").read_text())
     assert described["config"]["n_embd"] == 32 and described["train"]["max_iters"] == 12
     assert [entry["step"] for entry in logged(run)] == [2, 4, 6, 8, 10, 12]
+    assert 0 < result["mfu"] < 1 and all(0 < entry["mfu"] < 1 for entry in logged(run))
     assert [entry["step"] for entry in logged(run, "evaluated")] == [0, 4, 8, 12]
     assert logged(run, "evaluated")[-1]["val_loss"] == result["val_loss"]
     state = open_checkpoint(run).training()
     assert state["step"] == 12 and state["tokens"] == 12 * 4 * 32 and state["val_loss"] == result["val_loss"]
+
+
+@needs("torch")
+def test_mfu_is_null_where_no_peak_is_known(gpt, prose, tmp_path, monkeypatch):
+    def fails(device, dtype, n):
+        raise RuntimeError("no products here")
+
+    monkeypatch.setattr(backends.get("torch"), "matmul", fails)
+    run = tmp_path / "run"
+    code, out, err = gpt("train", "--data", prose, "--out", run, "--backend", "torch", *SMALL)
+    assert code == 0 and "MFU n/a" in out, err
+    assert all(entry["mfu"] is None for entry in logged(run))
+    assert train(gpt, "--resume", run, "--backend", "torch", "--max-iters", 16)["mfu"] is None
 
 
 @both

@@ -1,11 +1,16 @@
 """Finding and choosing a backend, and the border where tokens are checked."""
 
+import mmap
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from tests.conftest import cpu
 from twingpt import GPTConfig, UserError
 from twingpt.core import backend as backends
+from twingpt.core import host
 
 
 @pytest.fixture
@@ -45,6 +50,7 @@ def test_devices(engines):
     devices = engines.devices()
     assert devices[-1].kind == "cpu" and devices[-1].memory_bytes > 2**28
     assert all(device.default_dtype in device.dtypes for device in devices)
+    assert all({"float32"} <= set(device.fast_dtypes) <= set(device.dtypes) for device in devices)
     assert backends.find_device(engines, None) == devices[0]
     with pytest.raises(UserError, match=f"Unknown {engines.NAME} device 'cpus': did you mean 'cpu'"):
         backends.find_device(engines, "cpus")
@@ -52,11 +58,21 @@ def test_devices(engines):
         backends.find_dtype(cpu(engines), "float8")
 
 
+def test_a_process_does_not_count_the_peak_of_the_one_that_started_it():
+    held = np.ones(2**26)
+    code = "from twingpt.core.host import process_memory; print(process_memory().peak)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < held.nbytes
+
+
 def test_memory_of_the_process_grows_with_what_it_holds():
-    before = backends.process_memory()
-    held = np.ones(2**25)
-    after = backends.process_memory()
-    assert after.peak >= before.now + held.nbytes // 2
+    before = host.process_memory()
+    with mmap.mmap(-1, 2**28) as held:  # not from malloc, which may have kept as much from before
+        for page in range(0, len(held), mmap.PAGESIZE):
+            held[page] = 1
+        after = host.process_memory()
+        assert after.now >= before.now + len(held) // 2
+    assert after.peak >= before.now + 2**27
     assert after.now <= after.peak * 1.01
 
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from twingpt.core.console import ConsoleReporter, human_bytes, human_count, human_time
+from twingpt.core.console import ConsoleReporter, human_bytes, human_count, human_flops, human_share, human_time
 from twingpt.core.events import (
     Evaluated,
     ReporterFailed,
@@ -19,7 +19,7 @@ from twingpt.core.events import (
 
 EVENTS = [
     RunStarted(0, 100, "runs/[x]", "torch", "cpu", "float32", 2_000_000, 2048, "prose", 50_000, 5_000, 512),
-    Trained(10, 3.21, 1.0, 1e-3, 20480, 6400.0, 5 * 10**8, 6 * 10**8, 0, 3.2),
+    Trained(10, 3.21, 1.0, 1e-3, 20480, 6400.0, 5 * 10**8, 6 * 10**8, 0, 3.2, 0.41),
     Evaluated(10, 3.5, 1.5, True, 3.5),
     Sampled(10, "text with [brackets]"),
     Saved(10, "runs/[x]/checkpoints/step-00000010"),
@@ -39,7 +39,8 @@ def test_every_event_is_shown(terminal):
     text = out.getvalue()
     for part in (
         "runs/[x] starts", "2.0M parameters on torch cpu", "val loss 3.5000, 1.500 bits per byte", "best so far",
-        "[brackets]", "saved runs/[x]/checkpoints", "stop-after after 10 steps in 1:15", "6.4k tok/s", "500 MB",
+        "[brackets]", "saved runs/[x]/checkpoints", "stop-after after 10 steps in 1:15", "6.4k tok/s",
+        "MFU 41%", "500 MB",
         "ETA 29s", "WandbReporter failed and reports no more of this run, which goes on: CommError: [no] network",
         "step 10: [no] space",
     ):  # fmt: skip
@@ -49,4 +50,6 @@ def test_every_event_is_shown(terminal):
 def test_numbers_to_read():
     assert [human_bytes(n) for n in (0, 999, 1500, 25e9, 3e12)] == ["0 B", "999 B", "2 kB", "25.0 GB", "3.0 TB"]
     assert [human_count(n) for n in (7, 12_345, 10.7e6, 2e9)] == ["7", "12.3k", "10.7M", "2.0B"]
+    assert [human_flops(n) for n in (4.57e9, 173.6e9, 1.3074e15)] == ["4.57 GFLOP/s", "174 GFLOP/s", "1.31 PFLOP/s"]
+    assert [human_share(n) for n in (None, 0.0312, 0.41)] == ["n/a", "3.1%", "41%"]
     assert [human_time(n) for n in (5.4, 185, 7800)] == ["5s", "3:05", "2:10:00"]

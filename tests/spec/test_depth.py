@@ -8,7 +8,7 @@ from twingpt.core import depth, launch
 from twingpt.core.config import SHAPES
 from twingpt.core.parameters import parameter_count
 
-CPU = backends.Device("cpu", "cpu", "", ("float32",), "float32", None)
+CPU = backends.Device("cpu", "cpu", "", ("float32",), ("float32",), "float32", None)
 DEPTHS = range(1, depth.DEEPEST + 1)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
-import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -28,15 +27,17 @@ REQUIRED_MODULE = {"mlx": "mlx.core", "torch": "torch"}
 
 @dataclass(frozen=True)
 class Device:
-    """A device that a backend can run on. `kind` is cpu, cuda, mps, metal, …; `dtypes` are those it computes in.
+    """A device that a backend can run on. `kind` is cpu, cuda (ROCm too), xpu, mps or metal.
 
-    `default_dtype` is the fastest of them that trains well there.
+    `dtypes` are those it computes in, `fast_dtypes` those of them that it has instructions for, and
+    `default_dtype` is the fastest that trains well there. `memory_bytes` is all that it has.
     """
 
     name: str
     kind: str
     description: str
     dtypes: tuple[str, ...]
+    fast_dtypes: tuple[str, ...]
     default_dtype: str
     memory_bytes: int | None
 
@@ -47,17 +48,6 @@ class Memory:
 
     now: int
     peak: int
-
-
-def process_memory() -> Memory:
-    """Bytes resident in this process, now and at most so far."""
-    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes on macOS
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # no procfs on macOS: the peak is all there is without another library
-        return Memory(peak, peak)
-    return Memory(pages * resource.getpagesize(), peak)
 
 
 class DecodeEngine(Protocol):
@@ -121,6 +111,20 @@ class Backend(Protocol):
 
     def devices(self) -> list[Device]:
         """The devices that are present and work, the best first."""
+
+    def free_memory(self, device: Device) -> int:
+        """Bytes that could still be allocated on a device."""
+
+    def matmul(self, device: Device, dtype: str, n: int) -> Callable[[], None]:
+        """A function that multiplies two n x n matrices of `dtype` on a device, and waits for the product."""
+
+    def loss_memory(
+        self, config: GPTConfig, device: Device, dtype: str, tokens: int, chunked: bool
+    ) -> tuple[int, float]:
+        """Bytes that the loss of so many tokens and its gradients take beside their inputs, and the seconds."""
+
+    def memory_errors(self) -> AbstractContextManager[None]:
+        """Raise OutOfMemoryError within the block for whatever the framework raises where memory is short."""
 
     def details(self) -> dict[str, Any]:
         """What `gpt doctor` should say about this backend."""

@@ -47,6 +47,19 @@ def human_count(count: float) -> str:
     return f"{count:.1f}B"
 
 
+def human_flops(flops_per_second: float) -> str:
+    """A speed of arithmetic to read: 4.57 GFLOP/s, 174 GFLOP/s, 312 TFLOP/s."""
+    unit, scale = next(((u, s) for u, s in (("P", 1e15), ("T", 1e12)) if flops_per_second >= s), ("G", 1e9))
+    return f"{flops_per_second / scale:.3g} {unit}FLOP/s"
+
+
+def human_share(share: float | None) -> str:
+    """A share to read: 41%, 3.2%, n/a."""
+    if share is None:
+        return "n/a"
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
 def human_time(seconds: float) -> str:
     """A span to read: 42s, 3:05, 2:10:00."""
     if seconds < 60:
@@ -77,13 +90,13 @@ class ConsoleReporter:
             TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}"),
             BarColumn(bar_width=None),
             TextColumn("loss [bold green]{task.fields[loss]}[/]  val [bold magenta]{task.fields[val]}[/]"),
-            TextColumn("{task.fields[speed]} tok/s  {task.fields[memory]}"),
+            TextColumn("{task.fields[speed]} tok/s  MFU {task.fields[mfu]}  {task.fields[memory]}"),
             _TimeLeft(),
             console=console,
             expand=True,
         )
         self.task = self.progress.add_task(
-            "train", total=1, loss="–", val="–", speed="–", memory="", steps_per_second=0.0
+            "train", total=1, loss="–", val="–", speed="–", mfu="–", memory="", steps_per_second=0.0
         )
 
     @contextmanager
@@ -150,12 +163,14 @@ class ConsoleReporter:
 
     def _trained(self, event: Trained) -> None:
         speed, memory = human_count(event.tokens_per_second), human_bytes(event.memory_bytes)
+        share = human_share(event.mfu)
         steps_per_second = event.tokens_per_second / self.tokens_per_step
         self.progress.update(
             self.task,
             completed=event.step,
             loss=f"{event.loss:.3f}",
             speed=speed,
+            mfu=share,
             memory=memory,
             steps_per_second=steps_per_second,
         )
@@ -165,7 +180,9 @@ class ConsoleReporter:
         if not self.console.is_terminal:
             total = self.progress.tasks[0].total or event.step
             left = human_time((total - event.step) / steps_per_second) if steps_per_second else "–"
-            self.console.print(f"step {event.step:,}: loss {event.loss:.4f}, {speed} tok/s, {memory}, ETA {left}")
+            self.console.print(
+                f"step {event.step:,}: loss {event.loss:.4f}, {speed} tok/s, MFU {share}, {memory}, ETA {left}"
+            )
 
 
 def print_runs(console: Console, found: Iterable[Run]) -> None:

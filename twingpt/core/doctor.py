@@ -8,7 +8,8 @@ import platform
 from typing import Any
 
 from twingpt.core import backend as backends
-from twingpt.core import parity
+from twingpt.core import flops, parity
+from twingpt.core.backend import Backend, Device
 from twingpt.core.errors import UserError
 
 LIBRARIES = ("twingpt", "torch", "mlx", "numpy", "safetensors", "tokenizers", "tiktoken", "transformers", "mlx-lm")
@@ -27,14 +28,26 @@ def _backend(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return {"installed": False, "install": backends.how_to_install(name)}, []
     try:
         engines = backends.get(name)
-        devices = [{"backend": name, **dataclasses.asdict(device)} for device in engines.devices()]
+        devices = [{"backend": name, **_device(engines, device)} for device in engines.devices()]
         return {"installed": True, **engines.details()}, devices
     except (UserError, RuntimeError) as error:  # a broken installation is a finding, not a crash
         return {"installed": True, "broken": str(error)}, []
 
 
+def _device(engines: Backend, device: Device) -> dict[str, Any]:
+    """A device's facts, with the FLOP/s of matrix products by dtype, as published and as measured now."""
+    documented = {dtype: flops.documented_peak(device, dtype) for dtype in device.dtypes}
+    measured = {dtype: flops.measured_peak(engines, device, dtype) for dtype in device.dtypes}
+    return {
+        **dataclasses.asdict(device),
+        "free_memory_bytes": engines.free_memory(device),
+        "documented_flops": {dtype: peak and peak.flops_per_second for dtype, peak in documented.items()},
+        "measured_flops": {dtype: peak and peak.flops_per_second for dtype, peak in measured.items()},
+    }
+
+
 def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
-    """Platform, libraries, backends, devices, the choice, and the self-test's worst parity figure.
+    """Platform, libraries, backends, devices and their speed, the choice, and the self-test's worst parity figure.
 
     Raises UserError for a backend or a device that was asked for and isn't there.
     """

@@ -41,7 +41,8 @@ class Trained:
     """`step` steps are done. The loss (nats per token) and gradient norm are means since the last report.
 
     `skipped` counts the run's steps that were left out, because they were not finite.
-    `seconds` is the run's time so far, over all its starts.
+    `seconds` is the run's time so far, over all its starts. `mfu` is the share of the device's
+    peak that the model's own arithmetic makes up, None where no peak is known.
     """
 
     step: int
@@ -54,6 +55,7 @@ class Trained:
     peak_memory_bytes: int
     skipped: int
     seconds: float
+    mfu: float | None = None
 
 
 @dataclass(frozen=True)

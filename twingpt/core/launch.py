@@ -22,6 +22,7 @@ from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
 from twingpt.core.events import JSONLReporter, Reporter, Saved, rewind, seconds_so_far
+from twingpt.core.flops import peak
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
@@ -263,7 +264,8 @@ def _trainer(
     data.check(config)
     engine = make_engine(config, train, engines, device, compile)
     reporters: list[Reporter] = [JSONLReporter(run / "metrics.jsonl"), PlotReporter(run), HTMLReporter(run)]
-    return Trainer(run, config, train, data, engines, device, engine, reporters, progress)
+    measured = peak(engines, device, train.dtype)
+    return Trainer(run, config, train, data, engines, device, engine, reporters, progress, measured)
 
 
 def differences(trainer: Trainer, options: Options) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.data.ahead import Ahead
 from twingpt.core.data.shards import TokenDataset
-from twingpt.core.errors import UserError
+from twingpt.core.errors import OutOfMemoryError, UserError
 from twingpt.core.events import (
     Evaluated,
     Event,
@@ -30,6 +30,7 @@ from twingpt.core.events import (
     Sampled,
     Trained,
 )
+from twingpt.core.flops import Peak, mfu
 from twingpt.core.generator import LanguageModel
 from twingpt.core.parameters import parameter_count
 from twingpt.core.saving import Saver, Snapshot
@@ -69,10 +70,11 @@ class Trainer:
         engine: TrainEngine,
         reporters: Sequence[Reporter],
         progress: Progress,
+        peak: Peak | None = None,
     ) -> None:
         self.run, self.config, self.train, self.data = run, config, train, data
         self.backend, self.device, self.engine = backend, device, engine
-        self.reporters, self.progress = reporters, progress
+        self.reporters, self.progress, self.peak = reporters, progress, peak
         self.batches = Ahead(self._batch)
         self.unread: list[Handle] = []  # updates since the last report, oldest first
         self.skipped_in_row = 0
@@ -87,10 +89,10 @@ class Trainer:
         """Train to the end of the schedule, or to `stop_after` steps, saving at the end; the run's summary.
 
         SIGINT and SIGTERM end it after what is under way, saved. A checkpoint that can't be saved waits
-        while training goes on. Raises UserError for a loss that is not finite, where the last checkpoint
-        can't be saved in the end, or where another process trains the run.
+        while training goes on. Raises UserError for a loss that is not finite, for want of memory, where the
+        last checkpoint can't be saved in the end, or where another process trains the run.
         """
-        with runs.training(self.run), self._interruptible():
+        with runs.training(self.run), self._interruptible(), self._memory_errors():
             self._started()
             self.began = self.clock = time.perf_counter()
             try:
@@ -200,6 +202,7 @@ class Trainer:
                 peak_memory_bytes=memory.peak,
                 skipped=self.progress.skipped,
                 seconds=self._seconds,
+                mfu=mfu(self.speeds[-1], self.config, self.peak),
             )
         )
 
@@ -221,8 +224,35 @@ class Trainer:
         return kept
 
     def _diverged(self, what: str) -> UserError:
-        kept = "the last checkpoint is good" if self.saver.saved_at > 0 else "nothing was saved"
-        return UserError(f"{what} is not finite: lower the learning rate; {kept}.")
+        return UserError(f"{what} is not finite: lower the learning rate; {self._kept}.")
+
+    @property
+    def _kept(self) -> str:
+        return "the last checkpoint is good" if self.saver.saved_at > 0 else "nothing was saved"
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """Where the device runs out of memory within the block, raise OutOfMemoryError that says what to change."""
+        try:
+            with self.backend.memory_errors():
+                yield
+        except OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"{self.device.name} ran out of memory after {self.progress.step} steps; {self._kept}. {self._advice()}"
+            ) from error
+
+    def _advice(self) -> str:
+        """What needs less memory than this run, of the same steps."""
+        train, ideas = self.train, []
+        if train.batch_size > 1:
+            half = train.batch_size // 2
+            parts = -(-train.batch_size * train.gradient_accumulation_steps // half)
+            ideas.append(f"--batch-size {half} --gradient-accumulation-steps {parts}")
+        if not train.gradient_checkpointing:
+            ideas.append("--gradient-checkpointing")
+        if train.dtype == "float32" and self.device.fast_dtypes != ("float32",):
+            ideas.append(f"--dtype {self.device.default_dtype}")
+        return f"Less is needed with {', or with '.join(ideas or ['a smaller model', 'a shorter --block-size'])}."
 
     def _evaluate(self) -> bool:
         """Held-out loss; whether it is the best so far."""
@@ -293,7 +323,7 @@ class Trainer:
         )
 
     def _summary(self, reason: str, seconds: float) -> dict[str, Any]:
-        progress = self.progress
+        progress, speed = self.progress, float(np.median(self.speeds)) if self.speeds else None
         return {
             "run": str(self.run),
             "checkpoint": str(runs.checkpoint_folder(self.run, progress.step)),
@@ -307,7 +337,8 @@ class Trainer:
             "val_loss": progress.val_loss,
             "val_bpb": progress.val_bpb,
             "best_val_loss": progress.best_val_loss,
-            "tokens_per_second": float(np.median(self.speeds)) if self.speeds else None,
+            "tokens_per_second": speed,
+            "mfu": mfu(speed, self.config, self.peak) if speed else None,
             "peak_memory_bytes": self.engine.memory().peak,
             "skipped": progress.skipped,
             "seconds": seconds,

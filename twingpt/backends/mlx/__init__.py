@@ -1,9 +1,19 @@
 """The MLX backend: Metal on Apple silicon, CUDA and CPU on Linux."""
 
-from twingpt.backends.mlx.device import details, devices  # isort: skip  (opens a BLAS before mlx is imported)
+from twingpt.backends.mlx.device import details, devices, free_memory, matmul, memory_errors  # isort: skip  (opens a BLAS before mlx is imported)
 from twingpt.backends.mlx.decoding import DecodeEngine
-from twingpt.backends.mlx.training import TrainEngine
+from twingpt.backends.mlx.training import TrainEngine, loss_memory
 
 NAME = "mlx"
 
-__all__ = ["NAME", "DecodeEngine", "TrainEngine", "details", "devices"]
+__all__ = [
+    "NAME",
+    "DecodeEngine",
+    "TrainEngine",
+    "details",
+    "devices",
+    "free_memory",
+    "loss_memory",
+    "matmul",
+    "memory_errors",
+]

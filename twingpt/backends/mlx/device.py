@@ -13,14 +13,18 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from twingpt.core.backend import Device, Memory, process_memory
+from twingpt.core import host
+from twingpt.core.backend import Device, Memory
+from twingpt.core.errors import OutOfMemoryError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,24 +71,40 @@ def _keep_freed_memory() -> None:
 
 BLAS = _open_blas()
 _keep_freed_memory()
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # or float32 products are rounded to 10 bits on some GPUs
 
 import mlx.core as mx  # noqa: E402  (the BLAS has to be open by now)
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
+# How the message of a RuntimeError begins or ends that is one of memory: of the allocators, Metal and CUDA.
+OUT_OF_MEMORY = re.compile(r"\[malloc\]|\[metal::malloc\]|Insufficient Memory|out of memory", re.IGNORECASE)
+
+
+def _known(*dtypes: str) -> tuple[str, ...]:
+    return tuple(dtype for dtype in dtypes if dtype in DTYPES)
+
+
 def devices() -> list[Device]:
     """The devices that are present, the best first: Metal or CUDA, the CPU."""
-    found = []
-    if mx.metal.is_available() or mx.cuda.is_available():
-        info = mx.device_info(mx.gpu)
-        kind = "metal" if mx.metal.is_available() else "cuda"
-        description = str(info.get("device_name", kind))
-        memory_bytes = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0) or None
-        found.append(Device("gpu", kind, description, ("float32", "bfloat16"), "bfloat16", memory_bytes))
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cpu = f"{platform.processor() or platform.machine()}, BLAS: {BLAS}"
-    return [*found, Device("cpu", "cpu", cpu, tuple(DTYPES), "float32", physical)]
+    found = [_metal()] if mx.metal.is_available() else [_cuda()] if mx.cuda.is_available() else []
+    cpu = f"{host.cpu_name()}, BLAS: {BLAS}"  # which has products in float32 alone
+    return [*found, Device("cpu", "cpu", cpu, tuple(DTYPES), ("float32",), "float32", host.total_memory())]
+
+
+def _metal() -> Device:
+    info = mx.device_info(mx.gpu)
+    chip, memory_bytes = str(info["device_name"]), int(info["max_recommended_working_set_size"])
+    fast = _known(*host.apple_fast_dtypes(chip))
+    return Device("gpu", "metal", chip, tuple(DTYPES), fast, "bfloat16", memory_bytes)
+
+
+def _cuda() -> Device:
+    info = mx.device_info(mx.gpu)
+    fast = _known(*host.nvidia_fast_dtypes(int(info["compute_capability_major"])))
+    default = "bfloat16" if "bfloat16" in fast else "float32"
+    return Device("gpu", "cuda", str(info["device_name"]), tuple(DTYPES), fast, default, int(info["total_memory"]))
 
 
 def on_device(method: F) -> F:
@@ -111,8 +131,44 @@ def details() -> dict[str, Any]:
 def memory(device: Device) -> Memory:
     """Bytes in use on the device; on a CPU those of the process."""
     if device.kind == "cpu":
-        return process_memory()
+        return host.process_memory()
     return Memory(mx.get_active_memory(), mx.get_peak_memory())
+
+
+def free_memory(device: Device) -> int:
+    """Bytes that could still be allocated on the device."""
+    if device.kind == "cuda":
+        return int(mx.device_info(mx.gpu)["free_memory"])
+    free = host.free_memory()  # an Apple GPU has the same memory
+    if device.kind == "metal" and device.memory_bytes:
+        return min(free, max(0, device.memory_bytes - mx.get_active_memory()))
+    return free
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise OutOfMemoryError within the block for whatever MLX raises where memory is short.
+
+    Its CPU build on Linux raises nothing there: an allocation that fails ends the process (mlx 0.32).
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # C++'s bad_alloc arrives as the latter
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            raise OutOfMemoryError("MLX ran out of memory.") from error
+        raise
+
+
+def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:
+    """A function that multiplies two n x n matrices of `dtype` on the device, and waits for the product."""
+    stream = mx.cpu if device.kind == "cpu" else mx.gpu
+    a, b = (mx.random.uniform(shape=(n, n), stream=stream).astype(DTYPES[dtype], stream=stream) for _ in range(2))
+    mx.eval(a, b)
+
+    def run() -> None:
+        mx.eval(mx.matmul(a, b, stream=stream))
+
+    return run
 
 
 def keep_resident(device: Device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -43,6 +44,26 @@ def summed_nats(
 def mean_nats(params: Parameters, tokens: Array, targets: Array, scale: Array, key: Array, **settings: Any) -> Array:
     """The loss of a (B, T) batch per target, times `scale`; `settings` are those of `summed_nats`."""
     return summed_nats(params, tokens, targets, key, **settings) * (scale / targets.size)
+
+
+def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, chunked: bool) -> tuple[int, float]:
+    """Bytes that the loss of so many tokens and its gradients take at most beside their inputs, and the seconds."""
+    V, D = config.vocab_size, config.n_embd
+
+    def nats(x: Array, head: Array) -> Array:
+        p = {"model.embed_tokens.weight": head}
+        if chunked:
+            return model.chunked_nats(x, p, targets, config) / tokens
+        return model.cross_entropy(model.logits(x, p, config), targets) / tokens
+
+    with mx.stream(mx.cpu if device.kind == "cpu" else mx.gpu):
+        x, head = (mx.random.normal(shape).astype(DTYPES[dtype]) for shape in ((1, tokens, D), (V, D)))
+        targets = mx.random.randint(0, V, (1, tokens))
+        mx.eval(x, head, targets)
+        before, start = mx.get_active_memory(), time.perf_counter()
+        mx.reset_peak_memory()
+        mx.eval(mx.value_and_grad(nats, argnums=(0, 1))(x, head))
+    return mx.get_peak_memory() - before, time.perf_counter() - start
 
 
 class TrainEngine:

@@ -1,9 +1,19 @@
 """The PyTorch backend: CUDA, MPS and CPU."""
 
 from twingpt.backends.torch.decoding import DecodeEngine
-from twingpt.backends.torch.device import details, devices
-from twingpt.backends.torch.training import TrainEngine
+from twingpt.backends.torch.device import details, devices, free_memory, matmul, memory_errors
+from twingpt.backends.torch.training import TrainEngine, loss_memory
 
 NAME = "torch"
 
-__all__ = ["NAME", "DecodeEngine", "TrainEngine", "details", "devices"]
+__all__ = [
+    "NAME",
+    "DecodeEngine",
+    "TrainEngine",
+    "details",
+    "devices",
+    "free_memory",
+    "loss_memory",
+    "matmul",
+    "memory_errors",
+]

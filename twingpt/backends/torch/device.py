@@ -2,50 +2,116 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from twingpt.core.backend import Device, Memory, process_memory
+from twingpt.core import host
+from twingpt.core.backend import Device, Memory
+from twingpt.core.errors import OutOfMemoryError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# AMD's architectures with matrix instructions in bfloat16: CDNA 1 to 4, RDNA 3 and 4.
+MATRIX_ARCHITECTURES = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+
+
+# How the message of a RuntimeError begins or ends that is one of memory: on the CPU, on MPS and in CUDA's libraries.
+OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+def _known(*dtypes: str) -> tuple[str, ...]:
+    return tuple(dtype for dtype in dtypes if dtype in DTYPES)
+
 
 def devices() -> list[Device]:
-    """The devices that are present, the best first: CUDA (or ROCm) GPUs, MPS, the CPU."""
+    """The devices that are present, the best first: CUDA (or ROCm) and XPU GPUs, MPS, the CPU."""
     found = [_cuda(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    found += [_xpu(i) for i in range(torch.xpu.device_count())] if torch.xpu.is_available() else []
     if torch.backends.mps.is_available():
-        memory_bytes = torch.mps.recommended_max_memory()
-        found.append(Device("mps", "mps", "Apple GPU", ("float32", "bfloat16"), "float32", memory_bytes))
-    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return [*found, Device("cpu", "cpu", cpu, tuple(DTYPES), "float32", physical)]
+        chip, memory_bytes = host.cpu_name(), torch.mps.recommended_max_memory()
+        fast = _known(*host.apple_fast_dtypes(chip))
+        found.append(Device("mps", "mps", chip, tuple(DTYPES), fast, "float32", memory_bytes))
+    cpu, fast = f"{host.cpu_name()}, {torch.get_num_threads()} threads", _known(*host.cpu_fast_dtypes())
+    return [*found, Device("cpu", "cpu", cpu, tuple(DTYPES), fast, "float32", host.total_memory())]
 
 
 def _cuda(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    fast_bf16 = properties.major >= 8 or torch.version.hip is not None
-    default = "bfloat16" if fast_bf16 else "float32"
-    dtypes = ("float32", "bfloat16") if fast_bf16 else ("float32",)
-    return Device(f"cuda:{index}", "cuda", properties.name, dtypes, default, properties.total_memory)
+    if torch.version.hip is None:
+        fast = _known(*host.nvidia_fast_dtypes(properties.major))
+    elif properties.gcnArchName.startswith(MATRIX_ARCHITECTURES):
+        fast = _known("float32", "float16", "bfloat16")
+    else:
+        fast = _known("float32", "float16")
+    default = "bfloat16" if "bfloat16" in fast else "float32"
+    return Device(f"cuda:{index}", "cuda", properties.name, fast, fast, default, properties.total_memory)
+
+
+def _xpu(index: int) -> Device:
+    properties = torch.xpu.get_device_properties(index)
+    systolic = properties.has_subgroup_matrix_multiply_accumulate
+    fast = _known("float32", "float16", "bfloat16") if systolic else ("float32",)
+    default = "bfloat16" if systolic else "float32"
+    return Device(f"xpu:{index}", "xpu", properties.name, tuple(DTYPES), fast, default, properties.total_memory)
 
 
 def details() -> dict[str, Any]:
     """What `gpt doctor` should say about this backend."""
-    return {"version": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
+    built_for = {"cuda": torch.version.cuda, "hip": torch.version.hip, "xpu": torch.version.xpu}
+    return {"version": torch.__version__, **built_for, "threads": torch.get_num_threads()}
 
 
 def memory(device: Device) -> Memory:
     """Bytes in use on the device; on a CPU those of the process."""
     if device.kind == "cuda":
         return Memory(torch.cuda.memory_allocated(device.name), torch.cuda.max_memory_allocated(device.name))
+    if device.kind == "xpu":
+        return Memory(torch.xpu.memory_allocated(device.name), torch.xpu.max_memory_allocated(device.name))
     if device.kind == "mps":  # keeps no peak of its own; the driver's pool only grows
         return Memory(torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory())
-    return process_memory()
+    return host.process_memory()
+
+
+def free_memory(device: Device) -> int:
+    """Bytes that could still be allocated on the device."""
+    if device.kind == "cuda":
+        return torch.cuda.mem_get_info(device.name)[0]
+    if device.kind == "xpu":
+        return torch.xpu.mem_get_info(device.name)[0]
+    free = host.free_memory()  # an Apple GPU has the same memory
+    if device.kind == "mps":
+        return min(free, max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
+    return free
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise OutOfMemoryError within the block for whatever PyTorch raises where memory is short."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one, and NumPy raises the other
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(str(error)):
+            raise OutOfMemoryError("PyTorch ran out of memory.") from error
+        raise
+
+
+def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:
+    """A function that multiplies two n x n matrices of `dtype` on the device, and waits for the product."""
+    a, b = (torch.rand(n, n, device=device.name).to(DTYPES[dtype]) for _ in range(2))
+    product = torch.empty_like(a)
+
+    def run() -> None:
+        torch.matmul(a, b, out=product)
+        if device.kind != "cpu":
+            torch.accelerator.synchronize(torch.device(device.name))
+
+    return run
 
 
 def to_device(array: np.ndarray | Tensor, device: Device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -43,6 +44,20 @@ def summed_nats(
 def mean_nats(params: Parameters, tokens: Array, targets: Array, *settings: Any) -> Array:
     """The loss of a (B, T) batch per target; `settings` are those of `summed_nats`."""
     return summed_nats(params, tokens, targets, *settings) / targets.numel()
+
+
+def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, chunked: bool) -> tuple[int, float]:
+    """Bytes that the loss of so many tokens and its gradients take at most beside their inputs, and the seconds."""
+    V, D = config.vocab_size, config.n_embd
+    x = torch.randn(1, tokens, D, dtype=DTYPES[dtype], device=device.name).requires_grad_()
+    p = {"model.embed_tokens.weight": torch.randn(V, D, dtype=DTYPES[dtype], device=device.name).requires_grad_()}
+    targets = torch.randint(0, V, (1, tokens), device=device.name)
+    before, start = memory(device).now, time.perf_counter()
+    whole = model.chunked_nats(x, p, targets, config) if chunked else None
+    nats = model.cross_entropy(model.logits(x, p, config), targets) if whole is None else whole
+    (nats / tokens).backward()
+    nats.item()
+    return memory(device).peak - before, time.perf_counter() - start
 
 
 class TrainEngine:

@@ -1,0 +1,191 @@
+"""gpt bench: speed and memory of both backends, each measured in its own process."""
+
+import json
+import signal
+import statistics
+
+import pytest
+
+from tests.cli.test_commands import mistake
+from tests.conftest import BOTH, needs
+from twingpt.core import backend as backends
+from twingpt.core import bench
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
+from twingpt.core.flops import Peak, flops_per_token
+from twingpt.core.parameters import parameter_count
+
+SMALL = [
+    "--n-layer", 2, "--n-head", 4, "--n-embd", 32, "--block-size", 32, "--vocab-size", 300, "--batch-size", 4,
+    "--repeats", 3, "--steps", 2, "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["train", "forward"])
+def test_both_backends_side_by_side(gpt, twins, mode):
+    code, out, err = gpt("bench", mode, "--json", *SMALL)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["mode"] == mode and result["skipped"] == []
+    assert [row["backend"] for row in result["rows"]] == ["mlx", "torch"]
+    for row in result["rows"]:
+        assert row["device"] == "cpu" and row["dtype"] == "float32" and row["compile"] is False
+        assert (row["repeats"], row["steps"], row["batch_size"]) == (3, 2, 4) and row["spread"] >= 0
+        assert row["tokens_per_second"] == pytest.approx(4 * 32 / row["seconds_per_step"])
+        config = GPTConfig.from_dict(row["config"])
+        assert config.n_embd == 32 and config.vocab_size == 300 and row["parameters"] == parameter_count(config)
+        per_token = flops_per_token(config) * (1 if mode == "train" else 1 / 3)
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * per_token / row["peak_flops"])
+        assert row["peak_source"] == "measured" and 2**24 < row["peak_memory_bytes"] < 2**34
+        assert (row["optimizer"] == "muon") == (mode == "train")
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_the_table(gpt, backend):
+    options = ["--dtype", "bfloat16", "--optimizer", "adamw", "--gradient-accumulation-steps", 2]
+    code, out, err = gpt("bench", "train", "--backend", backend, *SMALL, *options)
+    assert code == 0, err
+    assert backend in out and "bfloat16" in out and "peak memory" in out and "FLOP/s in matrix products" in out
+    assert "4 x 2 windows of 32 tokens a step, adamw; medians of 3 times 2 steps" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_what_can_not_be_measured_is_said(backend):
+    options = {"n_layer": 1, "n_embd": 32, "block_size": 32, "batch_size": 2}
+    result = bench.measure("train", [backend, "jax"], options, repeats=1, steps=1)
+    assert [row["backend"] for row in result["rows"]] == [backend]
+    assert result["skipped"] == [{"backend": "jax", "reason": result["skipped"][0]["reason"]}]
+    assert "Unknown backend 'jax'" in result["skipped"][0]["reason"]
+
+
+class Stub:
+    """A process that takes as long as it was told, without running any."""
+
+    order: list[str] = []
+
+    def __init__(self, backend):
+        self.backend, self.seconds, self.ended = backend, iter({"mlx": [4, 2, 3], "torch": [1, 1, 3]}[backend]), False
+
+    def ask(self, name, **arguments):
+        if name == "open":
+            kind = {"mlx": "metal", "torch": "mps"}[self.backend]
+            return {
+                "device": kind, "kind": kind, "description": "", "dtype": "bfloat16",
+                "peak": {"flops_per_second": 1e12, "source": "measured"} if kind == "mps" else None,
+            }  # fmt: skip
+        if name == "run":
+            self.order.append(self.backend)
+            return next(self.seconds) * arguments["steps"]
+        return {"build": None, "memory": 10**6}[name]
+
+    def end(self):
+        self.ended = True
+
+
+def test_repeats_take_turns_and_rows_are_medians(monkeypatch):
+    monkeypatch.setattr(bench, "Process", Stub)
+    monkeypatch.setattr(Stub, "order", [])
+    result = bench.measure("train", ["mlx", "torch"], {}, repeats=3, steps=7)
+    assert Stub.order == ["mlx", "torch"] * 3
+    mlx, torch = result["rows"]
+    assert (mlx["seconds_per_step"], mlx["spread"]) == (statistics.median([4, 2, 3]), 2 / 3)
+    assert (torch["seconds_per_step"], torch["spread"]) == (1, 2)
+    assert mlx["mfu"] is None and mlx["peak_flops"] is None and torch["mfu"] > 0
+    assert mlx["compile"] is True and mlx["config"]["n_embd"] == 384  # the recipe of a GPU
+
+
+def test_one_model_for_all_where_one_device_is_a_cpu():
+    assert bench.configuration(["cpu", "cuda"], {})[0].n_embd == bench.configuration(["cpu"], {})[0].n_embd == 192
+
+
+@pytest.mark.parametrize("mode", ["train", "forward"])
+def test_no_peak_is_shown_as_not_available(gpt, monkeypatch, mode):
+    monkeypatch.setattr(bench, "Process", Stub)
+    code, out, err = gpt("bench", mode, "--backend", "mlx", "--repeats", 2)
+    assert code == 0 and "n/a" in out and "MFU of" not in out, err
+
+
+def test_a_process_that_dies_says_so():
+    process = bench.Process("torch")
+    process.process.send_signal(signal.SIGKILL)
+    with pytest.raises(UserError, match="torch was ended from outside, most likely for want of memory"):
+        process.ask("memory")
+    process.end()
+    process = bench.Process("torch")
+    with pytest.raises(UserError, match=r"torch ended with code 1: AttributeError: 'Worker' object has no .*'dance'"):
+        process.ask("dance")
+    process.end()
+
+
+def test_a_failure_of_a_framework_is_a_sentence(monkeypatch, capfd):
+    lines = iter(['["memory", {}]', '["open", {"backend": "x", "device": null, "dtype": null}]'])
+
+    def fails(self):
+        raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+
+    monkeypatch.setattr(bench.Worker, "memory", fails)
+    monkeypatch.setattr(bench.sys, "stdin", lines)
+    monkeypatch.setattr(bench.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
+    bench.serve()
+    first, second = map(json.loads, capfd.readouterr().out.splitlines())
+    assert first == {"failure": "RuntimeError: [malloc] Unable to allocate 1 bytes."}
+    assert "Unknown backend 'x'" in second["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", 0], "--repeats must be at least 1, and is 0"),
+        (["--steps", -1], "--steps must be at least 1"),
+        (["--preset", "tinny"], "Unknown preset 'tinny': did you mean 'tiny'?"),
+        (["--n-head", 5], "n_embd 192 is not divisible by n_head 5"),
+        (["--optimizer", "sgd"], "Unknown optimizer 'sgd'"),
+        (["--batch-size", 0], "batch_size must be at least 1"),
+        (["--backend", "jax"], "Unknown backend 'jax'"),
+    ],
+)
+def test_mistakes(gpt, monkeypatch, arguments, message):
+    monkeypatch.setattr(bench, "Process", None)  # none is started
+    assert message in mistake(gpt, "bench", "train", *arguments)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_device_or_dtype_that_is_not_there(gpt, backend):
+    assert "device 'tpu'" in mistake(gpt, "bench", "forward", "--backend", backend, "--device", "tpu")
+    assert "Unknown dtype on cpu 'int4'" in mistake(
+        gpt, "bench", "forward", "--backend", backend, "--device", "cpu", "--dtype", "int4"
+    )
+
+
+def test_the_share_of_a_forward_pass():
+    facts = {"device": "cpu", "description": "", "dtype": "float32", "compile": False}
+    config, train = bench.configuration(["cpu"], {})
+    process = Stub("torch")
+    facts["peak"] = {"flops_per_second": 1e12, "source": "measured"}
+    rows = [bench._row(mode, process, facts, config, train, [1.0], 1) for mode in ("train", "forward")]
+    assert rows[0]["mfu"] == pytest.approx(3 * rows[1]["mfu"])
+    assert rows[0]["mfu"] == pytest.approx(16 * 128 * flops_per_token(config) / Peak(1e12, "").flops_per_second)
+
+
+@pytest.mark.slow
+def test_the_chunked_loss_takes_a_fraction_of_the_memory(gpt):
+    code, out, err = gpt("bench", "memory", "--tokens", 4096, "--vocab-size", 50304, "--n-embd", 64, "--json")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    names = [name for name in backends.BACKENDS if backends.installed(name)]
+    assert [(row["backend"], row["way"]) for row in rows] == [(n, way) for n in names for way in ("plain", "chunked")]
+    for row in rows:
+        assert row["peak_memory_bytes"] > 0 and row["tokens_per_second"] > 0 and row["mfu"] is None
+        assert row["ratio"] == 1 if row["way"] == "plain" else row["ratio"] > 1.5
+
+
+@needs("torch")
+def test_a_loss_too_large_for_the_machine_is_not_tried(gpt):
+    code, out, err = gpt("bench", "memory", "--tokens", 10**9, "--backend", "torch")
+    assert code in (0, 2) and ("give a smaller --tokens" in err + out)
+
+
+def test_a_bad_size_of_the_loss(gpt):
+    code, _, err = gpt("bench", "memory", "--tokens", 0)
+    assert code == 2 and "--tokens must be at least 2" in err

@@ -1,0 +1,169 @@
+"""What the processor and the GPUs are said to be, from what their drivers say."""
+
+import types
+
+import pytest
+
+from tests.conftest import needs
+from twingpt.core import backend as backends
+from twingpt.core import host
+
+EPYC = "processor : 0\nmodel name\t: AMD EPYC 9354\nflags\t\t: fpu sse avx2 avx512f avx512_bf16 fma\n"
+XEON = "model name\t: Intel(R) Xeon(R) Platinum 8480+\nflags\t: avx512_bf16 avx512_fp16 amx_bf16 amx_tile\n"
+OLD = "model name\t: Intel(R) Core(TM) i5-8250U\nflags\t: avx2 fma f16c\n"
+GRAVITON = "processor : 0\nFeatures\t: fp asimd evtstrm fphp asimdhp i8mm bf16 dgh\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        (EPYC, ("float32", "bfloat16")),
+        (XEON, ("float32", "bfloat16", "float16")),
+        (OLD, ("float32",)),
+        (GRAVITON, ("float32", "bfloat16", "float16")),
+        ("", ("float32",)),
+    ],
+)
+def test_what_a_cpu_is_fast_at(monkeypatch, cpuinfo, fast):
+    monkeypatch.setattr(host, "_cpuinfo", lambda: cpuinfo)
+    assert host.cpu_fast_dtypes() == fast
+
+
+def test_the_name_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(host, "_cpuinfo", lambda: EPYC)
+    assert host.cpu_name() == "AMD EPYC 9354"
+    monkeypatch.setattr(host, "_cpuinfo", lambda: "")
+    monkeypatch.setattr(host.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(host.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout="Apple M3 Pro\n"))
+    assert host.cpu_name() == "Apple M3 Pro"
+
+
+def test_what_gpus_are_fast_at():
+    assert [host.nvidia_fast_dtypes(major) for major in (6, 7, 8)] == [
+        ("float32",),
+        ("float32", "float16"),
+        ("float32", "float16", "bfloat16"),
+    ]
+    assert "bfloat16" not in host.apple_fast_dtypes("Apple M2 Max")
+    assert "bfloat16" in host.apple_fast_dtypes("Apple M10")
+
+
+def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path):
+    whole = host.total_memory()
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(host, "CGROUPS", [(limit, used)])
+    assert host.total_memory() == whole  # no container
+    limit.write_text("max\n")
+    used.write_text("1000\n")
+    assert host.total_memory() == whole
+    limit.write_text(f"{2**20}\n")
+    assert host.total_memory() == 2**20 and host.free_memory() == 2**20 - 1000
+    used.write_text(f"{2**21}\n")
+    assert host.free_memory() == 0
+
+
+def test_free_memory_is_part_of_all(engines):
+    for device in engines.devices():
+        assert 0 < engines.free_memory(device) <= device.memory_bytes
+
+
+def fake_gpu(**facts) -> types.SimpleNamespace:
+    return types.SimpleNamespace(name="A GPU", total_memory=2**34, **facts)
+
+
+@needs("torch")
+@pytest.mark.parametrize(
+    ("properties", "hip", "fast", "default"),
+    [
+        (fake_gpu(major=9), None, {"float32", "bfloat16"}, "bfloat16"),
+        (fake_gpu(major=7), None, {"float32"}, "float32"),
+        (fake_gpu(major=6), None, {"float32"}, "float32"),
+        (fake_gpu(major=9, gcnArchName="gfx90a:sramecc+:xnack-"), "6.4", {"float32", "bfloat16"}, "bfloat16"),
+        (fake_gpu(major=10, gcnArchName="gfx1030"), "6.4", {"float32"}, "float32"),
+    ],
+)
+def test_cuda_and_rocm_devices(monkeypatch, properties, hip, fast, default):
+    import torch
+
+    engines = backends.get("torch")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda name: (2**33, 2**34))
+    first, second, *_ = engines.devices()
+    assert (first.name, second.name, first.kind) == ("cuda:0", "cuda:1", "cuda")
+    assert first.default_dtype == default and fast <= set(first.fast_dtypes)
+    assert ("bfloat16" in first.fast_dtypes) == ("bfloat16" in fast)
+    assert engines.free_memory(first) == 2**33
+
+
+@needs("torch")
+@pytest.mark.parametrize("systolic", [True, False])
+def test_xpu_devices(monkeypatch, systolic):
+    import torch
+
+    engines = backends.get("torch")
+    properties = fake_gpu(has_subgroup_matrix_multiply_accumulate=systolic)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda name: (2**33, 2**34))
+    device = backends.find_device(engines, "xpu")
+    assert device.name == "xpu:0" and device.default_dtype == ("bfloat16" if systolic else "float32")
+    assert ("bfloat16" in device.fast_dtypes) == systolic
+    assert engines.free_memory(device) == 2**33
+
+
+@needs("torch")
+def test_mps_device(monkeypatch):
+    import torch
+
+    engines = backends.get("torch")
+    monkeypatch.setattr(host, "cpu_name", lambda: "Apple M1")
+    monkeypatch.setattr(host, "free_memory", lambda: 6 * 2**30)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10 * 2**30)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2**30)
+    device = backends.find_device(engines, "mps")
+    assert device.description == "Apple M1" and "bfloat16" not in device.fast_dtypes
+    assert device.memory_bytes == 10 * 2**30 and engines.free_memory(device) == 6 * 2**30
+
+
+@needs("mlx")
+def test_metal_device(monkeypatch):
+    import mlx.core as mx
+
+    engines = backends.get("mlx")
+    info = {"device_name": "Apple M4", "max_recommended_working_set_size": 10 * 2**30}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda device: info)
+    monkeypatch.setattr(host, "free_memory", lambda: 20 * 2**30)
+    device = engines.devices()[0]
+    assert (device.kind, device.description, device.default_dtype) == ("metal", "Apple M4", "bfloat16")
+    assert "bfloat16" in device.fast_dtypes and 9 * 2**30 < engines.free_memory(device) <= device.memory_bytes
+
+
+@needs("mlx")
+@pytest.mark.parametrize(("major", "default"), [(9, "bfloat16"), (7, "float32")])
+def test_mlx_on_cuda(monkeypatch, major, default):
+    import mlx.core as mx
+
+    engines = backends.get("mlx")
+    info = {
+        "device_name": "NVIDIA L4", "compute_capability_major": major, "total_memory": 2**34, "free_memory": 2**33,
+    }  # fmt: skip
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda device: info)
+    device = engines.devices()[0]
+    assert (device.kind, device.default_dtype, device.memory_bytes) == ("cuda", default, 2**34)
+    assert engines.free_memory(device) == 2**33
+
+
+@needs("mlx")
+def test_mlx_keeps_float32_products_in_float32():
+    import os
+
+    backends.get("mlx")
+    assert os.environ["MLX_ENABLE_TF32"] == "0"

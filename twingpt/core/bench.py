@@ -1,0 +1,323 @@
+"""Speed and memory of training, of forward passes and of the loss, each backend in a process of its own.
+
+The parent drives the processes in turns, a line of JSON each way, so that a slow moment of the machine
+hits them all; they share neither memory nor threads. `python -m twingpt.core.bench` is such a process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twingpt.core import backend as backends
+from twingpt.core import flops, rng
+from twingpt.core.backend import Backend, Device, TrainEngine
+from twingpt.core.config import GPTConfig, TrainConfig, preset
+from twingpt.core.errors import UserError
+from twingpt.core.launch import RECIPES
+from twingpt.core.parameters import initialise, parameter_count
+from twingpt.core.schedule import hyperparameters
+from twingpt.core.settings import MODEL_FIELDS, TRAIN_FIELDS
+
+WARMUP = 2  # runs that are not counted: they compile, start threads and fill caches
+PLAIN_LOSS_COPIES = 4  # float32 arrays of all logits that a plain loss may hold at a time
+FORWARD_SHARE = 1 / 3  # of a training step's operations: the backward pass does twice the forward's
+
+Options = Mapping[str, Any]
+
+
+class Worker:
+    """What a process does: it opens a backend, builds an engine, and runs it as often as it is told."""
+
+    engines: Backend
+    device: Device
+    engine: TrainEngine
+    run_once: Callable[[], Any]
+
+    def open(self, backend: str, device: str | None, dtype: str | None) -> dict[str, Any]:
+        """Choose device and dtype; what they are, and the device's peak."""
+        self.engines = backends.get(backend)
+        self.device = backends.find_device(self.engines, device)
+        chosen = backends.find_dtype(self.device, dtype)
+        peak = flops.peak(self.engines, self.device, chosen)
+        return {
+            "device": self.device.name,
+            "kind": self.device.kind,
+            "description": self.device.description,
+            "dtype": chosen,
+            "peak": dataclasses.asdict(peak) if peak else None,
+        }
+
+    def build(self, mode: str, config: Options, train: Options, compile: bool) -> None:
+        """Make an engine with random weights and a random batch, and run it until it is warm."""
+        model, settings = GPTConfig.from_dict(config), TrainConfig.from_dict(train)
+        self.engine = self.engines.TrainEngine(model, self.device, settings.optimizer, settings.dtype, compile)
+        self.engine.load(initialise(model, settings.seed))
+        shape = (settings.batch_size, model.block_size + 1)
+        tokens = rng.generator("bench", settings.seed).integers(0, model.vocab_size, shape).astype(np.int32)
+        inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+
+        def step() -> Any:
+            for _ in range(settings.gradient_accumulation_steps):
+                self.engine.micro(inputs, targets, settings.seed)
+            return self.engine.update(hyperparameters(settings, 0))
+
+        self.run_once = step if mode == "train" else lambda: self.engine.evaluate(inputs, targets)
+        for _ in range(WARMUP):
+            self.run(1)
+
+    def run(self, steps: int) -> float:
+        """Seconds for so many steps, from the first call to the last result."""
+        start = time.perf_counter()
+        self.engine.read([self.run_once() for _ in range(steps)])
+        return time.perf_counter() - start
+
+    def loss(self, vocab_size: int, n_embd: int, tokens: int, dtype: str, chunked: bool) -> tuple[int, float]:
+        """Bytes and seconds of a loss and its gradients."""
+        config = GPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_head=1, position="none", block_size=tokens)
+        return self.engines.loss_memory(config, self.device, dtype, tokens, chunked)
+
+    def free(self) -> int:
+        """Bytes that could still be allocated."""
+        return self.engines.free_memory(self.device)
+
+    def memory(self) -> int:
+        """The most bytes in use so far."""
+        return self.engine.memory().peak
+
+
+def serve() -> None:
+    """Do what the lines on stdin ask for, and answer each with a line; what else is printed goes to stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends this one
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker = Worker()
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        try:
+            answer = {"result": getattr(worker, name)(**arguments)}
+        except UserError as error:
+            answer = {"error": str(error)}
+        except (MemoryError, RuntimeError) as error:  # what the frameworks raise
+            answer = {"failure": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Process:
+    """A worker as its parent sees it."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
+        # The same package as here, and nothing that happens to lie in the working directory.
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "twingpt.core.bench"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=os.environ | environment,
+        )
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        self.process.kill()
+        self.process.communicate()
+        self.log.close()
+
+    def ask(self, name: str, **arguments: Any) -> Any:
+        """What a method of the worker returns. Raises UserError with what went wrong there."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            print(json.dumps([name, arguments]), file=self.process.stdin, flush=True)
+            answer = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            raise UserError(self._died()) from None
+        if "result" not in answer:
+            raise UserError(answer.get("error") or f"The measurement of {self.backend} failed: {answer['failure']}")
+        return answer["result"]
+
+    def _died(self) -> str:
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            return f"The measurement of {self.backend} was ended from outside, most likely for want of memory."
+        self.log.seek(0)
+        said = self.log.read().strip().splitlines()
+        return f"The measurement of {self.backend} ended with code {code}: {said[-1] if said else 'it said nothing.'}"
+
+
+def configuration(kinds: Sequence[str], options: Options) -> tuple[GPTConfig, TrainConfig]:
+    """The model and run to measure: the recipe of a GPU where all devices are one, changed by `options`."""
+    values = RECIPES["cpu" if "cpu" in kinds else "gpu"] | dict(options)
+    train = TrainConfig.from_dict({key: value for key, value in values.items() if key in TRAIN_FIELDS})
+    shape = {key: value for key, value in values.items() if key in MODEL_FIELDS}
+    return preset(values["preset"], train.vocab_size, values.get("shape"), **shape), train
+
+
+def measure(
+    mode: str,
+    names: Sequence[str],
+    options: Options,
+    device: str | None = None,
+    dtype: str | None = None,
+    compile: bool | None = None,
+    repeats: int = 5,
+    steps: int = 5,
+) -> dict[str, Any]:
+    """Time `mode` ("train" or "forward") on backends, `repeats` times `steps` steps each, in turns.
+
+    `options` are fields of GPTConfig and TrainConfig, `preset` and `shape`. The result is {"mode", "rows",
+    "skipped"}: a row a backend, and what can't be measured with the reason. Raises UserError where nothing
+    can.
+    """
+    for flag, value in (("--repeats", repeats), ("--steps", steps)):
+        if value < 1:
+            raise UserError(f"{flag} must be at least 1, and is {value}.")
+    skipped: list[dict[str, str]] = []
+    configuration(["cpu"], options)  # a mistake is one before any work is done
+    processes = [Process(name) for name in names]
+    try:
+        opened = _try_each(processes, skipped, lambda p: p.ask("open", backend=p.backend, device=device, dtype=dtype))
+        config, train = configuration([facts["kind"] for facts in opened.values()], options)
+
+        def build(process: Process) -> dict[str, Any]:
+            facts = opened[process]
+            compiled = facts["kind"] != "cpu" if compile is None else compile
+            settings = dataclasses.replace(train, dtype=facts["dtype"]).to_dict()
+            process.ask("build", mode=mode, config=config.to_dict(), train=settings, compile=compiled)
+            return {**facts, "compile": compiled}
+
+        ready = _try_each(list(opened), skipped, build)
+        seconds: dict[Process, list[float]] = {process: [] for process in ready}
+        for _ in range(repeats):
+            for process in ready:
+                seconds[process].append(process.ask("run", steps=steps) / steps)
+        rows = [_row(mode, process, facts, config, train, seconds[process], steps) for process, facts in ready.items()]
+    finally:
+        for process in processes:
+            process.end()
+    return {"mode": mode, "rows": rows, "skipped": skipped}
+
+
+def measure_loss(
+    names: Sequence[str],
+    vocab_size: int = 50304,
+    n_embd: int = 768,
+    tokens: int = 16384,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """The memory of the loss of `tokens` tokens and its gradients, plain and a chunk of positions at a time.
+
+    The result is like `measure`'s, with a row for each backend and way, each measured in a process of its own;
+    `ratio` is the plain way's bytes over the chunked one's. What the machine has no memory for is skipped.
+    """
+    for flag, value in (("--vocab-size", vocab_size), ("--n-embd", n_embd), ("--tokens", tokens)):
+        if value < 2:
+            raise UserError(f"{flag} must be at least 2, and is {value}.")
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    for name in names:
+        for way in ("plain", "chunked"):
+            process = Process(name)
+            try:
+                rows.append(_loss_row(process, way, vocab_size, n_embd, tokens, device, dtype))
+            except UserError as error:
+                skipped.append({"backend": name, "reason": str(error)})
+            finally:
+                process.end()
+    if not rows:
+        raise UserError(" ".join(entry["reason"] for entry in skipped))
+    for row in rows:
+        plain = [other for other in rows if other["backend"] == row["backend"] and other["way"] == "plain"]
+        row["ratio"] = plain[0]["peak_memory_bytes"] / row["peak_memory_bytes"] if plain else None
+    return {"mode": "memory", "rows": rows, "skipped": skipped}
+
+
+def _loss_row(
+    process: Process, way: str, vocab_size: int, n_embd: int, tokens: int, device: str | None, dtype: str | None
+) -> dict[str, Any]:
+    facts = process.ask("open", backend=process.backend, device=device, dtype=dtype)
+    free, plain = process.ask("free"), PLAIN_LOSS_COPIES * 4 * vocab_size * tokens
+    if way == "plain" and plain > free:
+        raise UserError(
+            f"The plain loss would take about {plain / 1e9:.1f} GB on {process.backend}, and {free / 1e9:.1f} GB are "
+            "free: give a smaller --tokens or --vocab-size."
+        )
+    sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "tokens": tokens, "dtype": facts["dtype"]}
+    peak, seconds = process.ask("loss", **sizes, chunked=way == "chunked")
+    return {
+        "backend": process.backend,
+        "device": facts["device"],
+        "way": way,
+        **sizes,
+        "tokens_per_second": tokens / seconds,
+        "mfu": None,
+        "seconds_per_step": seconds,
+        "repeats": 1,
+        "peak_memory_bytes": peak,
+    }
+
+
+def _try_each(
+    processes: Sequence[Process], skipped: list[dict[str, str]], call: Callable[[Process], dict[str, Any]]
+) -> dict[Process, dict[str, Any]]:
+    """What `call` gives for each process that it works for; the rest is noted. UserError where none is left."""
+    results = {}
+    for process in processes:
+        try:
+            results[process] = call(process)
+        except UserError as error:
+            skipped.append({"backend": process.backend, "reason": str(error)})
+    if not results:
+        raise UserError(" ".join(entry["reason"] for entry in skipped))
+    return results
+
+
+def _row(
+    mode: str, process: Process, facts: Options, config: GPTConfig, train: TrainConfig, seconds: list[float], steps: int
+) -> dict[str, Any]:
+    peak = flops.Peak(**facts["peak"]) if facts["peak"] else None
+    accumulated = train.gradient_accumulation_steps if mode == "train" else 1
+    step = statistics.median(seconds)
+    speed = train.batch_size * accumulated * config.block_size / step
+    share = flops.mfu(speed, config, peak)
+    return {
+        "backend": process.backend,
+        "device": facts["device"],
+        "description": facts["description"],
+        "dtype": facts["dtype"],
+        "compile": facts["compile"],
+        "tokens_per_second": speed,
+        "seconds_per_step": step,
+        "spread": (max(seconds) - min(seconds)) / step,
+        "repeats": len(seconds),
+        "steps": steps,
+        "mfu": share * FORWARD_SHARE if share and mode == "forward" else share,
+        "peak_flops": peak and peak.flops_per_second,
+        "peak_source": peak and peak.source,
+        "peak_memory_bytes": process.ask("memory"),
+        "parameters": parameter_count(config),
+        "batch_size": train.batch_size,
+        "gradient_accumulation_steps": accumulated,
+        "optimizer": train.optimizer if mode == "train" else None,
+        "config": config.to_dict(),
+    }
+
+
+if __name__ == "__main__":
+    serve()
