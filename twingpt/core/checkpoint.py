@@ -6,16 +6,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
@@ -23,43 +20,15 @@ from twingpt.core.parameters import parameter_table, state_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.portable import portable_config
 from twingpt.core.runs import resolve
+from twingpt.core.tensors import Entry, Shapes, TensorFile, write_safetensors
 from twingpt.core.tokenizer import Tokenizer, files
 from twingpt.core.tokenizer import load as load_tokenizer
 
 Array = np.ndarray
-Shapes = Mapping[str, tuple[int, ...]]
 
 SCHEMA = 1
 SHARD_BYTES = 5 * 10**9
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-
-
-def write_safetensors(path: Path, shapes: Shapes, tensors: Mapping[str, Array]) -> dict[str, Any]:
-    """Write float32 tensors, one at a time in the order of `shapes`, and sync; the file's manifest entry.
-
-    The entry has its size, its SHA-256, and each tensor's CRC-32, which finds a damaged one later.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    sha, checks = hashlib.sha256(), {}
-    with path.open("wb") as file:
-        for chunk in (len(text).to_bytes(8, "little"), text):
-            file.write(chunk)
-            sha.update(chunk)
-        for name in shapes:
-            data = np.ascontiguousarray(tensors[name], "<f4").data.cast("B")
-            file.write(data)
-            sha.update(data)
-            checks[name] = f"{zlib.crc32(data):08x}"
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": 8 + len(text) + offset, "sha256": sha.hexdigest(), "crc32": checks}
 
 
 def _shards(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
@@ -81,14 +50,21 @@ def _write_model(folder: Path, config: GPTConfig, tensors: Mapping[str, Array]) 
     shapes = {name: row.shape for name, row in parameter_table(config).items()}
     shards = _shards(shapes)
     if len(shards) == 1:
-        return {MODEL: write_safetensors(folder / MODEL, shapes, tensors)}
+        return {MODEL: write_safetensors(folder / MODEL, shapes, _in_order(shapes, tensors))}
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     index = {
         "metadata": {"total_size": sum(4 * math.prod(shape) for shape in shapes.values())},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
     write_synced(folder / f"{MODEL}.index.json", json.dumps(index, indent=2).encode())
-    return {file: write_safetensors(folder / file, shard, tensors) for file, shard in zip(names, shards, strict=True)}
+    return {
+        file: write_safetensors(folder / file, shard, _in_order(shard, tensors))
+        for file, shard in zip(names, shards, strict=True)
+    }
+
+
+def _in_order(shapes: Shapes, tensors: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+    return ((name, tensors[name]) for name in shapes)
 
 
 def save(
@@ -115,7 +91,7 @@ def save(
             entries = _write_model(temporary, config, tensors)
             if training is not None:
                 state = {name: array.shape for name, array in tensors.items() if name not in parameters}
-                entries[OPTIMIZER] = write_safetensors(temporary / OPTIMIZER, state, tensors)
+                entries[OPTIMIZER] = write_safetensors(temporary / OPTIMIZER, state, _in_order(state, tensors))
             for name, text in texts.items():
                 write_synced(temporary / name, text.encode())
             for path in temporary.iterdir():
@@ -188,31 +164,26 @@ def read_tensors(paths: Iterable[Path], table: Shapes) -> Iterator[tuple[str, Ar
     They come in the order of `table`, one at a time. Every header is checked before any tensor is
     read; UserError names the tensor and the file.
     """
-    with ExitStack() as stack:
-        files, homes = {}, {}
-        for path in paths:
-            try:
-                files[path] = stack.enter_context(safe_open(path, framework="np"))
-                for name in files[path].keys():  # noqa: SIM118  (not a dict)
-                    part = files[path].get_slice(name)
-                    _check_tensor(name, tuple(part.get_shape()), part.get_dtype(), table, path)
-                    homes[name] = path
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
-        for name in table:
-            if name not in homes:
-                raise UserError(f"The tensor {name} is missing from {', '.join(path.name for path in files)}.")
-        for name in table:
-            yield name, files[homes[name]].get_tensor(name)
+    files = [TensorFile(path) for path in paths]
+    homes = {}
+    for file in files:
+        for name, entry in file.entries.items():
+            _check_tensor(name, entry, table, file.path)
+            homes[name] = file
+    for name in table:
+        if name not in homes:
+            raise UserError(f"The tensor {name} is missing from {', '.join(file.path.name for file in files)}.")
+    for name in table:
+        yield name, homes[name].read(name)
 
 
-def _check_tensor(name: str, shape: tuple[int, ...], dtype: str, table: Shapes, path: Path) -> None:
+def _check_tensor(name: str, entry: Entry, table: Shapes, path: Path) -> None:
     if name not in table:
         raise UserError(f"{path} has a tensor {name}, which this model has not.")
-    if shape != table[name]:
-        raise UserError(f"The tensor {name} in {path} has shape {shape}, and the model needs {table[name]}.")
-    if dtype != "F32":
-        raise UserError(f"The tensor {name} in {path} is {dtype}, and must be F32.")
+    if entry.shape != table[name]:
+        raise UserError(f"The tensor {name} in {path} has shape {entry.shape}, and the model needs {table[name]}.")
+    if entry.dtype != "F32":
+        raise UserError(f"The tensor {name} in {path} is {entry.dtype}, and must be F32.")
 
 
 def _read_json(path: Path) -> Any:
