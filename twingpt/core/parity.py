@@ -14,6 +14,7 @@ from twingpt.core import reference, rng
 from twingpt.core.config import SHAPES, GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
+from twingpt.core.quantize import dequantized
 
 Array = np.ndarray
 
@@ -66,7 +67,7 @@ def logits_by_engine(
     config: GPTConfig, params: Mapping[str, Array], tokens: Array, names: Sequence[str], dtype: str
 ) -> Iterator[tuple[str, str, Array]]:
     """Yield (implementation, device, logits): the reference, then each backend on each device that has `dtype`."""
-    yield "reference", "numpy", reference.forward(params, tokens, config)
+    yield "reference", "numpy", reference.forward(dict(dequantized(params.items(), config)), tokens, config)
     for name in names:
         engines = backends.get(name)
         for device in engines.devices():

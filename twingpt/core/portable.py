@@ -19,7 +19,7 @@ def model_type(config: GPTConfig) -> str:
     return "llama" if plain and not config.qk_norm else "twingpt"
 
 
-def portable_config(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
+def portable_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
     """config.json: transformers' fields, and our own configuration under "twingpt".
 
     RoPE is written twice: transformers 5 reads rope_parameters, mlx-lm and older ones the top level.

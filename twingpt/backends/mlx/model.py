@@ -72,10 +72,36 @@ def keep_all(x: Array) -> Array:
     return x
 
 
+def dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array:
+    """(…, width) numbers of MLX's affine layout (see `core.quantize`)."""
+    bits, group_size = 32 * words.shape[-1] // width, width // scales.shape[-1]
+    return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
+
+
+def product(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T for the matrix called `name`, by the quantized kernel where it is quantized."""
+    weight = p[f"{name}.weight"]
+    if f"{name}.scales" in p:
+        scales, biases, width = p[f"{name}.scales"], p[f"{name}.biases"], x.shape[-1]
+        bits, group_size = 32 * weight.shape[-1] // width, width // scales.shape[-1]
+        return mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits)
+    return x @ weight.T
+
+
 def linear(x: Array, p: Parameters, name: str) -> Array:
     """x W^T + b, where the checkpoint has a bias of that name."""
-    weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
-    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    bias = p.get(f"{name}.bias")
+    if f"{name}.scales" in p:
+        return product(x, p, name) if bias is None else product(x, p, name) + bias
+    return product(x, p, name) if bias is None else mx.addmm(bias, x, p[f"{name}.weight"].T)
+
+
+def rows(p: Parameters, name: str, index: Array, width: int) -> Array:
+    """Rows of the embedding called `name`, (*index, width)."""
+    weight = p[f"{name}.weight"]
+    if f"{name}.scales" in p:
+        return dequantize(weight[index], p[f"{name}.scales"][index], p[f"{name}.biases"][index], width)
+    return weight[index]
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -243,7 +269,7 @@ def block_again(
 
 def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
     """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
-    x = p["model.embed_tokens.weight"][tokens]
+    x = rows(p, "model.embed_tokens", tokens, config.n_embd)
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
@@ -289,8 +315,8 @@ def hidden_states(
 
 def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     """(B, T, D) hidden states -> (B, T, V) float32 logits."""
-    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
-    return softcap((x @ head.T).astype(mx.float32), config.logit_softcap)
+    head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+    return softcap(product(x, p, head).astype(mx.float32), config.logit_softcap)
 
 
 def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:

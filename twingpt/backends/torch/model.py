@@ -77,9 +77,36 @@ def keep_all(x: Array) -> Array:
     return x
 
 
+def dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array:
+    """(…, width) numbers of MLX's affine layout (see `core.quantize`); `words` are int32."""
+    bits = 32 * words.shape[-1] // width
+    q = (words[..., None] >> torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)) & (2**bits - 1)
+    groups = q.view(*scales.shape, -1).to(scales.dtype)
+    return torch.addcmul(biases[..., None], groups, scales[..., None]).flatten(-2)
+
+
+def product(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T for the matrix called `name`; a quantized one is dequantized here, and forgotten again."""
+    weight = p[f"{name}.weight"]
+    if f"{name}.scales" in p:
+        weight = dequantize(weight, p[f"{name}.scales"], p[f"{name}.biases"], x.shape[-1])
+    return F.linear(x, weight)
+
+
 def linear(x: Array, p: Parameters, name: str) -> Array:
     """x W^T + b, where the checkpoint has a bias of that name."""
-    return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+    bias = p.get(f"{name}.bias")
+    if f"{name}.scales" in p:
+        return product(x, p, name) if bias is None else product(x, p, name) + bias
+    return F.linear(x, p[f"{name}.weight"], bias)
+
+
+def rows(p: Parameters, name: str, index: Array, width: int) -> Array:
+    """Rows of the embedding called `name`, (*index, width)."""
+    weight = p[f"{name}.weight"]
+    if f"{name}.scales" in p:
+        return dequantize(weight[index], p[f"{name}.scales"][index], p[f"{name}.biases"][index], width)
+    return F.embedding(index, weight)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -205,7 +232,7 @@ def block_again(
 
 def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
     """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
-    x = F.embedding(tokens, p["model.embed_tokens.weight"])
+    x = rows(p, "model.embed_tokens", tokens, config.n_embd)
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
@@ -251,8 +278,8 @@ def hidden_states(
 
 def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     """(B, T, D) hidden states -> (B, T, V) float32 logits."""
-    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
-    return softcap(F.linear(x, head).float(), config.logit_softcap)
+    head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+    return softcap(product(x, p, head).float(), config.logit_softcap)
 
 
 def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
