@@ -407,6 +407,28 @@ def rm(
         print(f"The folder stays, with what training did not write: {', '.join(kept)}.")
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Named sources of text, and prepared data sets.")
+app.add_typer(data_app, name="data", epilog="[bold]Examples[/]\n\ngpt data sources  what --data knows by name\n")
+
+
+@data_app.command(epilog="[bold]Examples[/]\n\ngpt data sources\n\ngpt data sources --json\n")
+def sources(json_: Json = False) -> None:
+    """List the sources that --data knows by name: size, licence and address."""
+    from rich import box
+    from rich.table import Table
+
+    from twingpt.core.console import human_bytes
+    from twingpt.core.data import named
+
+    if json_:
+        _print_json({"sources": [dataclasses.asdict(row) for row in named.TABLE]})
+        return
+    table = Table("name", "size", "licence", "address", box=box.SIMPLE_HEAD)
+    for row in named.TABLE:
+        table.add_row(row.name, human_bytes(row.size) if row.size else "–", row.licence, row.address or "in Python")
+    _console().print(table)
+
+
 def _stdin() -> str:
     if sys.stdin is None:
         raise UserError("There is no stdin to read the prompt from.")
