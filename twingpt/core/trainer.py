@@ -88,6 +88,7 @@ class Trainer:
         self.skipped_in_row = 0
         self.saver = Saver(run, config, data.tokenizer, train.keep, self._report)
         self.interrupted = False
+        self.init_from: str | None = None  # where the model came from that the run began with
         self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
         self.speeds: list[float] = []  # tokens per second, of each report
         self.seconds_before = 0.0  # of earlier starts of the run
@@ -115,6 +116,8 @@ class Trainer:
     def _train_and_save(self, stop: int) -> None:
         """Train to `stop` steps or an interruption; whatever ends it, what is to be saved is tried once more."""
         try:
+            if self.init_from and not self.progress.step:
+                self._save()  # so that the run goes on without the model that it began with
             self._train(stop)
             self._conclude()
         except Exception:
