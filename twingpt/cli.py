@@ -464,7 +464,7 @@ def parity(
         models = measurement.random_models(seed)
     else:
         checkpoint = open_checkpoint(model)
-        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.parameters()))])
+        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.stored()))])
     result = measurement.measure(models, names, dtype, tolerance, seed)
     if json_:
         _print_json(result)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.conftest import cpu
 from twingpt import GPTConfig, TrainConfig
 from twingpt.core import reference
-from twingpt.core.config import MLPS, SHAPES
+from twingpt.core.config import MLPS, NORM_SITES, SHAPES
 from twingpt.core.parameters import initialise, state_table
 from twingpt.core.sampler import Sampling
 from twingpt.core.schedule import hyperparameters
@@ -50,6 +50,22 @@ MATRIX = {
     "smear": {"smear": True},
     "smear of positions": {"smear": True, "embed_norm": True, "position": "learned"},
     "layernorm after the embedding": {"embed_norm": True, "norm": "layernorm", "norm_bias": True},
+    "norms after": {"norm_placement": "post", "n_kv_head": 2},
+    "norms on both sides": {"norm_placement": "both"},
+    "layernorms on both sides": {"norm_placement": "both", "norm": "layernorm", "norm_bias": True},
+    "norm offset": {"norm_offset": True, "init_std": 0.2},
+    "layernorm with offset": {"norm_offset": True, "norm": "layernorm", "embed_norm": True},
+    "parallel residual": {"parallel_residual": True},
+    "qk norm over all heads": {"qk_norm_whole": True, "n_kv_head": 2},
+    "window on some layers": {"sliding_window": 5, "full_attention_layers": (1,)},
+    "two thetas": {
+        "sliding_window": 7,
+        "full_attention_layers": (1,),
+        "local_rope_theta": 100.0,
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+    },
+    "scales": {"embed_scale": 6.0, "residual_scale": 0.3, "attn_scale": 0.2, "logit_divisor": 7.0},
+    "scale and softcaps": {"attn_scale": 0.5, "attn_softcap": 3.0, "logit_divisor": 0.25, "logit_softcap": 2.0},
     **{f"mlp {mlp}": {"mlp": mlp} for mlp in MLPS},
 }
 
@@ -160,7 +176,11 @@ def configs(draw):
         mlp_bias=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
         attn_out_bias=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        norm_placement=draw(st.sampled_from(["pre", "pre", *NORM_SITES])),
+        norm_offset=draw(st.booleans()),
+        parallel_residual=draw(st.booleans()),
+        qk_norm=(qk_norm := draw(st.booleans())),
+        qk_norm_whole=qk_norm and draw(st.booleans()),
         tie_embeddings=draw(st.booleans()),
         embed_norm=draw(st.booleans()),
         smear=draw(st.booleans()),
