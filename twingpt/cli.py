@@ -81,7 +81,7 @@ def train(
     wizard: Annotated[bool, _option("Ask for them, estimate, and write a file.", FILE, "--wizard")] = False,
     data: Annotated[
         list[str] | None,
-        _option("A name from gpt data sources, or a text file or folder; several as SOURCE:WEIGHT, repeated.", DATA),
+        _option("A name from gpt data sources, a text file or a folder; several as SOURCE:WEIGHT, repeated.", DATA),
     ] = None,
     tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
     vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
