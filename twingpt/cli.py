@@ -81,7 +81,7 @@ def train(
     wizard: Annotated[bool, _option("Ask for them, estimate, and write a file.", FILE, "--wizard")] = False,
     data: Annotated[
         list[str] | None,
-        _option("python-docs, shakespeare, or a text file or folder; several as SOURCE:WEIGHT, repeated.", DATA),
+        _option("A name from gpt data sources, or a text file or folder; several as SOURCE:WEIGHT, repeated.", DATA),
     ] = None,
     tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
     vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
@@ -411,6 +411,29 @@ def rm(
         print(f"The folder stays, with what training did not write: {', '.join(kept)}.")
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Named sources of text, and prepared data sets.")
+app.add_typer(data_app, name="data", epilog="[bold]Examples[/]\n\ngpt data sources  what --data knows by name\n")
+
+
+@data_app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt data sources\n\n"
+    "gpt data sources --json | jq '.sources[] | {name, licence, files}'\n\n"
+    "gpt train --data fineweb-edu@8  its first 8 shards\n"
+)
+def sources(json_: Json = False) -> None:
+    """List the sources that --data knows by name: size, licence, address, and what is already here."""
+    from twingpt.core.data import named
+
+    rows = list(named.describe())
+    if json_:
+        _print_json({"sources": rows})
+    else:
+        from twingpt.core.console import print_sources
+
+        print_sources(_console(), rows)
+
+
 def _stdin() -> str:
     if sys.stdin is None:
         raise UserError("There is no stdin to read the prompt from.")
@@ -445,7 +468,7 @@ def parity(
         models = measurement.random_models(seed)
     else:
         checkpoint = open_checkpoint(model)
-        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.parameters()))])
+        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.stored()))])
     result = measurement.measure(models, names, dtype, tolerance, seed)
     if json_:
         _print_json(result)

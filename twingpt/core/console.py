@@ -234,3 +234,17 @@ def print_run(console: Console, run: Run, described: dict[str, Any]) -> None:
     for title, key in (("model", "config"), ("training", "train"), ("data", "data")):
         text = ", ".join(f"{name} {json.dumps(value)}" for name, value in described[key].items())
         console.print(f"\n[bold]{title}[/] {escape(text)}")
+
+
+def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
+    """Two lines a named source, from its row as named.describe() gives it."""
+    for row in rows:
+        files, here = row["files"], sum(file["downloaded"] for file in row["files"])
+        shards = f"{row['default']} of {len(files)} shards, unless {row['name']}@SHARDS" if row["default"] else ""
+        state = f"{here} of {len(files)} files here" if 0 < here < len(files) else "downloaded" if here else ""
+        state = state if files else "comes with Python"
+        size = human_bytes(row["size"]) if row["size"] else "–"
+        facts = [f"[bold]{row['name']:11}[/]  {size:>7}  {row['licence']:16}", shards, state and f"[green]{state}[/]"]
+        console.print("  ".join(filter(None, facts)), soft_wrap=True)
+        pin = row["revision"] or f"SHA-256 {files[0]['sha256']}"
+        console.print(f"{'':13}[dim]{row['address']}, {pin}[/]", soft_wrap=True)
