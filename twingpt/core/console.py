@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from twingpt.core.events import (
+    Baseline,
     Evaluated,
     Event,
     ReporterFailed,
@@ -86,6 +87,7 @@ class ConsoleReporter:
         self.tokens_per_step = 1
         self.closed = False
         self.skipped = 0
+        self.baseline = ""
         self.progress = Progress(
             TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}"),
             BarColumn(bar_width=None),
@@ -125,7 +127,14 @@ class ConsoleReporter:
             self.progress.update(self.task, val=f"{event.val_loss:.3f}")
             best = "  [green]best so far[/]" if event.best else ""
             self.console.print(
-                f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte{best}"
+                f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte"
+                f"{self.baseline}{best}"
+            )
+        elif isinstance(event, Baseline):
+            self.baseline = f" [dim]({event.n}-gram {event.bits_per_byte:.3f})[/]"
+            self.console.print(
+                f"baseline: val loss {event.val_loss:.4f}, {event.bits_per_byte:.3f} bits per byte "
+                f"by the best n-gram, n = {event.n}, which only counts"
             )
         elif isinstance(event, Sampled):
             title = f"a sample after {event.step:,} steps"

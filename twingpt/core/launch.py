@@ -21,7 +21,7 @@ from twingpt.core.config import GPTConfig, TrainConfig, check_type, preset, shap
 from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.events import JSONLReporter, Reporter, Saved, rewind, seconds_so_far
+from twingpt.core.events import JSONLReporter, Reporter, Saved, last_baseline, read_events, rewind, seconds_so_far
 from twingpt.core.flops import peak
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
@@ -156,6 +156,7 @@ def resume_run(
     trainer = _trainer(run, config, train, data, engines, target, compile, _progress(state) if saved else Progress())
     if saved:
         trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
+        trainer.baseline = last_baseline(read_events(run / "metrics.jsonl"))
     else:
         trainer.engine.load(initialise(config, train.seed))
     _write_run(trainer, described["starts"], saved)
@@ -238,6 +239,24 @@ def _resumed_data(
             "give --data the original, or start a new run."
         )
     return data
+
+
+def data_of(name: str, tokenizer: str | None, vocab_size: int | None) -> tuple[TokenDataset, int | None]:
+    """The data of a run, or of what --data may name, and how many held-out tokens the run evaluates on (None: all).
+
+    Raises UserError where there is neither, or a run is to have another tokenizer than its own.
+    """
+    try:
+        run = find_run(name)
+    except UserError:
+        kind, size = tokenizer or TrainConfig.tokenizer, vocab_size or TrainConfig.vocab_size
+        return prepare(name, kind, size), None
+    if tokenizer or vocab_size:
+        raise UserError(f"{name} is a run, with a tokenizer of its own: leave out --tokenizer and --vocab-size.")
+    described, (_, saved) = _read_run(run), _find(name)
+    config, train = GPTConfig.from_dict(described["config"]), TrainConfig.from_dict(described["train"])
+    data = _resumed_data(run, described, saved, train, described["data"]["fingerprint"], moved=False)
+    return data, train.eval_iters * train.batch_size * config.block_size or None
 
 
 def make_engine(

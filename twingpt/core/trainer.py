@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import rng, runs
+from twingpt.core import baseline, rng, runs
 from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.data.ahead import Ahead
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import OutOfMemoryError, UserError
 from twingpt.core.events import (
+    Baseline,
     Evaluated,
     Event,
     Reporter,
@@ -78,6 +80,7 @@ class Trainer:
         self.batches = Ahead(self._batch)
         self.unread: list[Handle] = []  # updates since the last report, oldest first
         self.skipped_in_row = 0
+        self.baseline: Baseline | None = None  # what an n-gram reaches, once it is known
         self.saver = Saver(run, config, data.tokenizer, train.keep, self._report)
         self.interrupted = False
         self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
@@ -271,10 +274,22 @@ class Trainer:
             raise self._diverged(f"The held-out loss after {progress.step} steps")
         progress.evaluated_at = progress.step
         progress.val_loss, progress.val_bpb = nats / count, nats / math.log(2) / max(1, size)
+        self._compare(count)
         improved = progress.val_loss < progress.best_val_loss
         progress.best_val_loss = min(progress.val_loss, progress.best_val_loss)
         self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved, self._seconds))
         return improved
+
+    def _compare(self, targets: int) -> None:
+        """Say what an n-gram reaches on the held-out tokens of an evaluation, once and not before the first step."""
+        known, step = self.baseline, self.progress.step
+        if step == 0 or (known and known.targets == targets):
+            return
+        with self._stopped_clock():
+            row = baseline.for_run(self.data, targets)
+        if row:
+            self.baseline = Baseline(step, row.n, row.val_loss, row.bits_per_byte, targets)
+            self._report(self.baseline)
 
     def _sample(self) -> None:
         """Let the model write from the start of a document."""
@@ -321,6 +336,8 @@ class Trainer:
                 vocab_size=self.config.vocab_size,
             )
         )
+        if self.baseline:
+            self._report(dataclasses.replace(self.baseline, step=self.progress.step))
 
     def _summary(self, reason: str, seconds: float) -> dict[str, Any]:
         progress, speed = self.progress, float(np.median(self.speeds)) if self.speeds else None
@@ -337,6 +354,8 @@ class Trainer:
             "val_loss": progress.val_loss,
             "val_bpb": progress.val_bpb,
             "best_val_loss": progress.best_val_loss,
+            "baseline": self.baseline
+            and {key: getattr(self.baseline, key) for key in ("n", "val_loss", "bits_per_byte")},
             "tokens_per_second": speed,
             "mfu": mfu(speed, self.config, self.peak) if speed else None,
             "peak_memory_bytes": self.engine.memory().peak,
