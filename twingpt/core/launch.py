@@ -23,8 +23,10 @@ from twingpt.core.checkpoint import Checkpoint, open_checkpoint
 from twingpt.core.config import KINDS, GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
 from twingpt.core.data import mixture
 from twingpt.core.data.mixture import Data
+from twingpt.core.data.prepare import prepare
+from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.events import JSONLReporter, Reporter, Saved, rewind, seconds_so_far
+from twingpt.core.events import JSONLReporter, Reporter, Saved, last_baseline, read_events, rewind, seconds_so_far
 from twingpt.core.flops import peak
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
@@ -242,6 +244,7 @@ def resume_run(
     trainer = _trainer(run, config, train, data, engines, target, compile, _progress(state) if saved else Progress())
     if saved:
         trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
+        trainer.baseline = last_baseline(read_events(run / "metrics.jsonl"))
     else:
         trainer.engine.load(initialise(config, train.seed))
     trainer.init_from = described.get("init_from")
@@ -327,6 +330,26 @@ def _resumed_data(
             "give --data the original, or start a new run."
         )
     return data
+
+
+def data_of(name: str, tokenizer: str | None, vocab_size: int | None) -> tuple[TokenDataset, int | None]:
+    """The data of a run, or of what --data may name, and how many held-out tokens the run evaluates on (None: all).
+
+    Raises UserError where there is neither, or a run is to have another tokenizer than its own.
+    """
+    try:
+        run = find_run(name)
+    except UserError:
+        kind, size = tokenizer or TrainConfig.tokenizer, vocab_size or TrainConfig.vocab_size
+        return prepare(name, kind, size), None
+    if tokenizer or vocab_size:
+        raise UserError(f"{name} is a run, with a tokenizer of its own: leave out --tokenizer and --vocab-size.")
+    described, (_, saved) = _read_run(run), _find(name)
+    config, train = GPTConfig.from_dict(described["config"]), TrainConfig.from_dict(described["train"])
+    data = _resumed_data(run, described, saved, train, described["data"]["fingerprint"], moved=False)
+    if not isinstance(data, TokenDataset):
+        raise UserError(f"{name} is trained on a mixture: name one of its sources, {mixture.spell(train.data)}.")
+    return data, train.eval_iters * train.batch_size * config.block_size or None
 
 
 def make_engine(
