@@ -1,5 +1,7 @@
 """Both twins against the float64 reference and against each other, over a family of configurations."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -320,3 +322,16 @@ def torch_adamw(config, params, moments, grads, train, step):
     torch.nn.utils.clip_grad_norm_(list(tensors.values()), train.grad_clip)
     optimizer.step()
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+
+
+def test_a_cache_grows_as_it_fills(twins, monkeypatch):
+    for name in ("mlx", "torch"):
+        monkeypatch.setattr(import_module(f"twingpt.backends.{name}.model"), "CACHE_ROOM", 3)
+    assert_cached_decoding_agrees(config_of({"n_kv_head": 2, "smear": True}), twins, 2, 24)
+
+
+def test_a_long_context_takes_no_memory_before_it_is_filled(engines):
+    config = config_of({"block_size": 2**20})
+    engine = engines.DecodeEngine(config, initialise(config, 0), cpu(engines))
+    engine.prefill(np.array([[5, 6, 7]]))
+    assert engine.cache.keys[0].shape[2] < 1000

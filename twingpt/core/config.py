@@ -68,6 +68,13 @@ KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "float": ("a finite number", lambda value: _is_number(value, "float")),
     "bool": ("of type bool", lambda value: _is_number(value, "bool")),
     "str": ("of type str", lambda value: isinstance(value, str)),
+    "str | tuple[str, ...]": (
+        "of type str, or a list of them",
+        lambda value: (
+            isinstance(value, str)
+            or (isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(item, str) for item in value))
+        ),
+    ),
     "tuple[int, ...]": (
         "a list of layer numbers",
         lambda value: isinstance(value, (list, tuple)) and all(_is_number(item, "int") for item in value),
@@ -361,13 +368,20 @@ def shaped(shape: str, **values: Any) -> GPTConfig:
     return GPTConfig.from_dict(SHAPES[shape] | values)
 
 
+def _one_or_several(data: str | Iterable[str]) -> str | tuple[str, ...]:
+    """A list of one source as that one, as it was before there were mixtures."""
+    several = (data,) if isinstance(data, str) else tuple(data)
+    return several[0] if len(several) == 1 else several
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a run trains: data, optimizer, schedule and what it reports. Names follow nanoGPT.
 
     A step is `gradient_accumulation_steps` micro-batches of `batch_size` windows of the model's
     `block_size` tokens. Intervals are in steps, and 0 turns one off. `eval_iters` counts batches of
-    the fixed validation windows, 0 for the whole split. `keep` is how many latest checkpoints stay.
+    each source's fixed validation windows, 0 for the whole split. `keep` is how many latest checkpoints
+    stay. `data` is one source, or several of them as SOURCE:WEIGHT.
 
     With the optimizer `muon`, the blocks' matrices have `matrix_lr` and Muon's momentum, which warms
     up from 0.85; the rest has AdamW. `embedding_lr` and `head_lr` replace `learning_rate` for those
@@ -380,7 +394,7 @@ class TrainConfig:
     stopping there.
     """
 
-    data: str = "python-docs"
+    data: str | tuple[str, ...] = "python-docs"
     tokenizer: str = "bpe"
     vocab_size: int = 2048
     seed: int = 1337
@@ -416,6 +430,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        object.__setattr__(self, "data", _one_or_several(self.data))
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
         _check_choice("dtype", self.dtype, DTYPES)
@@ -438,7 +453,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, accepted back by `from_dict`."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"data": self.data if isinstance(self.data, str) else list(self.data)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -21,6 +21,8 @@ from twingpt.core.rope import rope_frequencies
 Array = Tensor
 Parameters = dict[str, Tensor]
 
+CACHE_ROOM = 256  # positions, to begin with
+
 
 class Rope:
     """Rotary position embedding with its tables: cos and signed sin, (block_size, rope_dim) float32.
@@ -52,21 +54,30 @@ class Rope:
 
 
 class KVCache:
-    """The token ids, keys and values of the positions seen so far, preallocated for block_size of them."""
+    """The token ids, keys and values of the positions seen so far, in room that doubles up to block_size."""
 
     def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (batch, config.n_kv_head, config.block_size, config.head_dim)
+        shape = (batch, config.n_kv_head, min(CACHE_ROOM, config.block_size), config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.tokens = torch.zeros(batch, config.block_size, dtype=torch.int64, device=device)
-        self.offset = 0
+        self.block_size, self.offset = config.block_size, 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Append (B, K, T, d) to a layer and return all of it up to there."""
         end = self.offset + k.shape[2]
+        if end > self.keys[layer].shape[2]:
+            self._grow(layer, end)
         self.keys[layer][:, :, self.offset : end] = k
         self.values[layer][:, :, self.offset : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def _grow(self, layer: int, end: int) -> None:
+        B, K, T, d = self.keys[layer].shape
+        room = min(self.block_size, max(end, 2 * T))
+        for kept in (self.keys, self.values):
+            empty = kept[layer].new_zeros(B, K, room - T, d)
+            kept[layer] = torch.cat([kept[layer], empty], dim=2)
 
 
 class Dropout:
