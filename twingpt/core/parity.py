@@ -53,7 +53,11 @@ def random_models(seed: int) -> Iterator[tuple[str, GPTConfig, dict[str, Array]]
         "tie_embeddings": False,
         "attn_softcap": 20.0,
         "logit_softcap": 15.0,
+        "norm_placement": "both",
+        "norm_offset": True,
         "sliding_window": 16,
+        "full_attention_layers": (1,),
+        "local_rope_theta": 500.0,
         "rope_fraction": 0.5,
         "no_rope_layers": (3,),
     }
