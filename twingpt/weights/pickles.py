@@ -1,7 +1,8 @@
-"""PyTorch's files, through the torch backend: nothing else imports torch."""
+"""PyTorch's files, through the torch backend, as nothing else imports torch; and the plain files beside them."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import pickletools
 from collections.abc import Mapping
@@ -90,6 +91,21 @@ def check_layers(n_layer: int, state: Mapping[str, Stored], path: Path) -> None:
     """Raise UserError for more layers than there are tensors, before anything is made for each of them."""
     if n_layer > len(state):
         raise UserError(f"{path} says that the model has {n_layer} layers, and has {len(state)} tensors.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError where there is none."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from None
+    except RecursionError:
+        raise UserError(f"{path} can't be read: it is nested too deeply.") from None
+    except ValueError as error:
+        raise UserError(f"{path} can't be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return content
 
 
 def read_plain_pickle(path: Path) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import pickletools
 import struct
@@ -22,7 +24,7 @@ from twingpt.core.errors import UserError
 # What the pickles of models name. torch would allow more, of which some make objects of any size.
 HARMLESS = {
     "collections OrderedDict", "_codecs encode", "torch Size", "torch device", "torch._utils _rebuild_tensor",
-    "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch.storage UntypedStorage",
+    "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
     *(f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char",
                                           "Byte", "Bool")),
 }  # fmt: skip
@@ -41,12 +43,25 @@ class StoredTensor:
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
         """A float32 copy, of some of its rows."""
-        return np.array(self.tensor.detach()[rows].to(torch.float32).numpy())
+        found = np.array(self.tensor.detach()[rows].to(torch.float32).numpy())
+        _forget_pages(self.tensor)
+        return found
 
     def same_memory(self, other: StoredTensor) -> bool:
         """Whether both are the same bytes of the file, as tied parameters are."""
         mine, theirs = self.tensor, other.tensor
         return mine.data_ptr() == theirs.data_ptr() and mine.shape == theirs.shape and mine.stride() == theirs.stride()
+
+
+def _forget_pages(tensor: Tensor) -> None:
+    """Let go of the memory that a tensor's part of the mapped file takes, or all of the file would be resident."""
+    if os.name == "posix":
+        storage = tensor.untyped_storage()
+        start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0:
+            advice = ctypes.c_int(mmap.MADV_DONTNEED)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 def read_pickle(path: Path) -> Any:
