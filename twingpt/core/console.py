@@ -16,6 +16,7 @@ from rich.text import Text
 from twingpt.core.events import (
     Evaluated,
     Event,
+    MemoryPlanned,
     ReporterFailed,
     RunEnded,
     RunStarted,
@@ -135,6 +136,8 @@ class ConsoleReporter:
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
         elif isinstance(event, SaveFailed):
             self.console.print(f"[yellow]step {event.step:,}: {escape(event.message)}[/]", soft_wrap=True)
+        elif isinstance(event, MemoryPlanned):
+            self.console.print(f"[yellow]{escape(event.message)}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
         elif isinstance(event, ReporterFailed):

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from twingpt.core import backend as backends
-from twingpt.core import depth
+from twingpt.core import depth, memory
 from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.checkpoint import Checkpoint, open_checkpoint
 from twingpt.core.config import GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
@@ -37,6 +37,8 @@ SCHEMA = 1
 # What a resumed run may change: how far it goes, what it reports, where it finds its data. The rest
 # decides the weights, so a change would be another run.
 RESUME_KEYS = {
+    "batch_size",  # as long as a step has as many windows
+    "gradient_accumulation_steps",
     "data",
     "dtype",
     "gradient_checkpointing",
@@ -116,7 +118,9 @@ def new_run(options: Options, out: Path | None, backend: str, device: str | None
     check_untrained(run)
     data = prepare(train.data, train.tokenizer, train.vocab_size)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
+    train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), options.keys())
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
+    trainer.notes = notes
     trainer.engine.load(initialise(config, train.seed))
     _write_run(trainer, [], None)
     _write_config(trainer, compile)
@@ -153,7 +157,10 @@ def resume_run(
         train = dataclasses.replace(train, dtype=target.default_dtype)
     backends.find_dtype(target, train.dtype)
     data = _resumed_data(run, described, saved, train, state["data"], moved="data" in options)
+    # A run goes on exactly, so nothing of it changes unasked.
+    _, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), memory.CHANGES)
     trainer = _trainer(run, config, train, data, engines, target, compile, _progress(state) if saved else Progress())
+    trainer.notes = notes
     if saved:
         trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
     else:
@@ -205,7 +212,17 @@ def _resumed_config(
                 "leave it out, or start a new run."
             )
     changes = {key: value for key, value in {**newest, **options}.items() if key in RESUME_KEYS}
-    return TrainConfig.from_dict({**stored, **changes})
+    train, before = TrainConfig.from_dict({**stored, **changes}), TrainConfig.from_dict(dict(stored))
+    if _windows(train) != _windows(before):
+        raise UserError(
+            f"A step of the run has {_windows(before)} windows, and would have {_windows(train)}: give --batch-size "
+            "and --gradient-accumulation-steps that multiply to as many, or start a new run."
+        )
+    return train
+
+
+def _windows(train: TrainConfig) -> int:
+    return train.batch_size * train.gradient_accumulation_steps
 
 
 def _read_run(run: Path) -> dict[str, Any]:
