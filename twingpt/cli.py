@@ -795,6 +795,7 @@ def bench_train(
     block_size: Context = None,
     batch_size: BatchSize = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again.")] = False,
     optimizer: Annotated[str | None, typer.Option(help="adamw or muon. (default: as gpt train)")] = None,
     repeats: Repeats = 5,
     steps: Steps = 5,
@@ -924,6 +925,10 @@ def _print_bench(console: Console, result: dict[str, Any]) -> None:
         if row["peak_flops"]:
             peak = f"{human_flops(row['peak_flops'])} in matrix products, {row['peak_source']}"
             console.print(f"MFU of {row['backend']} is the share of {peak}.")
+    for row in result["rows"]:
+        if row["estimated_memory_bytes"]:
+            arrays = [human_bytes(row[f"{name}_memory_bytes"]) for name in ("array", "estimated")]
+            console.print(f"Of the memory of {row['backend']}, {arrays[0]} are arrays; {arrays[1]} were estimated.")
     for entry in result["skipped"]:
         console.print(f"Not measured: {entry['reason']}", markup=False)
 
