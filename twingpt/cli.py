@@ -65,6 +65,7 @@ def _print_json(value: Any) -> None:
     "gpt train                                    the Python documentation, offline\n\n"
     "gpt train --data novel.txt --out runs/novel  your own text\n\n"
     "gpt train --data shakespeare --tokenizer char --preset micro --max-iters 2000\n\n"
+    "gpt train --data novel.txt:0.7 --data notes/:0.3    a mixture, and the loss on each\n\n"
     "gpt train --depth 6 --data novel.txt         one dial: size, batch, rates and length from the depth\n\n"
     "gpt train --wizard                           questions, an estimate measured here, and a train.toml\n\n"
     "gpt train --config train.toml --set norm=layernorm --set 'no_rope_layers=[3]'\n\n"
@@ -78,7 +79,10 @@ def train(
         list[str] | None, _option("KEY=VALUE, any setting of a model or a run; repeatable.", FILE, "--set")
     ] = None,
     wizard: Annotated[bool, _option("Ask for them, estimate, and write a file.", FILE, "--wizard")] = False,
-    data: Annotated[str | None, _option("python-docs, shakespeare, or a text file or folder.", DATA)] = None,
+    data: Annotated[
+        list[str] | None,
+        _option("A name from gpt data sources, or a text file or folder; several as SOURCE:WEIGHT, repeated.", DATA),
+    ] = None,
     tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
     vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
     preset: Annotated[str | None, _option("micro, tiny, small, medium, gpt2 or large.", MODEL)] = None,
@@ -414,6 +418,29 @@ def rm(
         print(f"The folder stays, with what training did not write: {', '.join(kept)}.")
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Named sources of text, and prepared data sets.")
+app.add_typer(data_app, name="data", epilog="[bold]Examples[/]\n\ngpt data sources  what --data knows by name\n")
+
+
+@data_app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt data sources\n\n"
+    "gpt data sources --json | jq '.sources[] | {name, licence, files}'\n\n"
+    "gpt train --data fineweb-edu@8  its first 8 shards\n"
+)
+def sources(json_: Json = False) -> None:
+    """List the sources that --data knows by name: size, licence, address, and what is already here."""
+    from twingpt.core.data import named
+
+    rows = list(named.describe())
+    if json_:
+        _print_json({"sources": rows})
+    else:
+        from twingpt.core.console import print_sources
+
+        print_sources(_console(), rows)
+
+
 def _stdin() -> str:
     if sys.stdin is None:
         raise UserError("There is no stdin to read the prompt from.")
@@ -517,7 +544,7 @@ def parity(
         models = measurement.random_models(seed)
     else:
         checkpoint = open_checkpoint(model)
-        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.parameters()))])
+        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.stored()))])
     result = measurement.measure(models, names, dtype, tolerance, seed)
     if json_:
         _print_json(result)

@@ -17,7 +17,9 @@ from twingpt.core import backend as backends
 from twingpt.core import depth
 from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.checkpoint import Checkpoint, open_checkpoint
-from twingpt.core.config import GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
+from twingpt.core.config import KINDS, GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
+from twingpt.core.data import mixture
+from twingpt.core.data.mixture import Data
 from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
@@ -110,11 +112,11 @@ def new_run(options: Options, out: Path | None, backend: str, device: str | None
     engines = backends.get(backend)
     target = backends.find_device(engines, device)
     _, train = resolve(options, target, 256)  # wrong before any work is done
-    run = expand(out) if out else Path("runs") / f"{Path(train.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    run = expand(out) if out else Path("runs") / f"{mixture.title(train.data)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if (run / "run.json").exists() and checkpoints(run):
         raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
     check_untrained(run)
-    data = prepare(train.data, train.tokenizer, train.vocab_size)
+    data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
     trainer.engine.load(initialise(config, train.seed))
@@ -182,7 +184,7 @@ def _find(name: str) -> tuple[Path, Checkpoint | None]:
 
 def _progress(state: Options) -> Progress:
     """How far a checkpoint is."""
-    fields = {field.name: state.get(field.name, field.default) for field in dataclasses.fields(Progress)}
+    fields = {key: state.get(key, usual) for key, usual in vars(Progress()).items()}
     fields = {key: math.nan if value is None else value for key, value in fields.items()}
     if math.isnan(fields["best_val_loss"]):
         fields["best_val_loss"] = math.inf
@@ -215,8 +217,11 @@ def _read_run(run: Path) -> dict[str, Any]:
     try:
         described = json.loads((run / "run.json").read_text("utf-8"))
         data = described["data"]
-        if all(isinstance(described[key], kind) for key, kind in kinds.items()) and all(
-            isinstance(data[key], str) for key in ("folder", "fingerprint")
+        _, is_text_or_texts = KINDS["str | tuple[str, ...]"]
+        if (
+            all(isinstance(described[key], kind) for key, kind in kinds.items())
+            and is_text_or_texts(data["folder"])
+            and isinstance(data["fingerprint"], str)
         ):
             return dict(described)
     except (ValueError, KeyError, TypeError):
@@ -226,16 +231,15 @@ def _read_run(run: Path) -> dict[str, Any]:
 
 def _resumed_data(
     run: Path, described: Options, saved: Checkpoint | None, train: TrainConfig, fingerprint: str, moved: bool
-) -> TokenDataset:
+) -> Data:
     """The data that the run was trained on: prepared earlier, or prepared again with its tokenizer."""
-    prepared = Path(described["data"]["folder"])
-    if prepared.exists() and not moved:
-        data = TokenDataset(prepared)
-    else:
-        data = prepare(train.data, train.tokenizer, train.vocab_size, saved.tokenizer() if saved else None)
+    data = None if moved else mixture.open_folders(described["data"]["folder"], train.data)
+    if data is None:
+        tokenizer = saved.tokenizer() if saved else None
+        data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, tokenizer)
     if data.fingerprint != fingerprint:
         raise UserError(
-            f"The data {train.data} is not what {run} was trained on (its fingerprint differs): "
+            f"The data {mixture.spell(train.data)} is not what {run} was trained on (its fingerprint differs): "
             "give --data the original, or start a new run."
         )
     return data
@@ -256,6 +260,8 @@ def data_of(name: str, tokenizer: str | None, vocab_size: int | None) -> tuple[T
     described, (_, saved) = _read_run(run), _find(name)
     config, train = GPTConfig.from_dict(described["config"]), TrainConfig.from_dict(described["train"])
     data = _resumed_data(run, described, saved, train, described["data"]["fingerprint"], moved=False)
+    if not isinstance(data, TokenDataset):
+        raise UserError(f"{name} was trained on {mixture.spell(train.data)}: give one of these instead of the run.")
     return data, train.eval_iters * train.batch_size * config.block_size or None
 
 
@@ -274,7 +280,7 @@ def _trainer(
     run: Path,
     config: GPTConfig,
     train: TrainConfig,
-    data: TokenDataset,
+    data: Data,
     engines: Backend,
     device: Device,
     compile: bool | None,
@@ -322,7 +328,7 @@ def _write_run(trainer: Trainer, starts: list[Any], saved: Checkpoint | None) ->
         "schema": SCHEMA,
         "config": trainer.config.to_dict(),
         "train": trainer.train.to_dict(),
-        "data": {"folder": str(trainer.data.folder.resolve()), "fingerprint": trainer.data.fingerprint},
+        "data": {"folder": mixture.folders(trainer.data), "fingerprint": trainer.data.fingerprint},
         "starts": [*starts, start],
     }
     trainer.saver.description = json.dumps(content, indent=2)

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,17 +19,20 @@ from twingpt.core import baseline, rng, runs
 from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.data.ahead import Ahead
+from twingpt.core.data.mixture import Data, Mixture, parts
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import OutOfMemoryError, UserError
 from twingpt.core.events import (
     Baseline,
     Evaluated,
     Event,
+    MixedSource,
     Reporter,
     ReporterFailed,
     RunEnded,
     RunStarted,
     Sampled,
+    SourceLoss,
     Trained,
 )
 from twingpt.core.flops import Peak, mfu
@@ -56,6 +59,11 @@ class Progress:
     evaluated_at: int = -1  # the step of the last evaluation
     sampled_at: int = -1  # and of the last sample
     skipped: int = 0  # steps left out, because they were not finite
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)  # of a mixture, each SourceLoss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a loss that is not known yet is None."""
+        return {**vars(self), **{name: _finite(value) for name, value in vars(self).items() if name != "sources"}}
 
 
 class Trainer:
@@ -66,7 +74,7 @@ class Trainer:
         run: Path,
         config: GPTConfig,
         train: TrainConfig,
-        data: TokenDataset,
+        data: Data,
         backend: Backend,
         device: Device,
         engine: TrainEngine,
@@ -206,6 +214,8 @@ class Trainer:
                 skipped=self.progress.skipped,
                 seconds=self._seconds,
                 mfu=mfu(self.speeds[-1], self.config, self.peak),
+                epoch=self._epoch(step),
+                epochs=self._source_epochs(step),
             )
         )
 
@@ -259,31 +269,43 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Held-out loss; whether it is the best so far."""
+        progress, sources = self.progress, parts(self.data)
         with self._stopped_clock():
-            handles, count, size = [], 0, 0
-            for tokens, targets in self.data.validation(
-                self.train.batch_size, self.config.block_size, self.train.eval_iters
-            ):
-                handles.append(self.engine.evaluate(tokens, targets))
-                counted = targets[targets >= 0]
-                count += counted.size
-                size += int(self.data.tokenizer.byte_lengths[counted].sum())
-            nats = float(self.engine.read(handles).sum())
-        progress = self.progress
-        if not math.isfinite(nats):
+            measured = [self._held_out(part.data) for part in sources]
+        loss, size = np.average(measured, axis=0, weights=[part.share for part in sources]).tolist()
+        if not math.isfinite(loss):
             raise self._diverged(f"The held-out loss after {progress.step} steps")
+        each: dict[str, SourceLoss] = {}
+        if isinstance(self.data, Mixture):
+            each = {part.name: SourceLoss(*_losses(*row)) for part, row in zip(sources, measured, strict=True)}
         progress.evaluated_at = progress.step
-        progress.val_loss, progress.val_bpb = nats / count, nats / math.log(2) / max(1, size)
-        self._compare(count)
+        progress.val_loss, progress.val_bpb = _losses(loss, size)
+        progress.sources = {name: asdict(losses) for name, losses in each.items()}
+        self._compare()
         improved = progress.val_loss < progress.best_val_loss
         progress.best_val_loss = min(progress.val_loss, progress.best_val_loss)
-        self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved, self._seconds))
+        self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved, self._seconds, each))
         return improved
 
-    def _compare(self, targets: int) -> None:
+    def _held_out(self, data: TokenDataset) -> tuple[float, float]:
+        """Nats and bytes of text per held-out token of a source."""
+        handles, count, size = [], 0, 0
+        for tokens, targets in data.validation(self.train.batch_size, self.config.block_size, self.train.eval_iters):
+            handles.append(self.engine.evaluate(tokens, targets))
+            counted = targets[targets >= 0]
+            count += counted.size
+            size += int(data.tokenizer.byte_lengths[counted].sum())
+        return float(self.engine.read(handles).sum()) / count, max(1, size) / count
+
+    def _compare(self) -> None:
         """Say what an n-gram reaches on the held-out tokens of an evaluation, once and not before the first step."""
-        known, step = self.baseline, self.progress.step
-        if step == 0 or (known and known.targets == targets):
+        step, known = self.progress.step, self.baseline
+        if step == 0 or not isinstance(self.data, TokenDataset):
+            return
+        targets = len(self.data.splits["val"]) - 1
+        if self.train.eval_iters:
+            targets = min(targets, self.train.eval_iters * self.train.batch_size * self.config.block_size)
+        if known and known.targets == targets:
             return
         with self._stopped_clock():
             row = baseline.for_run(self.data, targets)
@@ -310,7 +332,7 @@ class Trainer:
         self._report_training(unread=0)  # never save what was not seen to be finite
         with self._stopped_clock():
             training = {
-                **{name: _finite(value) for name, value in vars(progress).items()},
+                **progress.to_dict(),
                 "tokens": progress.step * self._tokens_per_step,
                 "data": self.data.fingerprint,
                 "train": self.train.to_dict(),
@@ -334,10 +356,29 @@ class Trainer:
                 train_tokens=manifest["splits"]["train"]["tokens"],
                 val_tokens=manifest["splits"]["val"]["tokens"],
                 vocab_size=self.config.vocab_size,
+                sources=self._sources(),
             )
         )
         if self.baseline:
             self._report(dataclasses.replace(self.baseline, step=self.progress.step))
+
+    def _sources(self) -> dict[str, MixedSource]:
+        """What a mixture is made of, by name."""
+        found = {}
+        for part in parts(self.data) if isinstance(self.data, Mixture) else []:
+            splits = part.data.manifest["splits"]
+            found[part.name] = MixedSource(part.share, splits["train"]["tokens"], splits["val"]["tokens"])
+        return found
+
+    def _epoch(self, step: int) -> float:
+        """How often `step` steps go through the data."""
+        return self.data.epochs(step * self._windows_per_step, self.config.block_size)
+
+    def _source_epochs(self, step: int) -> dict[str, float]:
+        """How often they go through each source of a mixture."""
+        if not isinstance(self.data, Mixture):
+            return {}
+        return self.data.source_epochs(step * self._windows_per_step, self.config.block_size, self.train.seed)
 
     def _summary(self, reason: str, seconds: float) -> dict[str, Any]:
         progress, speed = self.progress, float(np.median(self.speeds)) if self.speeds else None
@@ -360,12 +401,26 @@ class Trainer:
             "mfu": mfu(speed, self.config, self.peak) if speed else None,
             "peak_memory_bytes": self.engine.memory().peak,
             "skipped": progress.skipped,
+            "epoch": self._epoch(progress.step),
+            "sources": self._source_summary(),
             "seconds": seconds,
         }
 
+    def _source_summary(self) -> dict[str, dict[str, float]]:
+        """Share, epochs and held-out loss of each source of a mixture."""
+        epochs, losses = self._source_epochs(self.progress.step), self.progress.sources
+        return {
+            name: {"share": source.share, "epoch": epochs[name], **losses.get(name, {})}
+            for name, source in self._sources().items()
+        }
+
+    @property
+    def _windows_per_step(self) -> int:
+        return self.train.batch_size * self.train.gradient_accumulation_steps
+
     @property
     def _tokens_per_step(self) -> int:
-        return self.train.batch_size * self.train.gradient_accumulation_steps * self.config.block_size
+        return self._windows_per_step * self.config.block_size
 
     @property
     def _seconds(self) -> float:
@@ -415,6 +470,11 @@ class Trainer:
             yield
         finally:
             restore()
+
+
+def _losses(nats: float, size: float) -> tuple[float, float]:
+    """Nats per token, and bits per byte, of nats and bytes per token."""
+    return nats, nats / math.log(2) / size
 
 
 def _finite(value: float) -> float | None:

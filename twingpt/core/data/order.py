@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from twingpt.core import rng
@@ -47,8 +49,8 @@ def window_count(n_tokens: int, block_size: int) -> int:
     return max(1, (n_tokens - block_size) // block_size)
 
 
-def window_starts(sequence: Array, n_tokens: int, block_size: int, seed: int) -> Array:
-    """Where in the tokens the windows number `sequence` of the run begin, (k,) int64.
+def window_starts(sequence: Array, n_tokens: int, block_size: int, *key: object) -> Array:
+    """Where in the tokens the windows number `sequence` of the order called `key` begin, (k,) int64.
 
     Windows tile the tokens from an offset keyed by the epoch, in an order keyed by the epoch.
     """
@@ -58,6 +60,32 @@ def window_starts(sequence: Array, n_tokens: int, block_size: int, seed: int) ->
     starts = np.empty(sequence.shape, np.int64)
     for epoch in np.unique(sequence // n):
         here = sequence // n == epoch
-        offset = int(rng.generator("offset", seed, epoch).integers(0, slack + 1))
-        starts[here] = permute(sequence[here] % n, n, seed, epoch) * block_size + offset
+        offset = int(rng.generator("offset", *key, epoch).integers(0, slack + 1))
+        starts[here] = permute(sequence[here] % n, n, *key, epoch) * block_size + offset
     return starts
+
+
+def source_counts(numbers: Array, shares: Sequence[int], *key: object) -> Array:
+    """How many of the first `numbers` windows of a mixture come from each source, (sources, k) int64.
+
+    Of the windows that the sources before it leave, n of them, a source has floor((n share + phase) / rest),
+    where `rest` sums the shares not yet given out: Bresenham's line (1965), nested as in hierarchical stride
+    scheduling (Waldspurger & Weihl 1995). So any stretch of windows has each source's part of it to within as
+    many windows as there are other sources, and the whole run has it exactly. The phases are keyed.
+    """
+    left, rest = np.asarray(numbers, np.int64), sum(shares)
+    counts = []
+    for i, share in enumerate(shares[:-1]):
+        phase = int(rng.generator("mixture", *key, i).integers(rest))
+        rounds, part = np.divmod(left, rest)  # apart, so that no product leaves int64 for shares below 2^31
+        counts.append(rounds * share + (part * share + phase) // rest)
+        left, rest = left - counts[-1], rest - share
+    return np.stack([*counts, left])
+
+
+def interleave(numbers: Array, shares: Sequence[int], *key: object) -> tuple[Array, Array]:
+    """From which source the windows `numbers` of a mixture come, and the how-many-th of that source each is, (k,)."""
+    numbers = np.asarray(numbers, np.int64)
+    before = source_counts(numbers, shares, *key)
+    source = np.argmax(source_counts(numbers + 1, shares, *key) - before, axis=0)
+    return source, before[source, np.arange(len(numbers))]
