@@ -81,7 +81,7 @@ def train(
     wizard: Annotated[bool, _option("Ask for them, estimate, and write a file.", FILE, "--wizard")] = False,
     data: Annotated[
         list[str] | None,
-        _option("A name from gpt data sources, or a text file or folder; several as SOURCE:WEIGHT, repeated.", DATA),
+        _option("A name from gpt data sources, a text file or a folder; several as SOURCE:WEIGHT, repeated.", DATA),
     ] = None,
     tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
     vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
@@ -123,6 +123,9 @@ def train(
         str, _option("tensorboard, wandb, mlflow: one or several, with commas. (default: none)", REPORT)
     ] = "",
     out: Annotated[Path | None, _option("The run's folder. (default: runs/DATA-DATE)", WHERE)] = None,
+    init_from: Annotated[
+        str | None, _option("Fine-tune this model: a run, a checkpoint, or what gpt convert reads.", WHERE)
+    ] = None,
     resume: Annotated[str | None, _option("Go on with a run: its folder, name, RUN@STEP, or latest.", WHERE)] = None,
     backend: Annotated[str | None, _option("auto, mlx or torch. (default: auto)", WHERE)] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps, gpu … (default: best)", WHERE)] = None,
@@ -159,21 +162,24 @@ def train(
     from rich.console import Console
 
     from twingpt.core import launch, settings, trackers
+    from twingpt.core.checkpoint import open_checkpoint
     from twingpt.core.console import ConsoleReporter
 
     track = trackers.parse(report_to)
     console = Console(stderr=json_, highlight=False)
     options, names = settings.gather(config, given, set_ or [])
     where = {key: options.pop(key, None) for key in settings.TABLES["run"]}
-    if resume is not None and where["out"]:
-        raise UserError(f"--resume goes on in the run's own folder: leave out {names['out']}.")
+    for key in ("out", "init_from"):
+        if resume is not None and where[key]:
+            raise UserError(f"--resume goes on in the run's own folder, with its own model: leave out {names[key]}.")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
     place = (where["backend"] or "auto", where["device"], where["compile"])
     if resume is not None:
         trainer = launch.resume_run(resume, options, *place, stop_after, names)
     else:
-        trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place)
+        init = open_checkpoint(where["init_from"]) if where["init_from"] else None
+        trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place, init)
     _print_settings(console, trainer, options)
     reporter = ConsoleReporter(console)
     trainer.reporters = [*trainer.reporters, *trackers.make(track, trainer.run), reporter]

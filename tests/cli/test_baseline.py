@@ -225,4 +225,4 @@ def test_a_run_on_a_mixture_has_none(gpt, prose, tmp_path):
     result = train(gpt, "--data", prose, "--data", other, "--out", run, *SMALL, "--max-iters", 4)
     assert result["baseline"] is None and not logged(run, "baseline")
     err = mistake(gpt, "baseline", run)
-    assert f"was trained on {prose}, {other}: give one of these instead of the run." in err
+    assert f"is trained on a mixture: name one of its sources, {prose}, {other}." in err

@@ -126,11 +126,7 @@ class ConsoleReporter:
         elif isinstance(event, Evaluated):
             self._evaluated(event)
         elif isinstance(event, Baseline):
-            self.baseline = f" [dim]({event.n}-gram {event.bits_per_byte:.3f})[/]"
-            self.console.print(
-                f"baseline: val loss {event.val_loss:.4f}, {event.bits_per_byte:.3f} bits per byte "
-                f"by the best n-gram, n = {event.n}, which only counts"
-            )
+            self._baseline(event)
         elif isinstance(event, Sampled):
             title = f"a sample after {event.step:,} steps"
             lines = [line for line in event.text.splitlines() if line.strip()][:SAMPLE_LINES]
@@ -147,6 +143,23 @@ class ConsoleReporter:
                 f"{escape(event.error)}[/]",
                 soft_wrap=True,
             )
+
+    def _evaluated(self, event: Evaluated) -> None:
+        self.progress.update(self.task, val=f"{event.val_loss:.3f}")
+        best = "  [green]best so far[/]" if event.best else ""
+        self.console.print(
+            f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte"
+            f"{self.baseline}{best}"
+        )
+        for name, losses in event.sources.items():
+            self.console.print(f"  {escape(name)}: {losses.val_loss:.4f}, {losses.val_bpb:.3f} bits per byte")
+
+    def _baseline(self, event: Baseline) -> None:
+        self.baseline = f" [dim]({event.n}-gram {event.bits_per_byte:.3f})[/]"
+        self.console.print(
+            f"baseline: val loss {event.val_loss:.4f}, {event.bits_per_byte:.3f} bits per byte "
+            f"by the best n-gram, n = {event.n}, which only counts"
+        )
 
     def _started(self, event: RunStarted) -> None:
         self.tokens_per_step = event.tokens_per_step
@@ -171,16 +184,6 @@ class ConsoleReporter:
             )
         if self.console.is_terminal:
             self.progress.start()
-
-    def _evaluated(self, event: Evaluated) -> None:
-        self.progress.update(self.task, val=f"{event.val_loss:.3f}")
-        best = "  [green]best so far[/]" if event.best else ""
-        self.console.print(
-            f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte"
-            f"{self.baseline}{best}"
-        )
-        for name, losses in event.sources.items():
-            self.console.print(f"  {escape(name)}: {losses.val_loss:.4f}, {losses.val_bpb:.3f} bits per byte")
 
     def _trained(self, event: Trained) -> None:
         speed, memory = human_count(event.tokens_per_second), human_bytes(event.memory_bytes)

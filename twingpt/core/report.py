@@ -341,7 +341,6 @@ circle.val { fill: var(--val); }
 }
 .key.train::before { background: var(--train); }
 .key.val::before { background: var(--val); }
-.key.base::before { background: repeating-linear-gradient(90deg, var(--base) 0 4px, transparent 4px 7px); }
 .source0 { --own: var(--source0); }
 .source1 { --own: var(--source1); }
 .source2 { --own: var(--source2); }
@@ -350,6 +349,7 @@ circle.val { fill: var(--val); }
 polyline[class^="source"] { stroke: var(--own); }
 circle[class^="source"] { fill: var(--own); }
 .key[class*="source"]::before { background: var(--own); }
+.key.base::before { background: repeating-linear-gradient(90deg, var(--base) 0 4px, transparent 4px 7px); }
 details { margin-bottom: .5rem; padding: .5rem .8rem; }
 summary { cursor: pointer; font-size: .85rem; font-weight: 600; }
 pre {
