@@ -65,6 +65,7 @@ def _print_json(value: Any) -> None:
     "gpt train                                    the Python documentation, offline\n\n"
     "gpt train --data novel.txt --out runs/novel  your own text\n\n"
     "gpt train --data shakespeare --tokenizer char --preset micro --max-iters 2000\n\n"
+    "gpt train --data novel.txt:0.7 --data notes/:0.3    a mixture, and the loss on each\n\n"
     "gpt train --depth 6 --data novel.txt         one dial: size, batch, rates and length from the depth\n\n"
     "gpt train --wizard                           questions, an estimate measured here, and a train.toml\n\n"
     "gpt train --config train.toml --set norm=layernorm --set 'no_rope_layers=[3]'\n\n"
@@ -78,7 +79,10 @@ def train(
         list[str] | None, _option("KEY=VALUE, any setting of a model or a run; repeatable.", FILE, "--set")
     ] = None,
     wizard: Annotated[bool, _option("Ask for them, estimate, and write a file.", FILE, "--wizard")] = False,
-    data: Annotated[str | None, _option("python-docs, shakespeare, or a text file or folder.", DATA)] = None,
+    data: Annotated[
+        list[str] | None,
+        _option("A name from gpt data sources, a text file or a folder; several as SOURCE:WEIGHT, repeated.", DATA),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         _option("bpe, char, byte, gpt2, cl100k_base, o200k_base, or a tokenizer.json, its folder, or a run.", DATA),
@@ -122,6 +126,9 @@ def train(
         str, _option("tensorboard, wandb, mlflow: one or several, with commas. (default: none)", REPORT)
     ] = "",
     out: Annotated[Path | None, _option("The run's folder. (default: runs/DATA-DATE)", WHERE)] = None,
+    init_from: Annotated[
+        str | None, _option("Fine-tune this model: a run, a checkpoint, or what gpt convert reads.", WHERE)
+    ] = None,
     resume: Annotated[str | None, _option("Go on with a run: its folder, name, RUN@STEP, or latest.", WHERE)] = None,
     backend: Annotated[str | None, _option("auto, mlx or torch. (default: auto)", WHERE)] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps, gpu … (default: best)", WHERE)] = None,
@@ -158,21 +165,24 @@ def train(
     from rich.console import Console
 
     from twingpt.core import launch, settings, trackers
+    from twingpt.core.checkpoint import open_checkpoint
     from twingpt.core.console import ConsoleReporter
 
     track = trackers.parse(report_to)
     console = Console(stderr=json_, highlight=False)
     options, names = settings.gather(config, given, set_ or [])
     where = {key: options.pop(key, None) for key in settings.TABLES["run"]}
-    if resume is not None and where["out"]:
-        raise UserError(f"--resume goes on in the run's own folder: leave out {names['out']}.")
+    for key in ("out", "init_from"):
+        if resume is not None and where[key]:
+            raise UserError(f"--resume goes on in the run's own folder, with its own model: leave out {names[key]}.")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
     place = (where["backend"] or "auto", where["device"], where["compile"])
     if resume is not None:
         trainer = launch.resume_run(resume, options, *place, stop_after, names)
     else:
-        trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place)
+        init = open_checkpoint(where["init_from"]) if where["init_from"] else None
+        trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place, init)
     _print_settings(console, trainer, options)
     reporter = ConsoleReporter(console)
     trainer.reporters = [*trainer.reporters, *trackers.make(track, trainer.run), reporter]
@@ -410,6 +420,29 @@ def rm(
         print(f"The folder stays, with what training did not write: {', '.join(kept)}.")
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Named sources of text, and prepared data sets.")
+app.add_typer(data_app, name="data", epilog="[bold]Examples[/]\n\ngpt data sources  what --data knows by name\n")
+
+
+@data_app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt data sources\n\n"
+    "gpt data sources --json | jq '.sources[] | {name, licence, files}'\n\n"
+    "gpt train --data fineweb-edu@8  its first 8 shards\n"
+)
+def sources(json_: Json = False) -> None:
+    """List the sources that --data knows by name: size, licence, address, and what is already here."""
+    from twingpt.core.data import named
+
+    rows = list(named.describe())
+    if json_:
+        _print_json({"sources": rows})
+    else:
+        from twingpt.core.console import print_sources
+
+        print_sources(_console(), rows)
+
+
 def _stdin(what: str = "prompt") -> str:
     if sys.stdin is None:
         raise UserError(f"There is no stdin to read the {what} from.")
@@ -444,7 +477,7 @@ def parity(
         models = measurement.random_models(seed)
     else:
         checkpoint = open_checkpoint(model)
-        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.parameters()))])
+        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.stored()))])
     result = measurement.measure(models, names, dtype, tolerance, seed)
     if json_:
         _print_json(result)

@@ -132,7 +132,7 @@ def test_a_foreign_tokenizer_comes_out_as_it_went_in(tmp_path, name):
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
     opened = transformers.AutoTokenizer.from_pretrained(keep(ours, tmp_path / "kept"))
-    texts = FUZZED[:2000]
+    texts = FUZZED[:500]
     for text, ids in zip(texts, ids_of(opened, texts), strict=True):
         assert ours.encode(text).tolist() == ids, repr(text)
     assert opened.eos_token_id in ours.specials.values()

@@ -9,7 +9,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,25 @@ WAITING_EVENTS = 10_000  # at most kept in memory while they can't be written, t
 
 
 @dataclass(frozen=True)
+class MixedSource:
+    """A source of a mixture: its share of the windows trained on, and its tokens."""
+
+    share: float
+    train_tokens: int
+    val_tokens: int
+
+
+@dataclass(frozen=True)
+class SourceLoss:
+    """Held-out loss of one source of a mixture, in nats per token and in bits per byte of text."""
+
+    val_loss: float
+    val_bpb: float
+
+
+@dataclass(frozen=True)
 class RunStarted:
-    """The run begins, or goes on, after `step` of `max_iters` steps."""
+    """The run begins, or goes on, after `step` of `max_iters` steps; `sources` are a mixture's, by name."""
 
     step: int
     max_iters: int
@@ -34,6 +51,7 @@ class RunStarted:
     train_tokens: int
     val_tokens: int
     vocab_size: int
+    sources: dict[str, MixedSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,8 @@ class Trained:
 
     `skipped` counts the run's steps that were left out, because they were not finite.
     `seconds` is the run's time so far, over all its starts. `mfu` is the share of the device's
-    peak that the model's own arithmetic makes up, None where no peak is known.
+    peak that the model's own arithmetic makes up, None where no peak is known. `epoch` is how often the
+    run has gone through its data so far, and `epochs` through each source of a mixture.
     """
 
     step: int
@@ -56,17 +75,24 @@ class Trained:
     skipped: int
     seconds: float
     mfu: float | None = None
+    epoch: float | None = None
+    epochs: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out loss after `step` steps and `seconds`, in nats per token and in bits per byte of text."""
+    """Held-out loss after `step` steps and `seconds`, in nats per token and in bits per byte of text.
+
+    Of a mixture these are the means over its sources by their shares of the tokens trained on, and
+    `sources` has each one's own, by name.
+    """
 
     step: int
     val_loss: float
     val_bpb: float
     best: bool
     seconds: float
+    sources: dict[str, SourceLoss] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import MODEL, Checkpoint, write_safetensors
+from twingpt.core.checkpoint import MODEL, Checkpoint
 from twingpt.core.config import SHAPES, GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.portable import model_type
+from twingpt.core.tensors import write_safetensors
 
 Array = np.ndarray
 
@@ -116,7 +117,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> str:
     shapes = {name: array.shape for name, array in tensors.items()}
     try:
         with new_folder(folder) as temporary:
-            write_safetensors(temporary / MODEL, shapes, tensors)
+            write_safetensors(temporary / MODEL, shapes, tensors.items())
             write_synced(temporary / "config.json", json.dumps(content, indent=2).encode())
             for name in COPIED:
                 shutil.copyfile(checkpoint.folder / name, temporary / name)

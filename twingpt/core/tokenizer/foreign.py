@@ -214,7 +214,7 @@ def read(content: Json, name: str) -> tokenizers.Tokenizer:
         if (real := library.token_to_id(token["content"])) != token["id"]:
             raise UserError(
                 f"{name} is not a tokenizer.json that can be read: it gives {token['content']!r} the id {token['id']}, "
-                f"and for a gap in the ids before it `tokenizers` takes {real}."
+                f"and `tokenizers` reads it as {real}, the next that is free."
             )
     library.no_truncation()
     library.no_padding()
@@ -230,7 +230,10 @@ def with_end_of_text(content: Json, library: tokenizers.Tokenizer) -> tuple[Json
     token = max(vocab.values()) + 1
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = {"id": token, "content": END_OF_TEXT, **flags}
-    return {**content, "added_tokens": [*(content.get("added_tokens") or []), special]}, token
+    content = {**content, "added_tokens": [*(content.get("added_tokens") or []), special]}
+    if token > len(vocab):  # after a gap it keeps its id within the vocabulary alone
+        content["model"] = {**content["model"], "vocab": {**content["model"]["vocab"], END_OF_TEXT: token}}
+    return content, token
 
 
 def library_ids(library: tokenizers.Tokenizer, text: str) -> Array:
