@@ -125,7 +125,13 @@ def test_advice_names_what_needs_less():
 def test_more_of_anything_is_estimated_as_more():
     for backend in ("torch", "mlx"):
         base = estimate(MODEL, TRAIN, backend, "cpu").peak
-        for change in ({"n_layer": 13}, {"vocab_size": 60000}, {"dropout": 0.1}, {"attn_softcap": 30.0}):
+        for change in (
+            {"n_layer": 13},
+            {"vocab_size": 60000},
+            {"dropout": 0.1},
+            {"norm_placement": "both"},
+            {"attn_softcap": 30.0},
+        ):
             assert estimate(dataclasses.replace(MODEL, **change), TRAIN, backend, "cpu").peak > base
         half = dataclasses.replace(TRAIN, dtype="bfloat16")
         again = dataclasses.replace(TRAIN, gradient_checkpointing=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from twingpt.core.data import shards
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.data.sources import Source, load
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer import Tokenizer, make
+from twingpt.core.tokenizer import Tokenizer, files, make
+from twingpt.core.tokenizer import load as load_tokenizer
 
 Array = np.ndarray
 
@@ -56,6 +57,34 @@ def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None =
     return TokenDataset(folder)
 
 
+def learn(specs: Sequence[str], kind: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer called `kind` for several sources: where it learns, from the training texts of them all.
+
+    It is kept in `paths.home()/tokenizers`, under the digest of all it depends on.
+    """
+    sources = [load(spec) for spec in specs]
+    key = "/".join([str(shards.SCHEMA), kind, str(vocab_size), *(source.digest for source in sources)])
+    folder = paths.home() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:12]
+    if not folder.exists():
+        train = [document for source in sources for document in split(source.documents)[0]]
+        tokenizer = make(kind, train, (document for source in sources for document in source.documents), vocab_size)
+        _remove_leftovers(folder.parent)
+        with _unless_there(folder), paths.new_folder(folder) as temporary:
+            for file, text in files(tokenizer, block_size=2**30).items():
+                paths.write_synced(temporary / file, text.encode())
+    return load_tokenizer(folder)
+
+
+@contextmanager
+def _unless_there(folder: Path) -> Iterator[None]:
+    """Write a folder, unless another process is faster with the same content; UserError where that can't be."""
+    try:
+        yield
+    except OSError as error:
+        if not folder.exists():
+            raise UserError(f"The prepared data can't be written to {folder}: {error.strerror}.") from error
+
+
 def _key(source: Source, kind: str, vocab_size: int, tokenizer: Tokenizer | None) -> str:
     how = tokenizer.digest if tokenizer else f"{kind}-{vocab_size if kind == 'bpe' else ''}"
     parts = [str(shards.SCHEMA), source.digest, how]
@@ -76,9 +105,5 @@ def _write(folder: Path, source: Source, kind: str, vocab_size: int, tokenizer: 
     splits = {"train": tokenize(train, tokenizer), "val": tokenize(val, tokenizer)}
     facts = {"source": source.digest, "documents": {"train": len(train), "val": len(val)}}
     _remove_leftovers(folder.parent)
-    try:
+    with _unless_there(folder):
         shards.write(folder, source.name, tokenizer, splits, facts)
-    except OSError as error:
-        if folder.exists():  # another process was faster, with the same content
-            return
-        raise UserError(f"The prepared data can't be written to {folder}: {error.strerror}.") from error

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from twingpt.core.config import unknown_choice
+from twingpt.core.data import named
 from twingpt.core.errors import UserError
-from twingpt.core.paths import expand, home
+from twingpt.core.paths import expand
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
-NAMED = ("python-docs", "shakespeare")
-
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass(frozen=True)
@@ -39,16 +34,19 @@ class Source:
 
 
 def load(spec: str) -> Source:
-    """The source called `spec`: a name in NAMED, or the path of a text file or of a folder of them.
+    """The source called `spec`: a name in named.TABLE, or the path of a text file or of a folder of them.
 
     Raises UserError where there is nothing to read, or what there is is not UTF-8 text.
     """
-    if spec == "python-docs":
-        return Source(spec, _python_docs())
-    if spec == "shakespeare":
-        return Source(spec, [_shakespeare().decode()])
+    if row := named.parse(spec):
+        name, shards = row
+        files, separator = named.fetch(name, shards), named.ROWS[name].separator
+        if not files:
+            return Source(spec, _python_docs())
+        texts = map(_text_file, files)
+        return Source(spec, list(texts if separator is None else named.documents(texts, separator)))
     if not spec:
-        raise UserError(f"--data is empty: give a file, a folder, or one of {', '.join(NAMED)}.")
+        raise UserError(f"--data is empty: give a file, a folder, or one of {', '.join(named.NAMES)}.")
     path = expand(spec)
     if path.is_dir():
         return Source(path.resolve().name, _folder(path))
@@ -58,7 +56,7 @@ def load(spec: str) -> Source:
         raise UserError(f"{spec} is neither a regular file nor a folder: save its text to a file first.")
     if path.suffix or os.sep in spec:
         raise UserError(f"There is no file or folder {spec}: check the path given to --data.")
-    raise unknown_choice("data source", spec, NAMED)
+    raise unknown_choice("data source", spec, named.NAMES)
 
 
 def _python_docs() -> list[str]:
@@ -95,25 +93,3 @@ def _folder(folder: Path) -> list[str]:
     if not paths:
         raise UserError(f"{folder} has no text files ({', '.join(TEXT_SUFFIXES)}).")
     return [_text_file(path) for path in paths]
-
-
-def _shakespeare() -> bytes:
-    path = home() / "downloads" / "tinyshakespeare.txt"
-    content = path.read_bytes() if path.exists() else _download(SHAKESPEARE_URL, path)
-    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        raise UserError(f"{path} is not Tiny Shakespeare (its SHA-256 differs): delete it and try again.")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    return content
-
-
-def _download(url: str, path: Path) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content: bytes = response.read()
-            return content
-    except (OSError, urllib.error.URLError) as error:
-        raise UserError(f"{url} can't be fetched ({error}): put the file at {path}, or give --data its path.") from None
