@@ -180,3 +180,28 @@ def test_a_new_run_is_made_to_fit_and_goes_on_as_it_was(gpt, prose, tmp_path, ba
     code, out, err = gpt("train", "--resume", run, *common, "--max-iters", 5)
     assert code == 0 and "free. Less is needed with" in out, err
     assert json.loads((run / "run.json").read_text())["train"] == {**described, "max_iters": 5}
+
+
+def test_a_run_goes_on_in_other_micro_batches_of_the_same_steps(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    code, _, err = gpt("train", "--data", prose, "--out", run, *SMALL, "--batch-size", 8, "--stop-after", 2)
+    assert code == 0, err
+    code, _, err = gpt("train", "--resume", run, "--batch-size", 4)
+    assert code == 2 and "A step of the run has 8 windows, and would have 4: give --batch-size and" in err
+    code, _, err = gpt("train", "--resume", run, "--batch-size", 4, "--gradient-accumulation-steps", 2)
+    assert code == 0, err
+    train = json.loads((run / "run.json").read_text())["train"]
+    assert (train["batch_size"], train["gradient_accumulation_steps"]) == (4, 2)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_out_of_memory_is_answered_with_what_to_change(gpt, prose, tmp_path, backend, monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(backends.get(backend).TrainEngine, "micro", fails)
+    code, _, err = gpt(
+        "train", "--data", prose, "--out", tmp_path / "run", *SMALL, "--backend", backend, "--device", "cpu"
+    )
+    assert code == 2 and "cpu ran out of memory after 0 steps; nothing was saved. Less is needed with" in err
+    assert "--batch-size 8 --gradient-accumulation-steps 2, or with --gradient-checkpointing." in " ".join(err.split())
