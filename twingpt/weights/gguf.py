@@ -121,7 +121,8 @@ def write(
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def _writer(path: Path, shape: str) -> gguf.GGUFWriter:
