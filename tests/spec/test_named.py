@@ -179,8 +179,8 @@ def test_stories_are_documents(served, monkeypatch):
     assert sources.load("tinystories").documents == [STORY, "Two <|endoftext|> in a line.", "The last"]
 
 
-def test_the_place_of_a_byte_that_is_not_text_in_a_later_story(tmp_path):
-    path = tmp_path / "stories.txt"
-    path.write_bytes(b"one\n<|endoftext|>\ntwo \xff\n")
-    with pytest.raises(UserError, match=r"stories.txt is not UTF-8 text: byte 22 is 0xff"):
-        list(sources._documents(path, "<|endoftext|>"))
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_documents_do_not_depend_on_the_blocks(size):
+    blocks = [TEXT[start : start + size] for start in range(0, len(TEXT), size)]
+    assert list(named.documents(blocks, "<|endoftext|>")) == [STORY, "Two <|endoftext|> in a line.", "The last"]
+    assert list(named.documents([], "<|endoftext|>")) == []

@@ -119,3 +119,11 @@ def test_a_whole_round_has_each_source_exactly_by_its_share(shares, rounds, seed
 def test_the_order_of_sources_depends_on_the_seed():
     orders = {tuple(interleave(np.arange(100), [3, 2, 1], seed)[0]) for seed in range(20)}
     assert len(orders) > 5
+
+
+def test_the_order_of_one_source_is_for_good():
+    """Runs of earlier versions go on with the windows they would have had."""
+    starts = window_starts(np.array([0, 1, 2, 98, 99, 100]), 3200, 32, 1337)
+    assert starts.tolist() == [760, 2552, 344, 3096, 81, 1873]
+    starts = window_starts(np.array([0, 1023, 1024, 1025, 9999, 10**6]), 2**20, 64, 7)
+    assert starts.tolist() == [960926, 817246, 1007838, 905566, 720734, 569255]

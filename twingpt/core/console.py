@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from twingpt.core.events import (
+    Baseline,
     Evaluated,
     Event,
     ReporterFailed,
@@ -86,6 +87,7 @@ class ConsoleReporter:
         self.tokens_per_step = 1
         self.closed = False
         self.skipped = 0
+        self.baseline = ""
         self.progress = Progress(
             TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}  epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
@@ -122,13 +124,9 @@ class ConsoleReporter:
         elif isinstance(event, Trained):
             self._trained(event)
         elif isinstance(event, Evaluated):
-            self.progress.update(self.task, val=f"{event.val_loss:.3f}")
-            best = "  [green]best so far[/]" if event.best else ""
-            self.console.print(
-                f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte{best}"
-            )
-            for name, losses in event.sources.items():
-                self.console.print(f"  {escape(name)}: {losses.val_loss:.4f}, {losses.val_bpb:.3f} bits per byte")
+            self._evaluated(event)
+        elif isinstance(event, Baseline):
+            self._baseline(event)
         elif isinstance(event, Sampled):
             title = f"a sample after {event.step:,} steps"
             lines = [line for line in event.text.splitlines() if line.strip()][:SAMPLE_LINES]
@@ -145,6 +143,23 @@ class ConsoleReporter:
                 f"{escape(event.error)}[/]",
                 soft_wrap=True,
             )
+
+    def _evaluated(self, event: Evaluated) -> None:
+        self.progress.update(self.task, val=f"{event.val_loss:.3f}")
+        best = "  [green]best so far[/]" if event.best else ""
+        self.console.print(
+            f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte"
+            f"{self.baseline}{best}"
+        )
+        for name, losses in event.sources.items():
+            self.console.print(f"  {escape(name)}: {losses.val_loss:.4f}, {losses.val_bpb:.3f} bits per byte")
+
+    def _baseline(self, event: Baseline) -> None:
+        self.baseline = f" [dim]({event.n}-gram {event.bits_per_byte:.3f})[/]"
+        self.console.print(
+            f"baseline: val loss {event.val_loss:.4f}, {event.bits_per_byte:.3f} bits per byte "
+            f"by the best n-gram, n = {event.n}, which only counts"
+        )
 
     def _started(self, event: RunStarted) -> None:
         self.tokens_per_step = event.tokens_per_step

@@ -15,7 +15,7 @@ from typing import Any
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.events import Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
+from twingpt.core.events import Baseline, Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
 from twingpt.core.paths import write_atomically
 
 Report = Callable[[Any, Event], None]
@@ -73,6 +73,8 @@ def scalars(event: Event) -> dict[str, float]:
                 f"val/bits_per_byte_{_plain(name)}": losses.val_bpb,
             }
         return found
+    if isinstance(event, Baseline):
+        return {"baseline/loss": event.val_loss, "baseline/bits_per_byte": event.bits_per_byte}
     return {}
 
 

@@ -328,7 +328,7 @@ def bar() -> Iterator[Progress]:
             if what not in tasks:
                 for other in shown.task_ids:
                     shown.remove_task(other)
-                tasks[what] = shown.add_task(what, total=total)
+                tasks[what] = shown.add_task(what, total=total, completed=done)  # its speed counts from here
             shown.update(tasks[what], completed=done, total=total)
 
         yield report

@@ -145,7 +145,7 @@ class Mixture:
         """
         source, rank = interleave(np.arange(first, first + batch_size), self.shares, seed)
         windows = np.empty((batch_size, block_size + 1), np.int32)
-        for i in np.unique(source):
+        for i in np.unique(source).tolist():
             rows = np.flatnonzero(source == i)
             self.parts[i].data.read(windows, rows, rank[rows], seed, "source", i)
         return windows[:, :-1], windows[:, 1:]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -217,6 +218,21 @@ def _record(path: Path, sha256: str) -> None:
     """Keep a file's digest beside it."""
     with suppress(OSError):  # in a folder of someone else's, or on a full disk, it is computed each time
         write_atomically(_beside(path), json.dumps({"sha256": sha256, **_stamp(path)}))
+
+
+def documents(blocks: Iterable[str], separator: str) -> Iterator[str]:
+    """The documents of a text that is given in blocks, cut anywhere: what stands between lines of `separator` alone."""
+    lines: list[str] = []
+    rest = ""
+    for block in chain(blocks, [f"\n{separator}\n"]):
+        *whole, rest = (rest + block).split("\n")
+        for line in whole:
+            if line.strip() != separator:
+                lines.append(line)
+                continue
+            if text := "\n".join(lines).strip():
+                yield text
+            lines = []
 
 
 def describe() -> Iterator[dict[str, Any]]:

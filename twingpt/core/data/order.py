@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from twingpt.core import rng
 Array = np.ndarray
 
 ROUNDS = 6
+STRETCH = 1024  # windows of an epoch that are permuted at once: a batch alone would be all overhead
 
 
 def _mix(x: Array) -> Array:
@@ -54,15 +56,24 @@ def window_starts(sequence: Array, n_tokens: int, block_size: int, *key: object)
 
     Windows tile the tokens from an offset keyed by the epoch, in an order keyed by the epoch.
     """
-    sequence = np.asarray(sequence)
+    sequence, n = np.asarray(sequence), window_count(n_tokens, block_size)
+    epoch, place = np.divmod(sequence, n)
+    stretch = epoch * (n // STRETCH + 1) + place // STRETCH
+    starts = np.empty(sequence.shape, np.int64)
+    for number in np.unique(stretch).tolist():
+        here = stretch == number
+        starts[here] = _stretch(*divmod(number, n // STRETCH + 1), n_tokens, block_size, key)[place[here] % STRETCH]
+    return starts
+
+
+@functools.lru_cache(maxsize=64)
+def _stretch(epoch: int, number: int, n_tokens: int, block_size: int, key: tuple[object, ...]) -> Array:
+    """Where the windows of stretch `number` of an epoch begin, kept for the batches that follow."""
     n = window_count(n_tokens, block_size)
     slack = min(n_tokens - 1 - n * block_size, block_size - 1)
-    starts = np.empty(sequence.shape, np.int64)
-    for epoch in np.unique(sequence // n):
-        here = sequence // n == epoch
-        offset = int(rng.generator("offset", *key, epoch).integers(0, slack + 1))
-        starts[here] = permute(sequence[here] % n, n, *key, epoch) * block_size + offset
-    return starts
+    offset = int(rng.generator("offset", *key, epoch).integers(0, slack + 1))
+    places = np.arange(number * STRETCH, min(n, (number + 1) * STRETCH))
+    return permute(places, n, *key, epoch) * block_size + offset
 
 
 def source_counts(numbers: Array, shares: Sequence[int], *key: object) -> Array:
@@ -75,12 +86,17 @@ def source_counts(numbers: Array, shares: Sequence[int], *key: object) -> Array:
     """
     left, rest = np.asarray(numbers, np.int64), sum(shares)
     counts = []
-    for i, share in enumerate(shares[:-1]):
-        phase = int(rng.generator("mixture", *key, i).integers(rest))
+    for share, phase in zip(shares[:-1], _phases(tuple(shares), key), strict=True):
         rounds, part = np.divmod(left, rest)  # apart, so that no product leaves int64 for shares below 2^31
         counts.append(rounds * share + (part * share + phase) // rest)
         left, rest = left - counts[-1], rest - share
     return np.stack([*counts, left])
+
+
+@functools.lru_cache(maxsize=64)
+def _phases(shares: tuple[int, ...], key: tuple[object, ...]) -> list[int]:
+    """Where in its line each source but the last begins, below the sum of the shares from its own on."""
+    return [int(rng.generator("mixture", *key, i).integers(sum(shares[i:]))) for i in range(len(shares) - 1)]
 
 
 def interleave(numbers: Array, shares: Sequence[int], *key: object) -> tuple[Array, Array]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 from twingpt.core.config import unknown_choice
@@ -45,7 +43,8 @@ def load(spec: str) -> Source:
         files, separator = named.fetch(name, shards), named.ROWS[name].separator
         if not files:
             return Source(spec, _python_docs())
-        return Source(spec, [document for file in files for document in _documents(file, separator)])
+        texts = map(_text_file, files)
+        return Source(spec, list(texts if separator is None else named.documents(texts, separator)))
     if not spec:
         raise UserError(f"--data is empty: give a file, a folder, or one of {', '.join(named.NAMES)}.")
     path = expand(spec)
@@ -76,37 +75,13 @@ def _text_file(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from None
-    text = _decode(content, path)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}.") from None
     if not text.strip():
         raise UserError(f"{path} is empty: give --data a file with text.")
     return text
-
-
-def _decode(content: bytes, path: Path, offset: int = 0) -> str:
-    """The text of what begins at byte `offset` of a file."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = f"byte {offset + error.start} is 0x{content[error.start]:02x}"
-        raise UserError(f"{path} is not UTF-8 text: {byte}.") from None
-
-
-def _documents(path: Path, separator: str | None) -> Iterator[str]:
-    """The text file, or the documents that it has between lines of `separator`."""
-    if separator is None:
-        yield _text_file(path)
-        return
-    lines: list[bytes] = []
-    start = end = 0  # bytes into the file, of this document and after this line
-    with path.open("rb") as file:
-        for line in chain(file, [separator.encode()]):
-            end += len(line)
-            if line.strip() == separator.encode():
-                if text := _decode(b"".join(lines), path, start).strip():
-                    yield text
-                lines, start = [], end
-            else:
-                lines.append(line)
 
 
 def _folder(folder: Path) -> list[str]:
