@@ -10,6 +10,7 @@ from twingpt.core.generator import generate_tokens
 from twingpt.core.sampler import Sampling
 from twingpt.core.tensors import TensorFile
 from twingpt.weights import huggingface
+from twingpt.weights.families import FAMILIES, family_for
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = needs("torch")  # transformers computes with it
@@ -162,3 +163,25 @@ def test_it_goes_back_to_transformers(variant, tmp_path):
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"])
     assert relative(their_logits(loaded, TOKENS), their_logits(model, TOKENS)) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halves_in_shards(tmp_path, dtype):
+    """Read exactly: the model in float32 with the same rounded weights gives the same logits."""
+    import torch
+
+    build("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    config, params = huggingface.read_config(tmp_path), tensors_of(tmp_path)
+    assert all(array.dtype == np.float32 for array in params.values())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = their_logits(model, TOKENS)
+    assert relative(reference.forward(params, TOKENS, config), expected) <= 1e-5
+    ours = params["model.layers.2.mlp.up_proj.weight"]
+    assert np.array_equal(ours, model.model.layers[2].mlp.up_proj.weight.detach().numpy())
+
+
+def test_what_llama_computes_is_written_as_llama():
+    """A family with nothing of its own: the file is then one that more programs read."""
+    config = FAMILIES["mistral"].config({**SIZES, "num_key_value_heads": 4, "sliding_window": None})
+    assert family_for(config).model_type == "llama"
