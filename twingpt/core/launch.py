@@ -115,12 +115,26 @@ def new_run(options: Options, out: Path | None, backend: str, device: str | None
         raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
     check_untrained(run)
     data = prepare(train.data, train.tokenizer, train.vocab_size)
+    options = _as_prepared(options, data)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
     trainer.engine.load(initialise(config, train.seed))
     _write_run(trainer, [], None)
     _write_config(trainer, compile)
     return trainer
+
+
+def _as_prepared(options: Options, data: TokenDataset) -> Options:
+    """The options with the tokenizer of data that were prepared under a name; UserError where they ask for another."""
+    asked: dict[str, Any] = data.manifest.get("asked", {})
+    for key, value in asked.items():
+        if options.get(key, value) != value:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(
+                f"{data.folder.name} is prepared with {flag} {value}: leave out {flag} {options[key]}, or prepare "
+                "the text again under another name."
+            )
+    return {**options, **asked}
 
 
 def resume_run(

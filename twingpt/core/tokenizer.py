@@ -295,7 +295,7 @@ def tiktoken_gpt2() -> BPETokenizer:
     return BPETokenizer(pieces, kind="gpt2")
 
 
-def make(kind: str, texts: Sequence[str], all_texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def make(kind: str, texts: Iterable[str], all_texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """The tokenizer called `kind` in TOKENIZERS, learned from the training `texts` where it learns.
 
     A character tokenizer takes its alphabet from `all_texts`, or held-out text could not be read.
