@@ -180,8 +180,9 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> Array:
         """The ids of `text`, (n,) int32; the spelling of END_OF_TEXT is ordinary text."""
-        parts = [self._encoding.encode_ordinary(part) for part in split_runs(text, LONG_RUN_TO_ENCODE)]
-        return np.array([token for part in parts for token in part], np.int32)
+        runs = split_runs(text, LONG_RUN_TO_ENCODE)
+        parts = [self._encoding.encode_to_numpy(run, disallowed_special=()).view(np.int32) for run in runs]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def to_json(self) -> dict[str, Any]:
         """A byte-level BPE whose merges are read off the ranks."""

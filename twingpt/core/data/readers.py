@@ -106,6 +106,8 @@ Item = Text | Lines
 
 def _encodable(text: str, where: str, errors: str) -> str:
     """The text without half characters, which JSON can spell and UTF-8 can't."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:
