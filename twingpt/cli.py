@@ -66,6 +66,7 @@ def _print_json(value: Any) -> None:
     "gpt train                                    the Python documentation, offline\n\n"
     "gpt train --data novel.txt --out runs/novel  your own text\n\n"
     "gpt train --data shakespeare --tokenizer char --preset micro --max-iters 2000\n\n"
+    "gpt train --data novel.txt:0.7 --data notes/:0.3    a mixture, and the loss on each\n\n"
     "gpt train --depth 6 --data novel.txt         one dial: size, batch, rates and length from the depth\n\n"
     "gpt train --wizard                           questions, an estimate measured here, and a train.toml\n\n"
     "gpt train --config train.toml --set norm=layernorm --set 'no_rope_layers=[3]'\n\n"
@@ -80,7 +81,8 @@ def train(
     ] = None,
     wizard: Annotated[bool, _option("Ask for them, estimate, and write a file.", FILE, "--wizard")] = False,
     data: Annotated[
-        str | None, _option("python-docs, shakespeare, what gpt data prepared, or a file or folder.", DATA)
+        list[str] | None,
+        _option("What gpt data sources or list names, or a file or folder; several as SOURCE:WEIGHT, repeated.", DATA),
     ] = None,
     tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
     vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
@@ -122,6 +124,9 @@ def train(
         str, _option("tensorboard, wandb, mlflow: one or several, with commas. (default: none)", REPORT)
     ] = "",
     out: Annotated[Path | None, _option("The run's folder. (default: runs/DATA-DATE)", WHERE)] = None,
+    init_from: Annotated[
+        str | None, _option("Fine-tune this model: a run, a checkpoint, or what gpt convert reads.", WHERE)
+    ] = None,
     resume: Annotated[str | None, _option("Go on with a run: its folder, name, RUN@STEP, or latest.", WHERE)] = None,
     backend: Annotated[str | None, _option("auto, mlx or torch. (default: auto)", WHERE)] = None,
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps, gpu … (default: best)", WHERE)] = None,
@@ -158,21 +163,24 @@ def train(
     from rich.console import Console
 
     from twingpt.core import launch, settings, trackers
+    from twingpt.core.checkpoint import open_checkpoint
     from twingpt.core.console import ConsoleReporter
 
     track = trackers.parse(report_to)
     console = Console(stderr=json_, highlight=False)
     options, names = settings.gather(config, given, set_ or [])
     where = {key: options.pop(key, None) for key in settings.TABLES["run"]}
-    if resume is not None and where["out"]:
-        raise UserError(f"--resume goes on in the run's own folder: leave out {names['out']}.")
+    for key in ("out", "init_from"):
+        if resume is not None and where[key]:
+            raise UserError(f"--resume goes on in the run's own folder, with its own model: leave out {names[key]}.")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
     place = (where["backend"] or "auto", where["device"], where["compile"])
     if resume is not None:
         trainer = launch.resume_run(resume, options, *place, stop_after, names)
     else:
-        trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place)
+        init = open_checkpoint(where["init_from"]) if where["init_from"] else None
+        trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place, init)
     _print_settings(console, trainer, options)
     reporter = ConsoleReporter(console)
     trainer.reporters = [*trainer.reporters, *trackers.make(track, trainer.run), reporter]
@@ -220,6 +228,13 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
 
     run, word = escape(summary["run"]), escape(shlex.quote(summary["run"]))
     lines = [f"\nCheckpoint: [bold]{escape(summary['checkpoint'])}[/]", f"Report:     {run}/report.html"]
+    if known := summary["baseline"]:
+        better = 1 - summary["val_bpb"] / known["bits_per_byte"]
+        lines.insert(
+            1,
+            f"Baseline:   {known['n']}-gram, {known['bits_per_byte']:.3f} bits per byte; the model "
+            f"{summary['val_bpb']:.3f}, {abs(better):.0%} {'less' if better > 0 else 'more'}",
+        )
     if summary["reason"] != "finished":
         lines.append(f"Go on:      [bold]gpt train --resume {word}[/]")
     lines.append(f'Try it:     [bold]gpt generate {word} -p "…"[/]')
@@ -417,7 +432,8 @@ app.add_typer(
     epilog="[bold]Examples[/]\n\n"
     "gpt data prepare notes/ --name notes       a folder of text, to token ids\n\n"
     "gpt train --data notes                     train on it\n\n"
-    "gpt data list                              what is prepared, and how large it is\n",
+    "gpt data list                              what is prepared, and how large it is\n\n"
+    "gpt data sources                           what --data knows by name\n",
 )
 
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data set: gpt data list shows them.")]
@@ -538,6 +554,25 @@ def remove_data(
         print(f"Removed {doomed}.")
 
 
+@data_app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt data sources\n\n"
+    "gpt data sources --json | jq '.sources[] | {name, licence, files}'\n\n"
+    "gpt train --data fineweb-edu@8  its first 8 shards\n"
+)
+def sources(json_: Json = False) -> None:
+    """List the sources that --data knows by name: size, licence, address, and what is already here."""
+    from twingpt.core.data import named
+
+    rows = list(named.describe())
+    if json_:
+        _print_json({"sources": rows})
+    else:
+        from twingpt.core.console import print_sources
+
+        print_sources(_console(), rows)
+
+
 def _stdin() -> str:
     if sys.stdin is None:
         raise UserError("There is no stdin to read the prompt from.")
@@ -545,6 +580,75 @@ def _stdin() -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"The prompt on stdin is not UTF-8 text: byte {error.start}.") from None
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt baseline python-docs                        n-grams of 1 to 5 tokens\n\n"
+    "gpt baseline novel.txt --tokenizer char --n 5   on characters\n\n"
+    "gpt baseline runs/novel --n 2,3 --sample 400    on the data of a run, with a longer text\n"
+)
+def baseline(
+    name: Annotated[str, typer.Argument(metavar="DATA|RUN", help="What gpt train --data takes, or a run: its data.")],
+    n: Annotated[str, typer.Option("--n", help="Tokens of a gram: 3, 1..5 or 1,3.")] = "1..5",
+    sample: Annotated[int, typer.Option(help="Tokens of a text that the n-gram writes; 0 is none.")] = 200,
+    tokenizer: Annotated[str | None, typer.Option(help="As of gpt train. (default: bpe)")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="As of gpt train. (default: 2048)")] = None,
+    seed: Annotated[int, typer.Option(help="Of the text.")] = 1337,
+    json_: Json = False,
+) -> None:
+    """Measure what n-grams reach on held-out text by counting alone (modified Kneser-Ney), for a model to beat.
+
+    gpt train shows the best of them beside the model's loss.
+    """
+    from twingpt.core import baseline as baselines
+    from twingpt.core.launch import data_of
+
+    orders = baselines.parse_orders(n)
+    if sample < 0:
+        raise UserError(f"--sample must be at least 0, and is {sample}.")
+    data, targets = data_of(name, tokenizer, vocab_size)
+    rows, model = baselines.measure(data, orders, targets)
+    result = [{**dataclasses.asdict(row), "perplexity": row.perplexity} for row in rows]
+    if json_:
+        texts = baselines.samples(data, model, orders, sample, seed)
+        for entry, text in zip(result, texts, strict=True):
+            entry["sample"] = text if sample else None
+        _print_json({"data": data.manifest["name"], "folder": str(data.folder), "rows": result})
+        return
+    _print_baselines(_console(), data.manifest, result)
+    if sample:
+        best = baselines.best(rows).n
+        _print_sample(_console(), best, baselines.samples(data, model, [best], sample, seed)[0])
+
+
+def _print_baselines(console: Console, manifest: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    used, of = rows[0]["tokens"], manifest["splits"]["train"]["tokens"]
+    counted = f"{used:,} training tokens" if used == of else f"the first {used:,} of {of:,} training tokens"
+    console.print(
+        f"{escape(manifest['name'])}: {counted} counted, {rows[0]['targets']:,} held-out tokens predicted, "
+        f"vocabulary {manifest['vocab_size']:,}"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("n", "nats per token", "bits per byte", "perplexity", "seconds"):
+        table.add_column(title, justify="right")
+    least = min(row["val_loss"] for row in rows)
+    for row in rows:
+        figures = (f"{row['val_loss']:.4f}", f"{row['bits_per_byte']:.4f}", f"{row['perplexity']:,.2f}")
+        style = "bold green" if row["val_loss"] == least and len(rows) > 1 else None
+        table.add_row(str(row["n"]), *figures, f"{row['seconds']:.2f}", style=style)
+    console.print(table)
+
+
+def _print_sample(console: Console, n: int, text: str) -> None:
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    console.print(Panel(escape(text), title=f"what the {n}-gram writes", border_style="dim"))
 
 
 @app.command(
@@ -572,7 +676,7 @@ def parity(
         models = measurement.random_models(seed)
     else:
         checkpoint = open_checkpoint(model)
-        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.parameters()))])
+        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.stored()))])
     result = measurement.measure(models, names, dtype, tolerance, seed)
     if json_:
         _print_json(result)

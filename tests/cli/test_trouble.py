@@ -66,7 +66,7 @@ def same_ending(run, calm) -> None:
 
 
 def full_disk(monkeypatch, run):
-    def write(path, shapes, arrays):
+    def write(path, *_):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,5 +1,7 @@
 """Both twins against the float64 reference and against each other, over a family of configurations."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from tests.conftest import cpu
 from twingpt import GPTConfig, TrainConfig
 from twingpt.core import reference
-from twingpt.core.config import MLPS, SHAPES
+from twingpt.core.config import MLPS, NORM_SITES, SHAPES
 from twingpt.core.parameters import initialise, state_table
 from twingpt.core.sampler import Sampling
 from twingpt.core.schedule import hyperparameters
@@ -50,6 +52,22 @@ MATRIX = {
     "smear": {"smear": True},
     "smear of positions": {"smear": True, "embed_norm": True, "position": "learned"},
     "layernorm after the embedding": {"embed_norm": True, "norm": "layernorm", "norm_bias": True},
+    "norms after": {"norm_placement": "post", "n_kv_head": 2},
+    "norms on both sides": {"norm_placement": "both"},
+    "layernorms on both sides": {"norm_placement": "both", "norm": "layernorm", "norm_bias": True},
+    "norm offset": {"norm_offset": True, "init_std": 0.2},
+    "layernorm with offset": {"norm_offset": True, "norm": "layernorm", "embed_norm": True},
+    "parallel residual": {"parallel_residual": True},
+    "qk norm over all heads": {"qk_norm_whole": True, "n_kv_head": 2},
+    "window on some layers": {"sliding_window": 5, "full_attention_layers": (1,)},
+    "two thetas": {
+        "sliding_window": 7,
+        "full_attention_layers": (1,),
+        "local_rope_theta": 100.0,
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+    },
+    "scales": {"embed_scale": 6.0, "residual_scale": 0.3, "attn_scale": 0.2, "logit_divisor": 7.0},
+    "scale and softcaps": {"attn_scale": 0.5, "attn_softcap": 3.0, "logit_divisor": 0.25, "logit_softcap": 2.0},
     **{f"mlp {mlp}": {"mlp": mlp} for mlp in MLPS},
 }
 
@@ -160,7 +178,11 @@ def configs(draw):
         mlp_bias=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
         attn_out_bias=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
+        norm_placement=draw(st.sampled_from(["pre", "pre", *NORM_SITES])),
+        norm_offset=draw(st.booleans()),
+        parallel_residual=draw(st.booleans()),
+        qk_norm=(qk_norm := draw(st.booleans())),
+        qk_norm_whole=qk_norm and draw(st.booleans()),
         tie_embeddings=draw(st.booleans()),
         embed_norm=draw(st.booleans()),
         smear=draw(st.booleans()),
@@ -300,3 +322,16 @@ def torch_adamw(config, params, moments, grads, train, step):
     torch.nn.utils.clip_grad_norm_(list(tensors.values()), train.grad_clip)
     optimizer.step()
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+
+
+def test_a_cache_grows_as_it_fills(twins, monkeypatch):
+    for name in ("mlx", "torch"):
+        monkeypatch.setattr(import_module(f"twingpt.backends.{name}.model"), "CACHE_ROOM", 3)
+    assert_cached_decoding_agrees(config_of({"n_kv_head": 2, "smear": True}), twins, 2, 24)
+
+
+def test_a_long_context_takes_no_memory_before_it_is_filled(engines):
+    config = config_of({"block_size": 2**20})
+    engine = engines.DecodeEngine(config, initialise(config, 0), cpu(engines))
+    engine.prefill(np.array([[5, 6, 7]]))
+    assert engine.cache.keys[0].shape[2] < 1000

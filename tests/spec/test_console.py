@@ -1,5 +1,6 @@
 """What a run looks like on a terminal and in a log."""
 
+import dataclasses
 import io
 
 import pytest
@@ -8,12 +9,14 @@ from rich.console import Console
 from twingpt.core.console import ConsoleReporter, human_bytes, human_count, human_flops, human_share, human_time
 from twingpt.core.events import (
     Evaluated,
+    MixedSource,
     ReporterFailed,
     RunEnded,
     RunStarted,
     Sampled,
     Saved,
     SaveFailed,
+    SourceLoss,
     Trained,
 )
 
@@ -26,6 +29,13 @@ EVENTS = [
     ReporterFailed(10, "WandbReporter", "CommError: [no] network"),
     SaveFailed(10, "[no] space"),
     RunEnded(10, "stop-after", 75.0),
+]
+MIXED = [
+    dataclasses.replace(
+        EVENTS[0], sources={"[a]": MixedSource(0.7, 40_000, 4_000), "b": MixedSource(0.3, 10_000, 1_000)}
+    ),
+    dataclasses.replace(EVENTS[1], epoch=0.4096, epochs={"[a]": 0.36, "b": 0.6}),
+    dataclasses.replace(EVENTS[2], sources={"[a]": SourceLoss(3.4, 1.4), "b": SourceLoss(3.7333, 1.7)}),
 ]
 
 
@@ -45,6 +55,19 @@ def test_every_event_is_shown(terminal):
         "step 10: [no] space",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_the_sources_of_a_mixture_are_shown():
+    out = io.StringIO()
+    reporter = ConsoleReporter(Console(file=out, width=120, color_system=None))
+    for event in MIXED:
+        reporter.report(event)
+    for part in (
+        "  [a]: 70% of the windows, 40.0k tokens to train on, 4.0k held out, 3.6 epochs\n",
+        "  b: 30% of the windows, 10.0k tokens to train on, 1.0k held out, 6.1 epochs\n",
+        "loss 3.2100, epoch 0.41, ", "  [a]: 3.4000, 1.400 bits per byte\n", "  b: 3.7333, 1.700 bits per byte\n",
+    ):  # fmt: skip
+        assert part in out.getvalue(), part
 
 
 def test_numbers_to_read():

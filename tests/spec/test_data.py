@@ -1,6 +1,5 @@
 """Sources, preparation and token data sets."""
 
-import hashlib
 import json
 import sys
 
@@ -8,8 +7,7 @@ import numpy as np
 import pytest
 
 from twingpt import GPTConfig, UserError
-from twingpt.core import paths
-from twingpt.core.data import shards, sources
+from twingpt.core.data import shards
 from twingpt.core.data.prepare import _lock, prepare
 from twingpt.core.data.shards import TokenDataset, token_dtype
 from twingpt.core.data.sources import load
@@ -59,33 +57,6 @@ def test_missing_file_empty_folder_and_unknown_name(tmp_path):
         load(str(tmp_path))
     with pytest.raises(UserError, match="did you mean 'shakespeare'"):
         load("shakespear")
-
-
-def test_shakespeare_offline_says_what_to_do(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(sources.urllib.request, "urlopen", refuse)
-    with pytest.raises(UserError, match=r"put the file at .*tinyshakespeare\.txt, or give --data its path"):
-        load("shakespeare")
-
-
-def test_shakespeare_is_checked_and_kept(monkeypatch, tmp_path):
-    content = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
-    original = tmp_path / "served.txt"
-    original.write_bytes(content)
-    monkeypatch.setattr(sources, "SHAKESPEARE_URL", original.as_uri())
-    with pytest.raises(UserError, match="is not Tiny Shakespeare"):
-        load("shakespeare")
-    assert not (paths.home() / "downloads" / "tinyshakespeare.txt").exists()
-    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
-    assert load("shakespeare").documents == [content.decode()]
-    original.unlink()  # the second time from the file
-    assert load("shakespeare").documents == [content.decode()]
-
-
-def test_the_checksum_is_tiny_shakespeares(shakespeare):
-    assert hashlib.sha256(shakespeare.read_bytes()).hexdigest() == sources.SHAKESPEARE_SHA256
 
 
 def documents_of(data, split):

@@ -4,70 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table, state_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.portable import portable_config
+from twingpt.core.quantize import Quantization, dequantized, from_config, stored_shapes
 from twingpt.core.runs import resolve
+from twingpt.core.tensors import DTYPES, Entry, Shapes, TensorFile, write_safetensors
 from twingpt.core.tokenizer import Tokenizer, files
 from twingpt.core.tokenizer import load as load_tokenizer
 
 Array = np.ndarray
-Shapes = Mapping[str, tuple[int, ...]]
 
 SCHEMA = 1
 SHARD_BYTES = 5 * 10**9
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
-def write_safetensors(path: Path, shapes: Shapes, tensors: Mapping[str, Array]) -> dict[str, Any]:
-    """Write float32 tensors, one at a time in the order of `shapes`, and sync; the file's manifest entry.
-
-    The entry has its size, its SHA-256, and each tensor's CRC-32, which finds a damaged one later.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    sha, checks = hashlib.sha256(), {}
-    with path.open("wb") as file:
-        for chunk in (len(text).to_bytes(8, "little"), text):
-            file.write(chunk)
-            sha.update(chunk)
-        for name in shapes:
-            data = np.ascontiguousarray(tensors[name], "<f4").data.cast("B")
-            file.write(data)
-            sha.update(data)
-            checks[name] = f"{zlib.crc32(data):08x}"
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": 8 + len(text) + offset, "sha256": sha.hexdigest(), "crc32": checks}
-
-
-def _shards(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
+def _shards(shapes: Shapes, dtypes: Mapping[str, str]) -> list[dict[str, tuple[int, ...]]]:
     """The tensors in files of at most SHARD_BYTES, in order."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = SHARD_BYTES
     for name, shape in shapes.items():
-        size = 4 * math.prod(shape)
+        size = _bytes(name, shape, dtypes)
         if size > room and shards[-1]:
             shards.append({})
             room = SHARD_BYTES
@@ -76,19 +48,30 @@ def _shards(shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
     return shards
 
 
-def _write_model(folder: Path, config: GPTConfig, tensors: Mapping[str, Array]) -> dict[str, Any]:
-    """model.safetensors, or numbered shards and their index; the manifest entries of all but the index."""
-    shapes = {name: row.shape for name, row in parameter_table(config).items()}
-    shards = _shards(shapes)
+def write_model(
+    folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, Array]], dtypes: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """model.safetensors, or numbered shards and their index; the manifest entries of all but the index.
+
+    The tensors come in the order of `shapes`, and are float32 but where `dtypes` says otherwise.
+    """
+    shards, source = _shards(shapes, dtypes), iter(tensors)
     if len(shards) == 1:
-        return {MODEL: write_safetensors(folder / MODEL, shapes, tensors)}
+        return {MODEL: write_safetensors(folder / MODEL, shapes, source, dtypes)}
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     index = {
-        "metadata": {"total_size": sum(4 * math.prod(shape) for shape in shapes.values())},
+        "metadata": {"total_size": sum(_bytes(name, shape, dtypes) for name, shape in shapes.items())},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
     write_synced(folder / f"{MODEL}.index.json", json.dumps(index, indent=2).encode())
-    return {file: write_safetensors(folder / file, shard, tensors) for file, shard in zip(names, shards, strict=True)}
+    return {
+        file: write_safetensors(folder / file, shard, itertools.islice(source, len(shard)), dtypes)
+        for file, shard in zip(names, shards, strict=True)
+    }
+
+
+def _bytes(name: str, shape: tuple[int, ...], dtypes: Mapping[str, str]) -> int:
+    return math.prod(shape) * np.dtype(DTYPES[dtypes.get(name, "F32")]).itemsize
 
 
 def save(
@@ -104,29 +87,67 @@ def save(
     the optimizer that it names: together what training can continue from. Raises UserError where it
     can't be written (a full disk, a folder without permission); nothing half-written stays.
     """
-    texts, parameters = files(tokenizer, config.block_size), parameter_table(config)
-    texts["config.json"] = json.dumps(portable_config(config, tokenizer.end_of_text), indent=2)
-    ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    texts["generation_config.json"] = json.dumps(ids, indent=2)
+    parameters = {name: row.shape for name, row in parameter_table(config).items()}
+    texts = model_texts(config, tokenizer, None)
     if training is not None:
         texts["training_state.json"] = json.dumps({"schema": SCHEMA, **training}, indent=2)
     try:
         with new_folder(folder) as temporary:
-            entries = _write_model(temporary, config, tensors)
+            entries = write_model(temporary, parameters, ((name, tensors[name]) for name in parameters))
             if training is not None:
                 state = {name: array.shape for name, array in tensors.items() if name not in parameters}
-                entries[OPTIMIZER] = write_safetensors(temporary / OPTIMIZER, state, tensors)
-            for name, text in texts.items():
-                write_synced(temporary / name, text.encode())
-            for path in temporary.iterdir():
-                entries.setdefault(path.name, {"size": path.stat().st_size, "sha256": _sha256(path)})
-            manifest = {"schema": SCHEMA, "files": dict(sorted(entries.items()))}
-            write_synced(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
+                ordered = ((name, tensors[name]) for name in state)
+                entries[OPTIMIZER] = write_safetensors(temporary / OPTIMIZER, state, ordered)
+            write_texts(temporary, texts, entries)
     except OSError as error:
         raise UserError(
             f"The checkpoint can't be saved to {folder} ({error.strerror}): free some space or mend the folder; "
             "earlier checkpoints are untouched."
         ) from error
+
+
+def save_model(
+    folder: Path,
+    config: GPTConfig,
+    tokenizer: Tokenizer | None,
+    tensors: Iterable[tuple[str, Array]],
+    quantization: Quantization | None = None,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write a model that isn't trained on here, in one atomic step, holding one tensor at a time.
+
+    `tensors` are float32 parameters in the order of the parameter table; `texts` are further files, by
+    name. Raises OSError where it can't be written; nothing half-written stays.
+    """
+    shapes, dtypes = stored_shapes(config, quantization)
+    with new_folder(folder) as temporary:
+        stored = quantization.apply(tensors, config) if quantization else tensors
+        entries = write_model(temporary, shapes, stored, dtypes)
+        write_texts(temporary, model_texts(config, tokenizer, quantization) | dict(texts), entries)
+
+
+def model_texts(config: GPTConfig, tokenizer: Tokenizer | None, quantization: Quantization | None) -> dict[str, str]:
+    """The files of a model directory beside its tensors, by name."""
+    content = portable_config(config, tokenizer.end_of_text if tokenizer else None)
+    if quantization:  # MLX reads the first, transformers the second
+        content |= {"quantization": quantization.to_json(), "quantization_config": quantization.to_json()}
+    texts = {"config.json": json.dumps(content, indent=2)}
+    if tokenizer:
+        ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+        texts["generation_config.json"] = json.dumps(ids, indent=2)
+        texts |= files(tokenizer, config.block_size)
+    return texts
+
+
+def write_texts(folder: Path, texts: Mapping[str, str], entries: Mapping[str, Any]) -> None:
+    """Write the texts of a model directory, and last its manifest: `entries` of the tensors' files, and the rest's."""
+    for name, text in texts.items():
+        write_synced(folder / name, text.encode())
+    described = dict(entries)
+    for path in folder.iterdir():
+        described.setdefault(path.name, {"size": path.stat().st_size, "sha256": _sha256(path)})
+    manifest = {"schema": SCHEMA, "files": dict(sorted(described.items()))}
+    write_synced(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
 
 
 @dataclass(frozen=True)
@@ -136,6 +157,7 @@ class Checkpoint:
     folder: Path
     config: GPTConfig
     manifest: Mapping[str, Any]
+    quantization: Quantization | None = None
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
@@ -153,10 +175,13 @@ class Checkpoint:
         return dict(state)
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, float32 array) of every parameter."""
-        table = {name: row.shape for name, row in parameter_table(self.config).items()}
+        """Yield (name, float32 array) of every parameter, dequantized where need be."""
+        return dequantized(self.stored(), self.config)
+
+    def stored(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, array) of every tensor of the model as it is stored (see `Quantization`)."""
         names = [name for name in self.manifest["files"] if name.startswith("model") and name.endswith(".safetensors")]
-        yield from read_tensors([self.folder / name for name in names], table)
+        yield from read_tensors([self.folder / name for name in names], *stored_shapes(self.config, self.quantization))
 
     def optimizer_state(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of the optimizer's state."""
@@ -182,37 +207,34 @@ def _is_training_state(state: Any) -> bool:
     )
 
 
-def read_tensors(paths: Iterable[Path], table: Shapes) -> Iterator[tuple[str, Array]]:
-    """Yield (name, array) of safetensors files that together hold exactly the float32 tensors of `table`.
+def read_tensors(
+    paths: Iterable[Path], table: Shapes, dtypes: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[str, Array]]:
+    """Yield (name, array) of safetensors files that together hold exactly the tensors of `table`.
 
-    They come in the order of `table`, one at a time. Every header is checked before any tensor is
-    read; UserError names the tensor and the file.
+    They are float32 but where `dtypes` says otherwise, and come in the order of `table`, one at a time.
+    Every header is checked before any tensor is read; UserError names the tensor and the file.
     """
-    with ExitStack() as stack:
-        files, homes = {}, {}
-        for path in paths:
-            try:
-                files[path] = stack.enter_context(safe_open(path, framework="np"))
-                for name in files[path].keys():  # noqa: SIM118  (not a dict)
-                    part = files[path].get_slice(name)
-                    _check_tensor(name, tuple(part.get_shape()), part.get_dtype(), table, path)
-                    homes[name] = path
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
-        for name in table:
-            if name not in homes:
-                raise UserError(f"The tensor {name} is missing from {', '.join(path.name for path in files)}.")
-        for name in table:
-            yield name, files[homes[name]].get_tensor(name)
+    files = [TensorFile(path) for path in paths]
+    homes = {}
+    for file in files:
+        for name, entry in file.entries.items():
+            _check_tensor(name, entry, table, dtypes.get(name, "F32"), file.path)
+            homes[name] = file
+    for name in table:
+        if name not in homes:
+            raise UserError(f"The tensor {name} is missing from {', '.join(file.path.name for file in files)}.")
+    for name in table:
+        yield name, homes[name].read(name)
 
 
-def _check_tensor(name: str, shape: tuple[int, ...], dtype: str, table: Shapes, path: Path) -> None:
+def _check_tensor(name: str, entry: Entry, table: Shapes, dtype: str, path: Path) -> None:
     if name not in table:
         raise UserError(f"{path} has a tensor {name}, which this model has not.")
-    if shape != table[name]:
-        raise UserError(f"The tensor {name} in {path} has shape {shape}, and the model needs {table[name]}.")
-    if dtype != "F32":
-        raise UserError(f"The tensor {name} in {path} is {dtype}, and must be F32.")
+    if entry.shape != table[name]:
+        raise UserError(f"The tensor {name} in {path} has shape {entry.shape}, and the model needs {table[name]}.")
+    if entry.dtype != dtype:
+        raise UserError(f"The tensor {name} in {path} is {entry.dtype}, and must be {dtype}.")
 
 
 def _read_json(path: Path) -> Any:
@@ -286,4 +308,5 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     content = _read_json(folder / "config.json")
     if not isinstance(content, dict) or not isinstance(content.get("twingpt"), dict):
         raise UserError(f"{folder / 'config.json'} has no twingpt section.")
-    return Checkpoint(folder, GPTConfig.from_dict(content["twingpt"]), manifest)
+    quantization = from_config(content, folder / "config.json")
+    return Checkpoint(folder, GPTConfig.from_dict(content["twingpt"]), manifest, quantization)

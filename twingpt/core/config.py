@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,12 +13,22 @@ from twingpt.core.errors import UserError
 
 POSITIONS = ("rope", "learned", "none")
 NORMS = ("rmsnorm", "layernorm")
-MLPS = ("swiglu", "geglu", "gelu", "gelu_tanh", "relu2")
-GATED_MLPS = ("swiglu", "geglu")
+MLPS = ("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu2")
+GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
+# The norms (before, after) a block's attention, then its MLP, as transformers names them; "" is none.
+NORM_SITES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
+    "pre": (("input_layernorm", ""), ("post_attention_layernorm", "")),
+    "post": (("", "post_attention_layernorm"), ("", "post_feedforward_layernorm")),
+    "both": (
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
+LAYER_LISTS = ("no_rope_layers", "full_attention_layers")
 
 # The loss takes so many logits at a time, 128 MB of them in float32, and so many positions: float16 sums of
 # more could overflow.
@@ -39,7 +49,7 @@ def unknown_choice(what: str, value: object, choices: Iterable[str]) -> UserErro
     return UserError(f"Unknown {what} {value!r}: {hint}")
 
 
-def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(what: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise unknown_choice(what, value, choices)
 
@@ -58,6 +68,13 @@ KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "float": ("a finite number", lambda value: _is_number(value, "float")),
     "bool": ("of type bool", lambda value: _is_number(value, "bool")),
     "str": ("of type str", lambda value: isinstance(value, str)),
+    "str | tuple[str, ...]": (
+        "of type str, or a list of them",
+        lambda value: (
+            isinstance(value, str)
+            or (isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(item, str) for item in value))
+        ),
+    ),
     "tuple[int, ...]": (
         "a list of layer numbers",
         lambda value: isinstance(value, (list, tuple)) and all(_is_number(item, "int") for item in value),
@@ -134,6 +151,14 @@ class GPTConfig:
     one before it (as in modded-nanogpt); `zero_init` starts the projections into the residual stream at zero, so that
     every block begins as the identity.
 
+    Norms stand before attention and MLP (`pre`), after them (`post`, as in OLMo 2) or on both sides, and
+    multiply by 1 + weight with `norm_offset` (as in Gemma). With `parallel_residual` both read the same
+    stream (as in GPT-NeoX). `qk_norm_whole` normalises queries and keys over all heads together.
+    `full_attention_layers` are without the sliding window; those that have it rotate by `local_rope_theta`,
+    unscaled, where that is given. The embedding is multiplied by `embed_scale`, what blocks add by
+    `residual_scale`, attention's scores by `attn_scale` (head_dim^-1/2 where it is 0), and the logits are
+    divided by `logit_divisor`.
+
     Raises UserError for an impossible value, in one sentence.
     """
 
@@ -153,17 +178,27 @@ class GPTConfig:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
     norm_bias: bool = False
+    norm_placement: str = "pre"
+    norm_offset: bool = False
+    parallel_residual: bool = False
     mlp: str = "swiglu"
     mlp_bias: bool = False
     qkv_bias: bool = False
     attn_out_bias: bool = False
     qk_norm: bool = True
+    qk_norm_whole: bool = False
     tie_embeddings: bool = True
     embed_norm: bool = False
     smear: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    attn_scale: float = 0.0
     attn_softcap: float = 0.0
+    logit_divisor: float = 1.0
     logit_softcap: float = 0.0
     sliding_window: int = 0
+    full_attention_layers: tuple[int, ...] = ()
+    local_rope_theta: float = 0.0
     dropout: float = 0.0
     init_std: float = 0.02
     zero_init: bool = False
@@ -191,11 +226,13 @@ class GPTConfig:
         if not self.n_inner:
             wide = -(-8 * self.n_embd // (3 * 32)) * 32 if self.gated_mlp else 4 * self.n_embd
             object.__setattr__(self, "n_inner", wide)
-        object.__setattr__(self, "no_rope_layers", tuple(sorted(self.no_rope_layers)))
+        for name in LAYER_LISTS:
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
 
     def _validate(self) -> None:
         self._check_positive("n_kv_head", "head_dim", "n_inner", "norm_eps", "rope_theta", "init_std")
-        for name in ("attn_softcap", "logit_softcap", "sliding_window"):
+        self._check_positive("embed_scale", "residual_scale", "logit_divisor")
+        for name in ("attn_scale", "attn_softcap", "logit_softcap", "sliding_window", "local_rope_theta"):
             if getattr(self, name) < 0:
                 _fail(f"{name} must be at least 0 (0 turns it off), and is {getattr(self, name)}.")
         if not 0 <= self.dropout < 1:
@@ -205,12 +242,24 @@ class GPTConfig:
         _check_choice("position", self.position, POSITIONS)
         _check_choice("norm", self.norm, NORMS)
         _check_choice("mlp", self.mlp, MLPS)
+        _check_choice("norm_placement", self.norm_placement, NORM_SITES)
         if self.norm == "rmsnorm" and self.norm_bias:
             _fail("norm_bias needs norm='layernorm': an RMSNorm has no bias.")
+        if self.qk_norm_whole and not self.qk_norm:
+            _fail("qk_norm_whole needs qk_norm.")
+        if not self.sliding_window and (self.full_attention_layers or self.local_rope_theta):
+            _fail("full_attention_layers and local_rope_theta need a sliding_window.")
+        self._validate_positions()
+
+    def _validate_positions(self) -> None:
         if self.position == "rope":
             self._validate_rope()
-        elif self.no_rope_layers or self.rope_scaling:
-            _fail(f"no_rope_layers and rope_scaling need position='rope', not {self.position!r}.")
+        elif self.no_rope_layers or self.rope_scaling or self.local_rope_theta:
+            _fail(f"no_rope_layers, rope_scaling and local_rope_theta need position='rope', not {self.position!r}.")
+        for name in LAYER_LISTS:
+            layers = getattr(self, name)
+            if layers and not 0 <= layers[0] <= layers[-1] < self.n_layer:
+                _fail(f"{name} must be layers 0 to {self.n_layer - 1}, and is {layers}.")
 
     def _validate_rope(self) -> None:
         if not 0 < self.rope_fraction <= 1:
@@ -219,8 +268,6 @@ class GPTConfig:
             _fail(
                 f"RoPE rotates pairs, so head_dim x rope_fraction must be even and at least 2, and is {self.rope_dim}."
             )
-        if self.no_rope_layers and not 0 <= self.no_rope_layers[0] <= self.no_rope_layers[-1] < self.n_layer:
-            _fail(f"no_rope_layers must be layers 0 to {self.n_layer - 1}, and is {self.no_rope_layers}.")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -237,13 +284,26 @@ class GPTConfig:
         """How many leading dimensions of each head RoPE rotates."""
         return int(self.head_dim * self.rope_fraction)
 
+    @property
+    def score_scale(self) -> float:
+        """What attention multiplies the products of queries and keys by."""
+        return self.attn_scale or self.head_dim**-0.5
+
     def uses_rope(self, layer: int) -> bool:
         """Whether layer number `layer` rotates its queries and keys."""
         return self.position == "rope" and layer not in self.no_rope_layers
 
+    def window(self, layer: int) -> int:
+        """How many tokens layer number `layer` attends to, itself among them; 0 for all."""
+        return 0 if layer in self.full_attention_layers else self.sliding_window
+
+    def is_local(self, layer: int) -> bool:
+        """Whether layer number `layer` rotates by `local_rope_theta`."""
+        return self.local_rope_theta > 0 and self.window(layer) > 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, accepted back by `from_dict`."""
-        return dataclasses.asdict(self) | {"no_rope_layers": list(self.no_rope_layers)}
+        return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in LAYER_LISTS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
@@ -308,13 +368,20 @@ def shaped(shape: str, **values: Any) -> GPTConfig:
     return GPTConfig.from_dict(SHAPES[shape] | values)
 
 
+def _one_or_several(data: str | Iterable[str]) -> str | tuple[str, ...]:
+    """A list of one source as that one, as it was before there were mixtures."""
+    several = (data,) if isinstance(data, str) else tuple(data)
+    return several[0] if len(several) == 1 else several
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a run trains: data, optimizer, schedule and what it reports. Names follow nanoGPT.
 
     A step is `gradient_accumulation_steps` micro-batches of `batch_size` windows of the model's
     `block_size` tokens. Intervals are in steps, and 0 turns one off. `eval_iters` counts batches of
-    the fixed validation windows, 0 for the whole split. `keep` is how many latest checkpoints stay.
+    each source's fixed validation windows, 0 for the whole split. `keep` is how many latest checkpoints
+    stay. `data` is one source, or several of them as SOURCE:WEIGHT.
 
     With the optimizer `muon`, the blocks' matrices have `matrix_lr` and Muon's momentum, which warms
     up from 0.85; the rest has AdamW. `embedding_lr` and `head_lr` replace `learning_rate` for those
@@ -327,7 +394,7 @@ class TrainConfig:
     stopping there.
     """
 
-    data: str = "python-docs"
+    data: str | tuple[str, ...] = "python-docs"
     tokenizer: str = "bpe"
     vocab_size: int = 2048
     seed: int = 1337
@@ -363,6 +430,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        object.__setattr__(self, "data", _one_or_several(self.data))
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
         _check_choice("dtype", self.dtype, DTYPES)
@@ -385,7 +453,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, accepted back by `from_dict`."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"data": self.data if isinstance(self.data, str) else list(self.data)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

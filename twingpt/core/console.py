@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from twingpt.core.events import (
+    Baseline,
     Evaluated,
     Event,
     ReporterFailed,
@@ -86,8 +87,9 @@ class ConsoleReporter:
         self.tokens_per_step = 1
         self.closed = False
         self.skipped = 0
+        self.baseline = ""
         self.progress = Progress(
-            TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}"),
+            TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}  epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             TextColumn("loss [bold green]{task.fields[loss]}[/]  val [bold magenta]{task.fields[val]}[/]"),
             TextColumn("{task.fields[speed]} tok/s  MFU {task.fields[mfu]}  {task.fields[memory]}"),
@@ -96,7 +98,7 @@ class ConsoleReporter:
             expand=True,
         )
         self.task = self.progress.add_task(
-            "train", total=1, loss="–", val="–", speed="–", mfu="–", memory="", steps_per_second=0.0
+            "train", total=1, epoch="–", loss="–", val="–", speed="–", mfu="–", memory="", steps_per_second=0.0
         )
 
     @contextmanager
@@ -122,11 +124,9 @@ class ConsoleReporter:
         elif isinstance(event, Trained):
             self._trained(event)
         elif isinstance(event, Evaluated):
-            self.progress.update(self.task, val=f"{event.val_loss:.3f}")
-            best = "  [green]best so far[/]" if event.best else ""
-            self.console.print(
-                f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte{best}"
-            )
+            self._evaluated(event)
+        elif isinstance(event, Baseline):
+            self._baseline(event)
         elif isinstance(event, Sampled):
             title = f"a sample after {event.step:,} steps"
             lines = [line for line in event.text.splitlines() if line.strip()][:SAMPLE_LINES]
@@ -144,6 +144,23 @@ class ConsoleReporter:
                 soft_wrap=True,
             )
 
+    def _evaluated(self, event: Evaluated) -> None:
+        self.progress.update(self.task, val=f"{event.val_loss:.3f}")
+        best = "  [green]best so far[/]" if event.best else ""
+        self.console.print(
+            f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte"
+            f"{self.baseline}{best}"
+        )
+        for name, losses in event.sources.items():
+            self.console.print(f"  {escape(name)}: {losses.val_loss:.4f}, {losses.val_bpb:.3f} bits per byte")
+
+    def _baseline(self, event: Baseline) -> None:
+        self.baseline = f" [dim]({event.n}-gram {event.bits_per_byte:.3f})[/]"
+        self.console.print(
+            f"baseline: val loss {event.val_loss:.4f}, {event.bits_per_byte:.3f} bits per byte "
+            f"by the best n-gram, n = {event.n}, which only counts"
+        )
+
     def _started(self, event: RunStarted) -> None:
         self.tokens_per_step = event.tokens_per_step
         self.progress.update(self.task, total=event.max_iters, completed=event.step)
@@ -152,22 +169,30 @@ class ConsoleReporter:
             f"[bold]{escape(event.run)}[/] {verb}: {human_count(event.parameters)} parameters on "
             f"{event.backend} {event.device} in {event.dtype}"
         )
-        epochs = event.max_iters * event.tokens_per_step / max(1, event.train_tokens)
+        trained = event.max_iters * event.tokens_per_step
+        epochs = trained / max(1, event.train_tokens)
         self.console.print(
             f"{escape(event.data)}: {human_count(event.train_tokens)} tokens to train on, "
             f"{human_count(event.val_tokens)} held out, vocabulary {event.vocab_size:,}; "
             f"{event.max_iters:,} steps of {event.tokens_per_step:,} tokens, {epochs:.1f} epochs"
         )
+        for name, source in event.sources.items():
+            self.console.print(
+                f"  {escape(name)}: {human_share(source.share)} of the windows, "
+                f"{human_count(source.train_tokens)} tokens to train on, {human_count(source.val_tokens)} held out, "
+                f"{trained * source.share / max(1, source.train_tokens):.1f} epochs"
+            )
         if self.console.is_terminal:
             self.progress.start()
 
     def _trained(self, event: Trained) -> None:
         speed, memory = human_count(event.tokens_per_second), human_bytes(event.memory_bytes)
-        share = human_share(event.mfu)
+        share, epoch = human_share(event.mfu), "–" if event.epoch is None else f"{event.epoch:.2f}"
         steps_per_second = event.tokens_per_second / self.tokens_per_step
         self.progress.update(
             self.task,
             completed=event.step,
+            epoch=epoch,
             loss=f"{event.loss:.3f}",
             speed=speed,
             mfu=share,
@@ -181,7 +206,8 @@ class ConsoleReporter:
             total = self.progress.tasks[0].total or event.step
             left = human_time((total - event.step) / steps_per_second) if steps_per_second else "–"
             self.console.print(
-                f"step {event.step:,}: loss {event.loss:.4f}, {speed} tok/s, MFU {share}, {memory}, ETA {left}"
+                f"step {event.step:,}: loss {event.loss:.4f}, epoch {epoch}, {speed} tok/s, MFU {share}, {memory}, "
+                f"ETA {left}"
             )
 
 
@@ -223,3 +249,17 @@ def print_run(console: Console, run: Run, described: dict[str, Any]) -> None:
     for title, key in (("model", "config"), ("training", "train"), ("data", "data")):
         text = ", ".join(f"{name} {json.dumps(value)}" for name, value in described[key].items())
         console.print(f"\n[bold]{title}[/] {escape(text)}")
+
+
+def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
+    """Two lines a named source, from its row as named.describe() gives it."""
+    for row in rows:
+        files, here = row["files"], sum(file["downloaded"] for file in row["files"])
+        shards = f"{row['default']} of {len(files)} shards, unless {row['name']}@SHARDS" if row["default"] else ""
+        state = f"{here} of {len(files)} files here" if 0 < here < len(files) else "downloaded" if here else ""
+        state = state if files else "comes with Python"
+        size = human_bytes(row["size"]) if row["size"] else "–"
+        facts = [f"[bold]{row['name']:11}[/]  {size:>7}  {row['licence']:16}", shards, state and f"[green]{state}[/]"]
+        console.print("  ".join(filter(None, facts)), soft_wrap=True)
+        pin = row["revision"] or f"SHA-256 {files[0]['sha256']}"
+        console.print(f"{'':13}[dim]{row['address']}, {pin}[/]", soft_wrap=True)

@@ -9,7 +9,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,25 @@ WAITING_EVENTS = 10_000  # at most kept in memory while they can't be written, t
 
 
 @dataclass(frozen=True)
+class MixedSource:
+    """A source of a mixture: its share of the windows trained on, and its tokens."""
+
+    share: float
+    train_tokens: int
+    val_tokens: int
+
+
+@dataclass(frozen=True)
+class SourceLoss:
+    """Held-out loss of one source of a mixture, in nats per token and in bits per byte of text."""
+
+    val_loss: float
+    val_bpb: float
+
+
+@dataclass(frozen=True)
 class RunStarted:
-    """The run begins, or goes on, after `step` of `max_iters` steps."""
+    """The run begins, or goes on, after `step` of `max_iters` steps; `sources` are a mixture's, by name."""
 
     step: int
     max_iters: int
@@ -34,6 +51,7 @@ class RunStarted:
     train_tokens: int
     val_tokens: int
     vocab_size: int
+    sources: dict[str, MixedSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,8 @@ class Trained:
 
     `skipped` counts the run's steps that were left out, because they were not finite.
     `seconds` is the run's time so far, over all its starts. `mfu` is the share of the device's
-    peak that the model's own arithmetic makes up, None where no peak is known.
+    peak that the model's own arithmetic makes up, None where no peak is known. `epoch` is how often the
+    run has gone through its data so far, and `epochs` through each source of a mixture.
     """
 
     step: int
@@ -56,17 +75,39 @@ class Trained:
     skipped: int
     seconds: float
     mfu: float | None = None
+    epoch: float | None = None
+    epochs: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out loss after `step` steps and `seconds`, in nats per token and in bits per byte of text."""
+    """Held-out loss after `step` steps and `seconds`, in nats per token and in bits per byte of text.
+
+    Of a mixture these are the means over its sources by their shares of the tokens trained on, and
+    `sources` has each one's own, by name.
+    """
 
     step: int
     val_loss: float
     val_bpb: float
     best: bool
     seconds: float
+    sources: dict[str, SourceLoss] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the best n-gram, counted on the training tokens, loses on the `targets` tokens that evaluations count.
+
+    Each start of a run says it once: before its first evaluation after a step, or at once when it goes on
+    and it is known. metrics.jsonl keeps the last.
+    """
+
+    step: int
+    n: int
+    val_loss: float
+    bits_per_byte: float
+    targets: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +155,7 @@ class ReporterFailed:
     error: str
 
 
-Event = RunStarted | Trained | Evaluated | Sampled | Saved | SaveFailed | RunEnded | ReporterFailed
+Event = RunStarted | Trained | Evaluated | Baseline | Sampled | Saved | SaveFailed | RunEnded | ReporterFailed
 
 
 class Reporter(Protocol):
@@ -173,10 +214,11 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 def rewind(path: Path, saved: Saved, again: Collection[str]) -> None:
     """Make a metrics.jsonl what it was when `saved` happened: drop what a run resumed from there will report again.
 
-    Those are the later events, and of the same step those called as `again` says. `saved` itself is
-    added where a crash came between the checkpoint and its event.
+    Those are the later events, each end and baseline, and of the same step those called as `again` says.
+    `saved` itself is added where a crash came between the checkpoint and its event.
     """
-    events = [event for event in read_events(path) if event["step"] <= saved.step and event["event"] != "run_ended"]
+    dropped = ("run_ended", "baseline")
+    events = [event for event in read_events(path) if event["step"] <= saved.step and event["event"] not in dropped]
     kept = [event for event in events if event["step"] < saved.step or event["event"] not in again]
     if not any(event["event"] == "saved" and event["step"] == saved.step for event in kept):
         kept.append(to_dict(saved))
@@ -186,6 +228,15 @@ def rewind(path: Path, saved: Saved, again: Collection[str]) -> None:
 def seconds_so_far(path: Path) -> float:
     """How long the run of a metrics.jsonl had taken at its last event that says so."""
     return max((event["seconds"] for event in read_events(path) if _is_number(event.get("seconds"))), default=0.0)
+
+
+def last_baseline(events: Iterable[dict[str, Any]]) -> Baseline | None:
+    """The last baseline among a run's events, where one is whole."""
+    for event in reversed([event for event in events if event["event"] == "baseline"]):
+        values = {field.name: event.get(field.name) for field in dataclasses.fields(Baseline)}
+        if all(_is_number(value) for value in values.values()):
+            return Baseline(**values)
+    return None
 
 
 def points(events: Iterable[dict[str, Any]], kind: str, field: str, x: str = "step") -> list[tuple[float, float]]:

@@ -121,8 +121,8 @@ def flops_per_token(config: GPTConfig) -> float:
     weights = sum(row.size for row in table.values() if row.group != EMBEDDING)
     if config.tie_embeddings:
         weights += config.vocab_size * config.n_embd
-    span = min(config.block_size, config.sliding_window or config.block_size)
-    return 6.0 * weights + 12.0 * config.n_layer * config.n_head * config.head_dim * span
+    spans = sum(min(config.block_size, config.window(i) or config.block_size) for i in range(config.n_layer))
+    return 6.0 * weights + 12.0 * config.n_head * config.head_dim * spans
 
 
 def mfu(tokens_per_second: float, config: GPTConfig, peak: Peak | None) -> float | None:

@@ -140,5 +140,5 @@ def load(path: str | Path, backend: str = "auto", device: str | None = None, dty
     engines = backends.get(backend)
     target = backends.find_device(engines, device)
     compute = backends.find_dtype(target, dtype or "float32")
-    engine = engines.DecodeEngine(checkpoint.config, checkpoint.parameters(), target, compute)
+    engine = engines.DecodeEngine(checkpoint.config, checkpoint.stored(), target, compute)
     return LanguageModel(checkpoint.config, checkpoint.tokenizer(), engine)

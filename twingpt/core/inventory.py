@@ -106,6 +106,8 @@ def _list(value: object) -> list[Any]:
 
 
 def _text(value: object) -> str | None:
+    if isinstance(value, list):  # the sources of a mixture
+        return ", ".join(map(str, value))
     return value if isinstance(value, str) else None
 
 

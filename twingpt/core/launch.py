@@ -8,20 +8,25 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from twingpt.core import backend as backends
 from twingpt.core import depth
 from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.checkpoint import Checkpoint, open_checkpoint
-from twingpt.core.config import GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
+from twingpt.core.config import KINDS, GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
+from twingpt.core.data import mixture
+from twingpt.core.data.mixture import Data
 from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.events import JSONLReporter, Reporter, Saved, rewind, seconds_so_far
+from twingpt.core.events import JSONLReporter, Reporter, Saved, last_baseline, read_events, rewind, seconds_so_far
 from twingpt.core.flops import peak
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
@@ -30,6 +35,7 @@ from twingpt.core.report import HTMLReporter
 from twingpt.core.runs import check_untrained, checkpoints, find_run, latest, point, remove_leftovers
 from twingpt.core.settings import FIELDS, MODEL_FIELDS, SIZE_KEYS, TRAIN_FIELDS, spelled_out
 from twingpt.core.settings import write as write_toml
+from twingpt.core.tokenizer import Tokenizer
 from twingpt.core.trackers import IDS
 from twingpt.core.trainer import Progress, Trainer
 
@@ -69,7 +75,44 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpu": {"preset": "tiny", "batch_size": 32, "max_iters": 2000, "dropout": 0.1},
 }
 
+# What fine-tuning is without flags; docs/experiments.md has the figures.
+FINE_TUNING: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr_schedule": "cosine",
+    "learning_rate": 3e-4,
+    "min_lr": 3e-5,
+    "batch_size": 8,
+    "max_iters": 200,
+    "eval_interval": 50,
+    "sample_interval": 100,
+    "checkpoint_interval": 50,
+}
+LONGEST_WINDOW = 1024
+
+Array = np.ndarray
 Options = Mapping[str, Any]
+
+
+class Pretrained(Protocol):
+    """A model that training can begin with: a checkpoint of ours, or another format's (see weights/formats.py)."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        ...
+
+    @property
+    def config(self) -> GPTConfig:
+        """What it computes."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """What its ids mean."""
+        ...
+
+    def parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) in the order of the parameter table."""
+        ...
 
 
 def recipe(device: Device) -> dict[str, Any]:
@@ -102,39 +145,79 @@ def resolve(options: Options, device: Device, vocab_size: int) -> tuple[GPTConfi
     return preset(values["preset"], vocab_size, values.get("shape"), **model), train
 
 
-def new_run(options: Options, out: Path | None, backend: str, device: str | None, compile: bool | None) -> Trainer:
+def new_run(
+    options: Options,
+    out: Path | None,
+    backend: str,
+    device: str | None,
+    compile: bool | None,
+    init: Pretrained | None = None,
+) -> Trainer:
     """A Trainer for a new run in `out`, or in a folder of its own under runs/, with the options of `resolve`.
 
-    Raises UserError for anything that can't be; then nothing has been written but the prepared data.
+    It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`). Raises
+    UserError for anything that can't be; then nothing has been written but the prepared data.
     """
+    if init:
+        model = adapted(init.config, options)
+        options = FINE_TUNING | {key: value for key, value in options.items() if key not in MODEL_FIELDS}
     engines = backends.get(backend)
     target = backends.find_device(engines, device)
     _, train = resolve(options, target, 256)  # wrong before any work is done
-    run = expand(out) if out else Path("runs") / f"{Path(train.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    run = expand(out) if out else Path("runs") / f"{mixture.title(train.data)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if (run / "run.json").exists() and checkpoints(run):
         raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
     check_untrained(run)
-    data = prepare(train.data, train.tokenizer, train.vocab_size)
+    data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, init.tokenizer() if init else None)
     options = _as_prepared(options, data)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
+    config = model if init else config
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
-    trainer.engine.load(initialise(config, train.seed))
+    trainer.engine.load(cropped(init.parameters(), config) if init else initialise(config, train.seed))
+    trainer.init_from = str(init.folder) if init else None
     _write_run(trainer, [], None)
     _write_config(trainer, compile)
     return trainer
 
 
-def _as_prepared(options: Options, data: TokenDataset) -> Options:
+def _as_prepared(options: Options, data: Data) -> Options:
     """The options with the tokenizer of data that were prepared under a name; UserError where they ask for another."""
     asked: dict[str, Any] = data.manifest.get("asked", {})
     for key, value in asked.items():
         if options.get(key, value) != value:
             flag = f"--{key.replace('_', '-')}"
             raise UserError(
-                f"{data.folder.name} is prepared with {flag} {value}: leave out {flag} {options[key]}, or prepare "
+                f"{data.manifest['name']} is prepared with {flag} {value}: leave out {flag} {options[key]}, or prepare "
                 "the text again under another name."
             )
     return {**options, **asked}
+
+
+def adapted(config: GPTConfig, options: Options) -> GPTConfig:
+    """The configuration that a model is fine-tuned with: its own, with another dropout or block_size at most.
+
+    A context beyond LONGEST_WINDOW is cut to it, unless `options` say otherwise; learned positions can't
+    become more. Raises UserError for anything else of a model among `options` that isn't as it has it.
+    """
+    for key in SIZE_KEYS & options.keys():
+        raise UserError(f"--{key} can't be given with --init-from: the model has its own.")
+    own = config.to_dict()
+    for key, value in options.items():
+        fixed = key in MODEL_FIELDS and key not in ("dropout", "block_size")
+        if fixed and GPTConfig.from_dict({**own, key: value}) != config:
+            raise UserError(f"{key} {value} can't be had with --init-from: the model has {own[key]}.")
+    block_size = options.get("block_size", min(config.block_size, LONGEST_WINDOW))
+    if config.position == "learned" and block_size > config.block_size:
+        raise UserError(
+            f"--block-size {block_size} is more than the {config.block_size} positions that the model has learned."
+        )
+    return dataclasses.replace(config, block_size=block_size, dropout=options.get("dropout", config.dropout))
+
+
+def cropped(tensors: Iterable[tuple[str, Array]], config: GPTConfig) -> Iterator[tuple[str, Array]]:
+    """Parameters for a block_size that may be smaller than the one they had: fewer learned positions."""
+    for name, array in tensors:
+        yield name, array[: config.block_size] if name == "model.embed_positions.weight" else array
 
 
 def resume_run(
@@ -166,12 +249,19 @@ def resume_run(
     if train.dtype not in target.dtypes and "dtype" not in options:
         train = dataclasses.replace(train, dtype=target.default_dtype)
     backends.find_dtype(target, train.dtype)
+    if saved is None and described.get("init_from"):
+        raise UserError(
+            f"{run} was killed before its first checkpoint: start it again with "
+            f"gpt train --config {shlex.quote(str(run / 'config.toml'))} --out {shlex.quote(str(run))}."
+        )
     data = _resumed_data(run, described, saved, train, state["data"], moved="data" in options)
     trainer = _trainer(run, config, train, data, engines, target, compile, _progress(state) if saved else Progress())
     if saved:
         trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
+        trainer.baseline = last_baseline(read_events(run / "metrics.jsonl"))
     else:
         trainer.engine.load(initialise(config, train.seed))
+    trainer.init_from = described.get("init_from")
     _write_run(trainer, described["starts"], saved)
     _write_config(trainer, compile)
     trainer.seconds_before = seconds_so_far(run / "metrics.jsonl")
@@ -195,7 +285,7 @@ def _find(name: str) -> tuple[Path, Checkpoint | None]:
 
 def _progress(state: Options) -> Progress:
     """How far a checkpoint is."""
-    fields = {field.name: state.get(field.name, field.default) for field in dataclasses.fields(Progress)}
+    fields = {key: state.get(key, usual) for key, usual in vars(Progress()).items()}
     fields = {key: math.nan if value is None else value for key, value in fields.items()}
     if math.isnan(fields["best_val_loss"]):
         fields["best_val_loss"] = math.inf
@@ -228,8 +318,11 @@ def _read_run(run: Path) -> dict[str, Any]:
     try:
         described = json.loads((run / "run.json").read_text("utf-8"))
         data = described["data"]
-        if all(isinstance(described[key], kind) for key, kind in kinds.items()) and all(
-            isinstance(data[key], str) for key in ("folder", "fingerprint")
+        _, is_text_or_texts = KINDS["str | tuple[str, ...]"]
+        if (
+            all(isinstance(described[key], kind) for key, kind in kinds.items())
+            and is_text_or_texts(data["folder"])
+            and isinstance(data["fingerprint"], str)
         ):
             return dict(described)
     except (ValueError, KeyError, TypeError):
@@ -239,19 +332,38 @@ def _read_run(run: Path) -> dict[str, Any]:
 
 def _resumed_data(
     run: Path, described: Options, saved: Checkpoint | None, train: TrainConfig, fingerprint: str, moved: bool
-) -> TokenDataset:
+) -> Data:
     """The data that the run was trained on: prepared earlier, or prepared again with its tokenizer."""
-    prepared = Path(described["data"]["folder"])
-    if prepared.exists() and not moved:
-        data = TokenDataset(prepared)
-    else:
-        data = prepare(train.data, train.tokenizer, train.vocab_size, saved.tokenizer() if saved else None)
+    data = None if moved else mixture.open_folders(described["data"]["folder"], train.data)
+    if data is None:
+        tokenizer = saved.tokenizer() if saved else None
+        data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, tokenizer)
     if data.fingerprint != fingerprint:
         raise UserError(
-            f"The data {train.data} is not what {run} was trained on (its fingerprint differs): "
+            f"The data {mixture.spell(train.data)} is not what {run} was trained on (its fingerprint differs): "
             "give --data the original, or start a new run."
         )
     return data
+
+
+def data_of(name: str, tokenizer: str | None, vocab_size: int | None) -> tuple[TokenDataset, int | None]:
+    """The data of a run, or of what --data may name, and how many held-out tokens the run evaluates on (None: all).
+
+    Raises UserError where there is neither, or a run is to have another tokenizer than its own.
+    """
+    try:
+        run = find_run(name)
+    except UserError:
+        kind, size = tokenizer or TrainConfig.tokenizer, vocab_size or TrainConfig.vocab_size
+        return prepare(name, kind, size), None
+    if tokenizer or vocab_size:
+        raise UserError(f"{name} is a run, with a tokenizer of its own: leave out --tokenizer and --vocab-size.")
+    described, (_, saved) = _read_run(run), _find(name)
+    config, train = GPTConfig.from_dict(described["config"]), TrainConfig.from_dict(described["train"])
+    data = _resumed_data(run, described, saved, train, described["data"]["fingerprint"], moved=False)
+    if not isinstance(data, TokenDataset):
+        raise UserError(f"{name} is trained on a mixture: name one of its sources, {mixture.spell(train.data)}.")
+    return data, train.eval_iters * train.batch_size * config.block_size or None
 
 
 def make_engine(
@@ -269,7 +381,7 @@ def _trainer(
     run: Path,
     config: GPTConfig,
     train: TrainConfig,
-    data: TokenDataset,
+    data: Data,
     engines: Backend,
     device: Device,
     compile: bool | None,
@@ -285,14 +397,16 @@ def _trainer(
 def differences(trainer: Trainer, options: Options) -> dict[str, Any]:
     """What of a run is not as its recipe has it: that of the preset, depth and shape among the run's `options`."""
     size = {key: options[key] for key in SIZE_KEYS & options.keys()}
-    usual = spelled_out(*resolve(size, trainer.device, trainer.config.vocab_size))
+    config, train = resolve(FINE_TUNING if trainer.init_from else size, trainer.device, trainer.config.vocab_size)
+    usual = spelled_out(trainer.config if trainer.init_from else config, train)
     now = spelled_out(trainer.config, trainer.train)
     return {key: value for key, value in now.items() if key not in usual or value != usual[key]}
 
 
 def _write_config(trainer: Trainer, compile: bool | None) -> None:
     """config.toml, which starts the same run again."""
-    values = {"backend": trainer.backend.NAME, "device": trainer.device.name, "compile": compile}
+    values: dict[str, Any] = {"backend": trainer.backend.NAME, "device": trainer.device.name, "compile": compile}
+    values["init_from"] = trainer.init_from
     run = {key: value for key, value in values.items() if value is not None}
     again = "Every setting of this run. It runs again with: gpt train --config THIS_FILE --out FOLDER"
     write_toml(trainer.run / "config.toml", spelled_out(trainer.config, trainer.train) | run, again)
@@ -317,7 +431,8 @@ def _write_run(trainer: Trainer, starts: list[Any], saved: Checkpoint | None) ->
         "schema": SCHEMA,
         "config": trainer.config.to_dict(),
         "train": trainer.train.to_dict(),
-        "data": {"folder": str(trainer.data.folder.resolve()), "fingerprint": trainer.data.fingerprint},
+        "data": {"folder": mixture.folders(trainer.data), "fingerprint": trainer.data.fingerprint},
+        "init_from": trainer.init_from,
         "starts": [*starts, start],
     }
     trainer.saver.description = json.dumps(content, indent=2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twingpt.core import rng
-from twingpt.core.config import GPTConfig
+from twingpt.core.config import NORM_SITES, GPTConfig
 
 EMBEDDING, HEAD, MATRIX, VECTOR = "embedding", "head", "matrix", "vector"
 
@@ -47,9 +47,15 @@ class _Table(dict[str, Parameter]):
         self[f"{name}.weight"] = Parameter((rows, self.config.n_embd), EMBEDDING, std=self.config.init_std)
 
     def norm(self, name: str, width: int) -> None:
-        self[f"{name}.weight"] = Parameter((width,), VECTOR, fill=1.0)
+        """Nothing for the empty name of a norm that a placement leaves out."""
+        if name.endswith("."):
+            return
+        self.scale(name, width)
         if self.config.norm_bias:
             self[f"{name}.bias"] = Parameter((width,), VECTOR)
+
+    def scale(self, name: str, width: int) -> None:
+        self[f"{name}.weight"] = Parameter((width,), VECTOR, fill=0.0 if self.config.norm_offset else 1.0)
 
     def linear(self, name: str, n_out: int, n_in: int, bias: bool, std: float) -> None:
         self[f"{name}.weight"] = Parameter((n_out, n_in), MATRIX, std=std)
@@ -73,22 +79,25 @@ def parameter_table(config: GPTConfig) -> dict[str, Parameter]:
         table.norm("model.embed_norm", c.n_embd)
     if c.smear:
         table["model.smear.weight"] = Parameter((c.n_embd,), VECTOR, fill=0.1)
+    (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[c.norm_placement]
     for i in range(c.n_layer):
         layer = f"model.layers.{i}"
-        table.norm(f"{layer}.input_layernorm", c.n_embd)
+        table.norm(f"{layer}.{before_attn}", c.n_embd)
         table.linear(f"{layer}.self_attn.q_proj", c.n_head * c.head_dim, c.n_embd, c.qkv_bias, std)
         table.linear(f"{layer}.self_attn.k_proj", c.n_kv_head * c.head_dim, c.n_embd, c.qkv_bias, std)
         table.linear(f"{layer}.self_attn.v_proj", c.n_kv_head * c.head_dim, c.n_embd, c.qkv_bias, std)
-        if c.qk_norm:  # an RMSNorm over each head, whatever the block's norm is
-            table[f"{layer}.self_attn.q_norm.weight"] = Parameter((c.head_dim,), VECTOR, fill=1.0)
-            table[f"{layer}.self_attn.k_norm.weight"] = Parameter((c.head_dim,), VECTOR, fill=1.0)
+        if c.qk_norm:  # an RMSNorm over each head or all of them, whatever the block's norm is
+            table.scale(f"{layer}.self_attn.q_norm", c.head_dim * (c.n_head if c.qk_norm_whole else 1))
+            table.scale(f"{layer}.self_attn.k_norm", c.head_dim * (c.n_kv_head if c.qk_norm_whole else 1))
         out_in = (c.n_embd, c.n_head * c.head_dim)
         table.linear(f"{layer}.self_attn.o_proj", *out_in, c.attn_out_bias, residual_std)
-        table.norm(f"{layer}.post_attention_layernorm", c.n_embd)
+        table.norm(f"{layer}.{after_attn}", c.n_embd)
+        table.norm(f"{layer}.{before_mlp}", c.n_embd)
         if c.gated_mlp:
             table.linear(f"{layer}.mlp.gate_proj", c.n_inner, c.n_embd, c.mlp_bias, std)
         table.linear(f"{layer}.mlp.up_proj", c.n_inner, c.n_embd, c.mlp_bias, std)
         table.linear(f"{layer}.mlp.down_proj", c.n_embd, c.n_inner, c.mlp_bias, residual_std)
+        table.norm(f"{layer}.{after_mlp}", c.n_embd)
     table.norm("model.norm", c.n_embd)
     if not c.tie_embeddings:
         table["lm_head.weight"] = Parameter((c.vocab_size, c.n_embd), HEAD, std=std)

@@ -14,6 +14,7 @@ from twingpt.core import reference, rng
 from twingpt.core.config import SHAPES, GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
+from twingpt.core.quantize import dequantized
 
 Array = np.ndarray
 
@@ -52,7 +53,11 @@ def random_models(seed: int) -> Iterator[tuple[str, GPTConfig, dict[str, Array]]
         "tie_embeddings": False,
         "attn_softcap": 20.0,
         "logit_softcap": 15.0,
+        "norm_placement": "both",
+        "norm_offset": True,
         "sliding_window": 16,
+        "full_attention_layers": (1,),
+        "local_rope_theta": 500.0,
         "rope_fraction": 0.5,
         "no_rope_layers": (3,),
     }
@@ -66,7 +71,7 @@ def logits_by_engine(
     config: GPTConfig, params: Mapping[str, Array], tokens: Array, names: Sequence[str], dtype: str
 ) -> Iterator[tuple[str, str, Array]]:
     """Yield (implementation, device, logits): the reference, then each backend on each device that has `dtype`."""
-    yield "reference", "numpy", reference.forward(params, tokens, config)
+    yield "reference", "numpy", reference.forward(dict(dequantized(params.items(), config)), tokens, config)
     for name in names:
         engines = backends.get(name)
         for device in engines.devices():

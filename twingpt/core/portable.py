@@ -6,28 +6,27 @@ from typing import Any
 
 from twingpt.core.config import GPTConfig
 
+# What may differ between models of the qwen3 and llama shapes; everything else is as GPTConfig has it.
+_FREE = {
+    "vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner", "rope_theta",
+    "rope_scaling", "norm_eps", "qkv_bias", "attn_out_bias", "mlp_bias", "qk_norm", "tie_embeddings", "dropout",
+    "init_std", "zero_init",
+}  # fmt: skip
+
 
 def model_type(config: GPTConfig) -> str:
     """The transformers family that computes exactly this model: qwen3, llama, or twingpt for none."""
-    plain = config.position == "rope" and not config.no_rope_layers and config.rope_fraction == 1
-    plain = plain and config.norm == "rmsnorm" and config.mlp == "swiglu"
-    plain = plain and not (config.embed_norm or config.smear)
-    plain = plain and not (config.attn_softcap or config.logit_softcap or config.sliding_window)
+    plain = all(value == getattr(GPTConfig, key) for key, value in vars(config).items() if key not in _FREE)
     plain = plain and config.qkv_bias == config.attn_out_bias
     if plain and config.qk_norm and not config.mlp_bias:
         return "qwen3"
     return "llama" if plain and not config.qk_norm else "twingpt"
 
 
-def portable_config(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
-    """config.json: transformers' fields, and our own configuration under "twingpt".
-
-    RoPE is written twice: transformers 5 reads rope_parameters, mlx-lm and older ones the top level.
-    """
+def portable_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
+    """config.json: transformers' fields, and our own configuration under "twingpt"."""
     family = model_type(config)
     architecture = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}.get(family, "TwinGPT")
-    scaling = _portable_rope_scaling(config)
-    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
     return {
         "model_type": family,
         "architectures": [architecture],
@@ -41,9 +40,7 @@ def portable_config(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
         "intermediate_size": config.n_inner,
         "hidden_act": "silu" if config.mlp == "swiglu" else config.mlp,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": rope,
+        **rope_fields(config),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "attention_dropout": 0.0,
@@ -55,6 +52,16 @@ def portable_config(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
         "dtype": "float32",
         "torch_dtype": "float32",
         "twingpt": config.to_dict(),
+    }
+
+
+def rope_fields(config: GPTConfig) -> dict[str, Any]:
+    """RoPE, written twice: transformers 5 reads rope_parameters, mlx-lm and older ones the top level."""
+    scaling = _portable_rope_scaling(config)
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta},
     }
 
 

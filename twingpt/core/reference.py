@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from twingpt.core.config import GPTConfig
+from twingpt.core.config import NORM_SITES, GPTConfig
 from twingpt.core.rope import rope_frequencies
 
 Array = np.ndarray
@@ -29,9 +29,16 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
+def norm_weight(p: Parameters, name: str, config: GPTConfig) -> Array:
+    """What a norm multiplies by."""
+    return p[f"{name}.weight"] + 1 if config.norm_offset else p[f"{name}.weight"]
+
+
 def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """The block's RMSNorm or LayerNorm, (B, T, D)."""
-    weight = p[f"{name}.weight"]
+    """The block's RMSNorm or LayerNorm, (B, T, D); x for the empty name of one that isn't there."""
+    if name.endswith("."):
+        return x
+    weight = norm_weight(p, name, config)
     if config.norm == "rmsnorm":
         return rms_norm(x, weight, config.norm_eps)
     centred = x - x.mean(-1, keepdims=True)
@@ -39,9 +46,9 @@ def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
     return y + p[f"{name}.bias"] if config.norm_bias else y
 
 
-def rope(x: Array, config: GPTConfig) -> Array:
+def rope(x: Array, config: GPTConfig, local: bool = False) -> Array:
     """Rotate the two halves of the leading rope_dim dimensions by +position x frequency, (B, H, T, d)."""
-    frequencies, factor = rope_frequencies(config)
+    frequencies, factor = rope_frequencies(config, local)
     positions = np.arange(x.shape[2], dtype=np.float32)
     angles = (positions[:, None] * frequencies).astype(np.float64)  # rounded to float32, as on the devices
     cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
@@ -76,19 +83,20 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
     """Grouped-query causal self-attention, (B, T, D)."""
     name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
 
-    def heads(projection: str) -> Array:
-        return linear(x, p, f"{name}.{projection}").reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
+    def heads(letter: str) -> Array:
+        y = linear(x, p, f"{name}.{letter}_proj")
+        if config.qk_norm and letter != "v":
+            y = y if config.qk_norm_whole else y.reshape(B, T, -1, config.head_dim)
+            y = rms_norm(y, norm_weight(p, f"{name}.{letter}_norm", config), config.norm_eps)
+        return y.reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
 
-    q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
-    if config.qk_norm:
-        q = rms_norm(q, p[f"{name}.q_norm.weight"], config.norm_eps)
-        k = rms_norm(k, p[f"{name}.k_norm.weight"], config.norm_eps)
+    q, k, v = heads("q"), heads("k"), heads("v")
     if config.uses_rope(layer):
-        q, k = rope(q, config), rope(k, config)
+        q, k = rope(q, config, config.is_local(layer)), rope(k, config, config.is_local(layer))
     group = config.n_head // config.n_kv_head  # query heads that share one key-value head
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
-    scores = softcap(q @ k.swapaxes(-1, -2) / math.sqrt(config.head_dim), config.attn_softcap)
-    scores = np.where(attention_mask(T, T, config.sliding_window), scores, -np.inf)
+    scores = softcap(q @ k.swapaxes(-1, -2) * config.score_scale, config.attn_softcap)
+    scores = np.where(attention_mask(T, T, config.window(layer)), scores, -np.inf)
     y = (softmax(scores) @ v).swapaxes(1, 2).reshape(B, T, -1)
     return linear(y, p, f"{name}.o_proj")
 
@@ -99,7 +107,7 @@ def activation(x: Array, mlp: str) -> Array:
         return x / (1 + np.exp(-x))
     if mlp == "relu2":
         return np.maximum(x, 0) ** 2
-    if mlp == "gelu_tanh":
+    if mlp in ("gelu_tanh", "geglu_tanh"):
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))  # gelu, geglu
 
@@ -121,16 +129,20 @@ def smear(x: Array, p: Parameters) -> Array:
 
 
 def block(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
-    """One pre-norm transformer block, (B, T, D)."""
+    """One transformer block, (B, T, D)."""
     name = f"model.layers.{layer}"
-    x = x + attention(norm(x, p, f"{name}.input_layernorm", config), p, layer, config)
-    return x + mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config)
+    (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[config.norm_placement]
+    y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config)
+    attended = x + norm(y, p, f"{name}.{after_attn}", config) * config.residual_scale
+    x = x if config.parallel_residual else attended
+    y = mlp(norm(x, p, f"{name}.{before_mlp}", config), p, layer, config)
+    return attended + norm(y, p, f"{name}.{after_mlp}", config) * config.residual_scale
 
 
 def forward(params: Parameters, tokens: Array, config: GPTConfig) -> Array:
     """(B, T) token ids -> (B, T, V) float64 logits."""
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
-    x = p["model.embed_tokens.weight"][tokens]
+    x = p["model.embed_tokens.weight"][tokens] * config.embed_scale
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][: tokens.shape[1]]
     if config.embed_norm:
@@ -139,7 +151,7 @@ def forward(params: Parameters, tokens: Array, config: GPTConfig) -> Array:
         x = smear(x, p)
     for layer in range(config.n_layer):
         x = block(x, p, layer, config)
-    x = norm(x, p, "model.norm", config)
+    x = norm(x, p, "model.norm", config) / config.logit_divisor
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
     return softcap(x @ head.T, config.logit_softcap)
 

@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from twingpt.core.console import human_bytes, human_count, human_time
-from twingpt.core.events import Event, RunEnded, Saved, points, read_events, tokens_per_step
+from twingpt.core.console import human_bytes, human_count, human_share, human_time
+from twingpt.core.events import Event, RunEnded, Saved, last_baseline, points, read_events, tokens_per_step
 from twingpt.core.inventory import starts
 from twingpt.core.paths import write_atomically
 
@@ -19,6 +19,8 @@ Points = Sequence[tuple[float, float]]
 Events = Sequence[dict[str, Any]]
 
 MOST_POINTS = 400  # of a curve: more can't be told apart at its width
+NOTHING = {"val_loss": None, "val_bpb": None}
+SOURCE_COLOURS = 5  # in the style sheet: from the sixth source on they come again
 
 
 class HTMLReporter:
@@ -50,6 +52,7 @@ def render(name: str, described: Mapping[str, Any], events: Events) -> str:
         _head(name, described, events),
         _tiles(events),
         _charts(events),
+        _sources(events),
         _samples(events),
         _section("Configuration", _configuration(described)),
         _section("Starts", _starts(described)),
@@ -101,7 +104,9 @@ def _tiles(events: Events) -> str:
         step, loss = min(held_out, key=lambda point: point[1])
         figures.append(("Held-out loss", f"{loss:.4f}", f"nats per token, best at step {step:,}"))
     if bits := [value for _, value in points(events, "evaluated", "val_bpb")]:
-        figures.append(("Bits per byte", f"{min(bits):.3f}", "of held-out text, best"))
+        known = last_baseline(events)
+        beside = f"best; a {known.n}-gram {known.bits_per_byte:.3f}" if known else "of held-out text, best"
+        figures.append(("Bits per byte", f"{min(bits):.3f}", beside))
     if events:
         total = next((event.get("max_iters") for event in reversed(_of(events, "run_started"))), None)
         last = max(event["step"] for event in events)
@@ -137,6 +142,9 @@ def _charts(events: Events) -> str:
         Curve("training", "train", points(events, "trained", "loss")),
         Curve("held out", "val", points(events, "evaluated", "val_loss"), dots=True),
     ]
+    if (known := last_baseline(events)) and (reported := [x for curve in losses for x, _ in curve.points]):
+        level = [(0.0, known.val_loss), (max(reported), known.val_loss)]
+        losses.append(Curve(f"{known.n}-gram baseline, {known.val_loss:.3f}", "base", level))
     charts = [_chart("Loss, nats per token", losses, 960, 340, "{:.4g}".format)]
     for title, field, show in (
         ("Learning rate", "learning_rate", "{:.3g}".format),
@@ -147,6 +155,36 @@ def _charts(events: Events) -> str:
     if not any(charts):
         return ""
     return f'<section><h2>Curves</h2>{charts[0]}<div class="row">{"".join(charts[1:])}</div></section>'
+
+
+def _sources(events: Events) -> str:
+    """Of a mixture: the held-out loss of each source over the steps, and a row each of what is known last."""
+    started = [_dict(event.get("sources")) for event in _of(events, "run_started")]
+    if not started or not started[-1]:
+        return ""
+    curves, rows = [], []
+    for i, (name, facts) in enumerate(started[-1].items()):
+        own = [{**event, **_dict(_dict(event.get("sources")).get(name, NOTHING))} for event in _of(events, "evaluated")]
+        losses, bits = points(own, "evaluated", "val_loss"), points(own, "evaluated", "val_bpb")
+        trained = [{**event, "epoch": _dict(event.get("epochs")).get(name)} for event in _of(events, "trained")]
+        cells = [
+            human_share(_dict(facts).get("share")),
+            _count(_dict(facts).get("train_tokens")),
+            *(
+                _last(curve, digits)
+                for curve, digits in ((points(trained, "trained", "epoch"), 2), (losses, 4), (bits, 3))
+            ),
+        ]
+        curves.append(Curve(name, f"source{i % SOURCE_COLOURS}", losses, dots=True))
+        rows.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    names = ("Source", "Share", "Tokens", "Epochs", "Held-out loss", "Bits per byte")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    chart = _chart("Held-out loss, nats per token", curves, 960, 260, "{:.4g}".format)
+    return _section("Sources", f'{chart}<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>')
+
+
+def _last(curve: Points, digits: int) -> str:
+    return f"{curve[-1][1]:.{digits}f}" if curve else "–"
 
 
 def _chart(title: str, curves: Sequence[Curve], width: int, height: int, show: Callable[[float], str]) -> str:
@@ -251,12 +289,14 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --page: #fbfbfa; --card: #ffffff; --text: #1d2126; --soft: #646b74; --line: #e3e5e8;
-  --train: #3b76af; --val: #cf4a4c;
+  --train: #3b76af; --val: #cf4a4c; --base: #7a828c;
+  --source0: #3b76af; --source1: #c2701c; --source2: #2f8f5b; --source3: #8a5bb5; --source4: #b3475f;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #15181c; --card: #1d2127; --text: #e4e7eb; --soft: #98a1ac; --line: #30363e;
-    --train: #74aee6; --val: #f28482;
+    --train: #74aee6; --val: #f28482; --base: #98a1ac;
+    --source0: #74aee6; --source1: #f0a35e; --source2: #6cc797; --source3: #bd97e3; --source4: #ee8fa4;
   }
 }
 * { box-sizing: border-box; }
@@ -291,6 +331,7 @@ text.x { text-anchor: middle; }
 polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 polyline.train { stroke: var(--train); }
 polyline.val { stroke: var(--val); }
+polyline.base { stroke: var(--base); stroke-dasharray: 6 5; }
 circle.train { fill: var(--train); }
 circle.val { fill: var(--val); }
 .key { margin-left: 1rem; font-weight: 400; color: var(--soft); }
@@ -300,6 +341,15 @@ circle.val { fill: var(--val); }
 }
 .key.train::before { background: var(--train); }
 .key.val::before { background: var(--val); }
+.source0 { --own: var(--source0); }
+.source1 { --own: var(--source1); }
+.source2 { --own: var(--source2); }
+.source3 { --own: var(--source3); }
+.source4 { --own: var(--source4); }
+polyline[class^="source"] { stroke: var(--own); }
+circle[class^="source"] { fill: var(--own); }
+.key[class*="source"]::before { background: var(--own); }
+.key.base::before { background: repeating-linear-gradient(90deg, var(--base) 0 4px, transparent 4px 7px); }
 details { margin-bottom: .5rem; padding: .5rem .8rem; }
 summary { cursor: pointer; font-size: .85rem; font-weight: 600; }
 pre {

@@ -11,29 +11,32 @@ from twingpt.core.config import GPTConfig, RopeScaling
 Array = np.ndarray
 
 
-def rope_periods(config: GPTConfig) -> tuple[Array, float]:
+def rope_periods(config: GPTConfig, local: bool = False) -> tuple[Array, float]:
     """The period 1/frequency of each rotated pair, (rope_dim / 2,) float32, and the factor on cos and sin.
+
+    `local` is for the layers that rotate by `local_rope_theta`.
 
     The angle at position p is float32(p) * float32(1 / period). Periods and not frequencies, because
     that is what `mx.fast.rope` takes, and one reciprocal in float32 then gives all three the same bits.
     """
     dim = config.rope_dim
-    periods = np.float64(config.rope_theta) ** (np.arange(0, dim, 2) / dim)
+    theta = config.local_rope_theta if local else config.rope_theta
+    periods = np.float64(theta) ** (np.arange(0, dim, 2) / dim)
     factor = 1.0
-    scaling = config.rope_scaling
+    scaling = None if local else config.rope_scaling
     if scaling is not None and scaling.type == "linear":
         periods = periods * scaling.factor
     elif scaling is not None and scaling.type == "llama3":
         periods = _llama3(periods, scaling)
     elif scaling is not None:
-        periods = _yarn(periods, scaling, config.rope_theta, dim)
+        periods = _yarn(periods, scaling, theta, dim)
         factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
     return periods.astype(np.float32), factor
 
 
-def rope_frequencies(config: GPTConfig) -> tuple[Array, float]:
+def rope_frequencies(config: GPTConfig, local: bool = False) -> tuple[Array, float]:
     """The angle per position of each rotated pair, (rope_dim / 2,) float32, and the factor on cos and sin."""
-    periods, factor = rope_periods(config)
+    periods, factor = rope_periods(config, local)
     return np.float32(1) / periods, factor
 
 

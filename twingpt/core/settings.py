@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ TRAIN_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(Trai
 TABLES: dict[str, dict[str, str]] = {
     "model": {"preset": "str", "depth": "int", "shape": "str", **MODEL_FIELDS},
     "train": TRAIN_FIELDS,
-    "run": {"out": "str", "backend": "str", "device": "str", "compile": "bool"},
+    "run": {"out": "str", "init_from": "str", "backend": "str", "device": "str", "compile": "bool"},
 }
 FIELDS = {key: annotation for table in TABLES.values() for key, annotation in table.items()}
 SIZE_KEYS = {"preset", "depth", "shape"}
@@ -149,8 +150,14 @@ def _parse_toml(text: str) -> Any:
     return tomllib.loads(f"value = {text}")["value"]
 
 
+def _parse_texts(text: str) -> Any:
+    """One text, or a list of them as in TOML."""
+    return _parse_toml(text) if text.startswith("[") else text
+
+
 PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
+    "str | tuple[str, ...]": _parse_texts,
     "int": int,
     "float": float,
     "bool": lambda text: {"true": True, "false": False}[text.lower()],
@@ -187,11 +194,13 @@ def _text(value: Any) -> str:
         usual = dataclasses.asdict(RopeScaling(type="linear", factor=1.0))
         parts = (f"{key}={_quoted(item)}" for key, item in value.items() if item != usual[key] or key == "type")
         return f"{{{', '.join(parts)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_quoted, value))}]"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _quoted(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
 
 
 def _toml_value(value: Any) -> Any:

@@ -7,6 +7,7 @@ import html
 import importlib.util
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.events import Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
+from twingpt.core.events import Baseline, Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
 from twingpt.core.paths import write_atomically
 
 Report = Callable[[Any, Event], None]
@@ -61,10 +62,25 @@ def scalars(event: Event) -> dict[str, float]:
             "speed/tokens_per_second": event.tokens_per_second,
             "memory/bytes": event.memory_bytes,
             "memory/peak_bytes": event.peak_memory_bytes,
+            **({} if event.epoch is None else {"train/epoch": event.epoch}),
+            **{f"train/epoch_{_plain(name)}": epoch for name, epoch in event.epochs.items()},
         }
     if isinstance(event, Evaluated):
-        return {"val/loss": event.val_loss, "val/bits_per_byte": event.val_bpb}
+        found = {"val/loss": event.val_loss, "val/bits_per_byte": event.val_bpb}
+        for name, losses in event.sources.items():
+            found |= {
+                f"val/loss_{_plain(name)}": losses.val_loss,
+                f"val/bits_per_byte_{_plain(name)}": losses.val_bpb,
+            }
+        return found
+    if isinstance(event, Baseline):
+        return {"baseline/loss": event.val_loss, "baseline/bits_per_byte": event.bits_per_byte}
     return {}
+
+
+def _plain(name: str) -> str:
+    """A source's name as all three libraries take it."""
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 def _configuration(run: Path) -> dict[str, Any]:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
-from twingpt.core import rng, runs
+from twingpt.core import baseline, rng, runs
 from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.data.ahead import Ahead
+from twingpt.core.data.mixture import Data, Mixture, parts
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import OutOfMemoryError, UserError
 from twingpt.core.events import (
+    Baseline,
     Evaluated,
     Event,
+    MixedSource,
     Reporter,
     ReporterFailed,
     RunEnded,
     RunStarted,
     Sampled,
+    SourceLoss,
     Trained,
 )
 from twingpt.core.flops import Peak, mfu
@@ -54,6 +59,11 @@ class Progress:
     evaluated_at: int = -1  # the step of the last evaluation
     sampled_at: int = -1  # and of the last sample
     skipped: int = 0  # steps left out, because they were not finite
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)  # of a mixture, each SourceLoss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a loss that is not known yet is None."""
+        return {**vars(self), **{name: _finite(value) for name, value in vars(self).items() if name != "sources"}}
 
 
 class Trainer:
@@ -64,7 +74,7 @@ class Trainer:
         run: Path,
         config: GPTConfig,
         train: TrainConfig,
-        data: TokenDataset,
+        data: Data,
         backend: Backend,
         device: Device,
         engine: TrainEngine,
@@ -78,8 +88,10 @@ class Trainer:
         self.batches = Ahead(self._batch)
         self.unread: list[Handle] = []  # updates since the last report, oldest first
         self.skipped_in_row = 0
+        self.baseline: Baseline | None = None  # what an n-gram reaches, once it is known
         self.saver = Saver(run, config, data.tokenizer, train.keep, self._report)
         self.interrupted = False
+        self.init_from: str | None = None  # where the model came from that the run began with
         self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
         self.speeds: list[float] = []  # tokens per second, of each report
         self.seconds_before = 0.0  # of earlier starts of the run
@@ -107,6 +119,8 @@ class Trainer:
     def _train_and_save(self, stop: int) -> None:
         """Train to `stop` steps or an interruption; whatever ends it, what is to be saved is tried once more."""
         try:
+            if self.init_from and not self.progress.step:
+                self._save()  # so that the run goes on without the model that it began with
             self._train(stop)
             self._conclude()
         except Exception:
@@ -203,6 +217,8 @@ class Trainer:
                 skipped=self.progress.skipped,
                 seconds=self._seconds,
                 mfu=mfu(self.speeds[-1], self.config, self.peak),
+                epoch=self._epoch(step),
+                epochs=self._source_epochs(step),
             )
         )
 
@@ -256,25 +272,45 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Held-out loss; whether it is the best so far."""
+        progress, sources = self.progress, parts(self.data)
         with self._stopped_clock():
-            handles, count, size = [], 0, 0
-            for tokens, targets in self.data.validation(
-                self.train.batch_size, self.config.block_size, self.train.eval_iters
-            ):
-                handles.append(self.engine.evaluate(tokens, targets))
-                counted = targets[targets >= 0]
-                count += counted.size
-                size += int(self.data.tokenizer.byte_lengths[counted].sum())
-            nats = float(self.engine.read(handles).sum())
-        progress = self.progress
-        if not math.isfinite(nats):
+            measured = [self._held_out(part.data) for part in sources]
+        loss, size, _ = np.average(measured, axis=0, weights=[part.share for part in sources]).tolist()
+        if not math.isfinite(loss):
             raise self._diverged(f"The held-out loss after {progress.step} steps")
+        each: dict[str, SourceLoss] = {}
+        if isinstance(self.data, Mixture):
+            each = {part.name: SourceLoss(*_losses(*row[:2])) for part, row in zip(sources, measured, strict=True)}
         progress.evaluated_at = progress.step
-        progress.val_loss, progress.val_bpb = nats / count, nats / math.log(2) / max(1, size)
+        progress.val_loss, progress.val_bpb = _losses(loss, size)
+        progress.sources = {name: asdict(losses) for name, losses in each.items()}
+        if isinstance(self.data, TokenDataset):
+            self._compare(self.data, measured[0][2])
         improved = progress.val_loss < progress.best_val_loss
         progress.best_val_loss = min(progress.val_loss, progress.best_val_loss)
-        self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved, self._seconds))
+        self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved, self._seconds, each))
         return improved
+
+    def _held_out(self, data: TokenDataset) -> tuple[float, float, int]:
+        """Nats and bytes of text per held-out token of a source, and how many those are."""
+        handles, count, size = [], 0, 0
+        for tokens, targets in data.validation(self.train.batch_size, self.config.block_size, self.train.eval_iters):
+            handles.append(self.engine.evaluate(tokens, targets))
+            counted = targets[targets >= 0]
+            count += counted.size
+            size += int(data.tokenizer.byte_lengths[counted].sum())
+        return float(self.engine.read(handles).sum()) / count, max(1, size) / count, count
+
+    def _compare(self, data: TokenDataset, targets: int) -> None:
+        """Say what an n-gram reaches on the held-out tokens of an evaluation, once and not before the first step."""
+        known, step = self.baseline, self.progress.step
+        if step == 0 or (known and known.targets == targets):
+            return
+        with self._stopped_clock():
+            row = baseline.for_run(data, targets)
+        if row:
+            self.baseline = Baseline(step, row.n, row.val_loss, row.bits_per_byte, targets)
+            self._report(self.baseline)
 
     def _sample(self) -> None:
         """Let the model write from the start of a document."""
@@ -295,7 +331,7 @@ class Trainer:
         self._report_training(unread=0)  # never save what was not seen to be finite
         with self._stopped_clock():
             training = {
-                **{name: _finite(value) for name, value in vars(progress).items()},
+                **progress.to_dict(),
                 "tokens": progress.step * self._tokens_per_step,
                 "data": self.data.fingerprint,
                 "train": self.train.to_dict(),
@@ -319,8 +355,29 @@ class Trainer:
                 train_tokens=manifest["splits"]["train"]["tokens"],
                 val_tokens=manifest["splits"]["val"]["tokens"],
                 vocab_size=self.config.vocab_size,
+                sources=self._sources(),
             )
         )
+        if self.baseline:
+            self._report(dataclasses.replace(self.baseline, step=self.progress.step))
+
+    def _sources(self) -> dict[str, MixedSource]:
+        """What a mixture is made of, by name."""
+        found = {}
+        for part in parts(self.data) if isinstance(self.data, Mixture) else []:
+            splits = part.data.manifest["splits"]
+            found[part.name] = MixedSource(part.share, splits["train"]["tokens"], splits["val"]["tokens"])
+        return found
+
+    def _epoch(self, step: int) -> float:
+        """How often `step` steps go through the data."""
+        return self.data.epochs(step * self._windows_per_step, self.config.block_size)
+
+    def _source_epochs(self, step: int) -> dict[str, float]:
+        """How often they go through each source of a mixture."""
+        if not isinstance(self.data, Mixture):
+            return {}
+        return self.data.source_epochs(step * self._windows_per_step, self.config.block_size, self.train.seed)
 
     def _summary(self, reason: str, seconds: float) -> dict[str, Any]:
         progress, speed = self.progress, float(np.median(self.speeds)) if self.speeds else None
@@ -337,16 +394,32 @@ class Trainer:
             "val_loss": progress.val_loss,
             "val_bpb": progress.val_bpb,
             "best_val_loss": progress.best_val_loss,
+            "baseline": self.baseline
+            and {key: getattr(self.baseline, key) for key in ("n", "val_loss", "bits_per_byte")},
             "tokens_per_second": speed,
             "mfu": mfu(speed, self.config, self.peak) if speed else None,
             "peak_memory_bytes": self.engine.memory().peak,
             "skipped": progress.skipped,
+            "epoch": self._epoch(progress.step),
+            "sources": self._source_summary(),
             "seconds": seconds,
         }
 
+    def _source_summary(self) -> dict[str, dict[str, float]]:
+        """Share, epochs and held-out loss of each source of a mixture."""
+        epochs, losses = self._source_epochs(self.progress.step), self.progress.sources
+        return {
+            name: {"share": source.share, "epoch": epochs[name], **losses.get(name, {})}
+            for name, source in self._sources().items()
+        }
+
+    @property
+    def _windows_per_step(self) -> int:
+        return self.train.batch_size * self.train.gradient_accumulation_steps
+
     @property
     def _tokens_per_step(self) -> int:
-        return self.train.batch_size * self.train.gradient_accumulation_steps * self.config.block_size
+        return self._windows_per_step * self.config.block_size
 
     @property
     def _seconds(self) -> float:
@@ -396,6 +469,11 @@ class Trainer:
             yield
         finally:
             restore()
+
+
+def _losses(nats: float, size: float) -> tuple[float, float]:
+    """Nats per token, and bits per byte, of nats and bytes per token."""
+    return nats, nats / math.log(2) / size
 
 
 def _finite(value: float) -> float | None:

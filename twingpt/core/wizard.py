@@ -23,9 +23,9 @@ from twingpt.core import depth, launch
 from twingpt.core.backend import Backend, Device
 from twingpt.core.config import PRESETS, GPTConfig, TrainConfig, unknown_choice
 from twingpt.core.console import human_bytes, human_count, human_time
+from twingpt.core.data.named import NAMES
 from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
-from twingpt.core.data.sources import NAMED
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_count, state_table
 from twingpt.core.paths import expand
@@ -164,7 +164,7 @@ def _ask_data(console: Console, device: Device) -> tuple[str, TokenDataset]:
         with console.status("Reading and tokenizing …"):
             return spec, prepare(spec, train.tokenizer, train.vocab_size)
 
-    spec, data = _ask(console, f"Which data? [dim]({', '.join(NAMED)}, a text file or a folder)[/]", NAMED[0], parse)
+    spec, data = _ask(console, f"Which data? [dim]({', '.join(NAMES)}, a text file or a folder)[/]", NAMES[0], parse)
     splits = data.manifest["splits"]
     size = human_bytes(sum(split["bytes"] for split in splits.values()))
     tokens = [human_count(splits[split]["tokens"]) for split in ("train", "val")]

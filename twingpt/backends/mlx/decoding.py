@@ -48,7 +48,7 @@ def sample(scores: Array, sampling: Sampling, u: Array, seen: Array | None) -> A
 
 
 class DecodeEngine:
-    """Logits and sampled tokens from one set of parameters, cast once to `dtype`."""
+    """Logits and sampled tokens from one set of parameters, maybe quantized, cast once to `dtype`."""
 
     def __init__(
         self,
@@ -65,9 +65,13 @@ class DecodeEngine:
 
     @on_device
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | mx.array]]) -> None:
-        self.params = {name: to_device(value).astype(self.dtype) for name, value in tensors}
+        self.params = {name: self._cast(to_device(value)) for name, value in tensors}
         self.rope = model.Rope(self.config)
         mx.eval(self.params)
+
+    def _cast(self, value: Array) -> Array:
+        """The compute dtype; a quantized matrix's words stay."""
+        return value if value.dtype == mx.uint32 else value.astype(self.dtype)
 
     @on_device
     def forward(self, tokens: np.ndarray) -> np.ndarray:

@@ -12,46 +12,64 @@ from typing import Any
 
 import mlx.core as mx
 
-from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, GPTConfig
+from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
 from twingpt.core.rope import rope_periods
 
 Array = mx.array
 Parameters = dict[str, mx.array]
 
+CACHE_ROOM = 256  # positions, to begin with
+
 
 class Rope:
-    """Rotary position embedding with its table: the periods, (rope_dim / 2,) float32."""
+    """Rotary position embedding with its tables: the periods, (rope_dim / 2,) float32.
+
+    The layers that rotate by `local_rope_theta` have a table of their own.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         self.config = config
-        periods, self.factor = rope_periods(config)
-        self.periods = mx.array(periods)
+        self.tables = {local: self.table(local) for local in (False, True)[: 1 + (config.local_rope_theta > 0)]}
 
-    def __call__(self, x: Array, offset: int) -> Array:
+    def table(self, local: bool) -> tuple[Array, float]:
+        """The periods, and the factor on cos and sin."""
+        periods, factor = rope_periods(self.config, local)
+        return mx.array(periods), factor
+
+    def __call__(self, x: Array, offset: int, local: bool) -> Array:
         """Rotate (B, H, T, d), whose first position is `offset`."""
-        dim = self.config.rope_dim
-        if self.factor != 1:
-            x = mx.concatenate([x[..., :dim] * self.factor, x[..., dim:]], axis=-1)
+        dim, (periods, factor) = self.config.rope_dim, self.tables[local]
+        if factor != 1:
+            x = mx.concatenate([x[..., :dim] * factor, x[..., dim:]], axis=-1)
         # freqs are periods: the kernel takes their reciprocal, as rope_frequencies does.
-        return mx.fast.rope(x, dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
+        return mx.fast.rope(x, dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
 
 
 class KVCache:
-    """The token ids, keys and values of the positions seen so far, preallocated for block_size of them."""
+    """The token ids, keys and values of the positions seen so far, in room that doubles up to block_size."""
 
     def __init__(self, config: GPTConfig, batch: int, dtype: mx.Dtype) -> None:
-        shape = (batch, config.n_kv_head, config.block_size, config.head_dim)
+        shape = (batch, config.n_kv_head, min(CACHE_ROOM, config.block_size), config.head_dim)
         self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
         self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
         self.tokens = mx.zeros((batch, config.block_size), mx.int32)
-        self.offset = 0
+        self.block_size, self.offset = config.block_size, 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Append (B, K, T, d) to a layer and return all of it up to there."""
         end = self.offset + k.shape[2]
+        if end > self.keys[layer].shape[2]:
+            self._grow(layer, end)
         self.keys[layer][:, :, self.offset : end] = k
         self.values[layer][:, :, self.offset : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def _grow(self, layer: int, end: int) -> None:
+        B, K, T, d = self.keys[layer].shape
+        room = min(self.block_size, max(end, 2 * T))
+        for kept in (self.keys, self.values):
+            empty = mx.zeros((B, K, room - T, d), kept[layer].dtype)
+            kept[layer] = mx.concatenate([kept[layer], empty], axis=2)
 
 
 class Dropout:
@@ -72,24 +90,63 @@ def keep_all(x: Array) -> Array:
     return x
 
 
+def dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array:
+    """(…, width) numbers of MLX's affine layout (see `core.quantize`)."""
+    bits, group_size = 32 * words.shape[-1] // width, width // scales.shape[-1]
+    return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
+
+
+def product(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T for the matrix called `name`, by the quantized kernel where it is quantized."""
+    weight = p[f"{name}.weight"]
+    if f"{name}.scales" in p:
+        scales, biases, width = p[f"{name}.scales"], p[f"{name}.biases"], x.shape[-1]
+        bits, group_size = 32 * weight.shape[-1] // width, width // scales.shape[-1]
+        return mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits)
+    return x @ weight.T
+
+
 def linear(x: Array, p: Parameters, name: str) -> Array:
     """x W^T + b, where the checkpoint has a bias of that name."""
-    weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
-    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    bias = p.get(f"{name}.bias")
+    if f"{name}.scales" in p:
+        return product(x, p, name) if bias is None else product(x, p, name) + bias
+    return product(x, p, name) if bias is None else mx.addmm(bias, x, p[f"{name}.weight"].T)
+
+
+def rows(p: Parameters, name: str, index: Array, width: int) -> Array:
+    """Rows of the embedding called `name`, (*index, width)."""
+    weight = p[f"{name}.weight"]
+    if f"{name}.scales" in p:
+        return dequantize(weight[index], p[f"{name}.scales"][index], p[f"{name}.biases"][index], width)
+    return weight[index]
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm over the last axis, in float32."""
-    return mx.fast.rms_norm(x, weight, eps)
+    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
+
+
+def norm_weight(p: Parameters, name: str, config: GPTConfig) -> Array:
+    """What a norm multiplies by."""
+    weight = p[f"{name}.weight"]
+    return weight.astype(mx.float32) + 1 if config.norm_offset else weight
 
 
 def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """The block's RMSNorm or LayerNorm, in float32, (B, T, D)."""
-    weight = p[f"{name}.weight"]
+    """The block's RMSNorm or LayerNorm, in float32, (B, T, D); x for the empty name of one that isn't there."""
+    if name.endswith("."):
+        return x
+    weight = norm_weight(p, name, config)
     if config.norm == "rmsnorm":
         return rms_norm(x, weight, config.norm_eps)
     bias = p[f"{name}.bias"] if config.norm_bias else None
-    return mx.fast.layer_norm(x, weight, bias, config.norm_eps)
+    return mx.fast.layer_norm(x, weight, bias, config.norm_eps).astype(x.dtype)
+
+
+def scaled(x: Array, factor: float) -> Array:
+    """x * factor, or x where that is 1."""
+    return x if factor == 1 else x * factor
 
 
 def softcap(x: Array, cap: float) -> Array:
@@ -97,23 +154,23 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * mx.tanh(x / cap) if cap else x
 
 
-def attention_mask(n_query: int, n_key: int, config: GPTConfig) -> str | Array | None:
+def attention_mask(n_query: int, n_key: int, window: int) -> str | Array | None:
     """None where every key counts, "causal" where no window cuts, else (n_query, n_key) booleans."""
-    windowed = 0 < config.sliding_window < n_key
+    windowed = 0 < window < n_key
     if n_query == 1 and not windowed:
         return None
     if not windowed:
         return "causal"
     key = mx.arange(n_key)
     query = key[n_key - n_query :, None]
-    return (key <= query) & (query - key < config.sliding_window)
+    return (key <= query) & (query - key < window)
 
 
 def capped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
     """Attention with softcapped scores, which no fused kernel has, (B, H, T, d); softmax in float32."""
     B, H, T, d = q.shape
     q = q.reshape(B, config.n_kv_head, -1, T, d)
-    scores = softcap((q @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * d**-0.5, config.attn_softcap)
+    scores = softcap((q @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * config.score_scale, config.attn_softcap)
     if isinstance(mask, str):
         mask = mx.arange(k.shape[2]) <= mx.arange(k.shape[2] - T, k.shape[2])[:, None]
     if mask is not None:
@@ -126,22 +183,23 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
     name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
     offset = cache.offset if cache else 0
 
-    def heads(projection: str) -> Array:
-        return linear(x, p, f"{name}.{projection}").reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
+    def heads(letter: str) -> Array:
+        y = linear(x, p, f"{name}.{letter}_proj")
+        if config.qk_norm and letter != "v":
+            y = y if config.qk_norm_whole else y.reshape(B, T, -1, config.head_dim)
+            y = rms_norm(y, norm_weight(p, f"{name}.{letter}_norm", config), config.norm_eps)
+        return y.reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
 
-    q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
-    if config.qk_norm:
-        q = rms_norm(q, p[f"{name}.q_norm.weight"], config.norm_eps)
-        k = rms_norm(k, p[f"{name}.k_norm.weight"], config.norm_eps)
+    q, k, v = heads("q"), heads("k"), heads("v")
     if config.uses_rope(layer):
-        q, k = rope(q, offset), rope(k, offset)
+        q, k = rope(q, offset, config.is_local(layer)), rope(k, offset, config.is_local(layer))
     if cache:
         k, v = cache.update(layer, k, v)
-    mask = attention_mask(T, k.shape[2], config)
+    mask = attention_mask(T, k.shape[2], config.window(layer))
     if config.attn_softcap:
         y = capped_attention(q, k, v, mask, config)
     else:
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.head_dim**-0.5, mask=mask)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.score_scale, mask=mask)
     return linear(y.swapaxes(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
 
 
@@ -197,6 +255,7 @@ def _gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swiglu": lambda x: _first(_silu(x)),
     "geglu": _gelu,
+    "geglu_tanh": lambda x: _first(_gelu_tanh(x)),
     "gelu": _gelu,
     "gelu_tanh": lambda x: _first(_gelu_tanh(x)),
     "relu2": lambda x: _first(_relu2(x)),
@@ -220,11 +279,14 @@ def block(
     cache: KVCache | None,
     dropout: Callable[[Array], Array],
 ) -> Array:
-    """One pre-norm transformer block, (B, T, D)."""
+    """One transformer block, (B, T, D)."""
     name = f"model.layers.{layer}"
-    y = attention(norm(x, p, f"{name}.input_layernorm", config), p, layer, config, rope, cache)
-    x = x + dropout(y)
-    return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
+    (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[config.norm_placement]
+    y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config, rope, cache)
+    attended = x + scaled(dropout(norm(y, p, f"{name}.{after_attn}", config)), config.residual_scale)
+    x = x if config.parallel_residual else attended
+    y = mlp(norm(x, p, f"{name}.{before_mlp}", config), p, layer, config)
+    return attended + scaled(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
 
 
 def block_again(
@@ -243,7 +305,7 @@ def block_again(
 
 def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
     """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
-    x = p["model.embed_tokens.weight"][tokens]
+    x = scaled(rows(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
@@ -263,7 +325,7 @@ def hidden_states(
     dropout: Callable[[Array], Array] = keep_all,
     again: bool = False,
 ) -> Array:
-    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions.
+    """(B, T) token ids -> (B, T, D), whose products with the head are logits; moves `cache` on by T positions.
 
     In training, `again` computes the blocks again in the backward pass (gradient checkpointing).
     """
@@ -284,13 +346,13 @@ def hidden_states(
             x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
         cache.offset += T
-    return norm(x, p, "model.norm", config)
+    return scaled(norm(x, p, "model.norm", config), 1 / config.logit_divisor)
 
 
 def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     """(B, T, D) hidden states -> (B, T, V) float32 logits."""
-    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
-    return softcap((x @ head.T).astype(mx.float32), config.logit_softcap)
+    head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+    return softcap(product(x, p, head).astype(mx.float32), config.logit_softcap)
 
 
 def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:

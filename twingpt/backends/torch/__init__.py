@@ -2,6 +2,7 @@
 
 from twingpt.backends.torch.decoding import DecodeEngine
 from twingpt.backends.torch.device import details, devices, free_memory, matmul, memory_errors
+from twingpt.backends.torch.pickles import read_pickle, stored_tensors, write_state_dict
 from twingpt.backends.torch.training import TrainEngine, loss_memory
 
 NAME = "torch"
@@ -16,4 +17,7 @@ __all__ = [
     "loss_memory",
     "matmul",
     "memory_errors",
+    "read_pickle",
+    "stored_tensors",
+    "write_state_dict",
 ]

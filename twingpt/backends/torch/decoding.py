@@ -49,7 +49,7 @@ def sample(scores: Array, sampling: Sampling, u: Array, seen: Array | None) -> A
 
 
 class DecodeEngine:
-    """Logits and sampled tokens from one set of parameters, cast once to `dtype`."""
+    """Logits and sampled tokens from one set of parameters, maybe quantized, cast once to `dtype`."""
 
     def __init__(
         self,
@@ -59,10 +59,14 @@ class DecodeEngine:
         dtype: str = "float32",
     ) -> None:
         self.config, self.device, self.dtype = config, device, DTYPES[dtype]
-        self.params = {name: to_device(value, device).to(self.dtype) for name, value in tensors}
+        self.params = {name: self._cast(to_device(value, device)) for name, value in tensors}
         self.rope = model.Rope(config, torch.device(device.name))
         self.cache: model.KVCache
         self.seen: Array
+
+    def _cast(self, value: Array) -> Array:
+        """The compute dtype; a quantized matrix's words stay, as int32, which has shifts."""
+        return value.view(torch.int32) if value.dtype == torch.uint32 else value.to(self.dtype)
 
     @torch.inference_mode()
     def forward(self, tokens: np.ndarray) -> np.ndarray:

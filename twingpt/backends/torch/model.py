@@ -15,28 +15,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, GPTConfig
+from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
 from twingpt.core.rope import rope_frequencies
 
 Array = Tensor
 Parameters = dict[str, Tensor]
 
+CACHE_ROOM = 256  # positions, to begin with
+
 
 class Rope:
-    """Rotary position embedding with its tables: cos and signed sin, (block_size, rope_dim) float32."""
+    """Rotary position embedding with its tables: cos and signed sin, (block_size, rope_dim) float32.
+
+    The layers that rotate by `local_rope_theta` have tables of their own.
+    """
 
     def __init__(self, config: GPTConfig, device: torch.device) -> None:
         self.config = config
-        frequencies, factor = rope_frequencies(config)
-        angles = np.arange(config.block_size, dtype=np.float32)[:, None] * frequencies
+        self.tables = {local: self.table(local, device) for local in (False, True)[: 1 + (config.local_rope_theta > 0)]}
+
+    def table(self, local: bool, device: torch.device) -> tuple[Array, Array]:
+        """cos and signed sin of every position."""
+        frequencies, factor = rope_frequencies(self.config, local)
+        angles = np.arange(self.config.block_size, dtype=np.float32)[:, None] * frequencies
         # cos and sin of the float32 angle in float64: a device's own may be off in the last bits.
         cos, sin = (f(angles, dtype=np.float64) * factor for f in (np.cos, np.sin))
-        self.cos = torch.from_numpy(np.concatenate([cos, cos], -1).astype(np.float32)).to(device)
-        self.sin = torch.from_numpy(np.concatenate([-sin, sin], -1).astype(np.float32)).to(device)
+        pairs = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
+        cos, sin = (torch.from_numpy(pair.astype(np.float32)).to(device) for pair in pairs)
+        return cos, sin
 
-    def __call__(self, x: Array, offset: int) -> Array:
+    def __call__(self, x: Array, offset: int, local: bool) -> Array:
         """Rotate (B, H, T, d), whose first position is `offset`."""
-        cos, sin = self.cos[offset : offset + x.shape[2]], self.sin[offset : offset + x.shape[2]]
+        cos, sin = (table[offset : offset + x.shape[2]] for table in self.tables[local])
         dim, x32 = self.config.rope_dim, x.float()
         rotary, rest = x32[..., :dim], x32[..., dim:]
         y = rotary * cos + rotary.roll(dim // 2, -1) * sin  # the roll swaps the halves
@@ -44,21 +54,30 @@ class Rope:
 
 
 class KVCache:
-    """The token ids, keys and values of the positions seen so far, preallocated for block_size of them."""
+    """The token ids, keys and values of the positions seen so far, in room that doubles up to block_size."""
 
     def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (batch, config.n_kv_head, config.block_size, config.head_dim)
+        shape = (batch, config.n_kv_head, min(CACHE_ROOM, config.block_size), config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.tokens = torch.zeros(batch, config.block_size, dtype=torch.int64, device=device)
-        self.offset = 0
+        self.block_size, self.offset = config.block_size, 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Append (B, K, T, d) to a layer and return all of it up to there."""
         end = self.offset + k.shape[2]
+        if end > self.keys[layer].shape[2]:
+            self._grow(layer, end)
         self.keys[layer][:, :, self.offset : end] = k
         self.values[layer][:, :, self.offset : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def _grow(self, layer: int, end: int) -> None:
+        B, K, T, d = self.keys[layer].shape
+        room = min(self.block_size, max(end, 2 * T))
+        for kept in (self.keys, self.values):
+            empty = kept[layer].new_zeros(B, K, room - T, d)
+            kept[layer] = torch.cat([kept[layer], empty], dim=2)
 
 
 class Dropout:
@@ -77,9 +96,36 @@ def keep_all(x: Array) -> Array:
     return x
 
 
+def dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array:
+    """(…, width) numbers of MLX's affine layout (see `core.quantize`); `words` are int32."""
+    bits = 32 * words.shape[-1] // width
+    q = (words[..., None] >> torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)) & (2**bits - 1)
+    groups = q.view(*scales.shape, -1).to(scales.dtype)
+    return torch.addcmul(biases[..., None], groups, scales[..., None]).flatten(-2)
+
+
+def product(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T for the matrix called `name`; a quantized one is dequantized here, and forgotten again."""
+    weight = p[f"{name}.weight"]
+    if f"{name}.scales" in p:
+        weight = dequantize(weight, p[f"{name}.scales"], p[f"{name}.biases"], x.shape[-1])
+    return F.linear(x, weight)
+
+
 def linear(x: Array, p: Parameters, name: str) -> Array:
     """x W^T + b, where the checkpoint has a bias of that name."""
-    return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+    bias = p.get(f"{name}.bias")
+    if f"{name}.scales" in p:
+        return product(x, p, name) if bias is None else product(x, p, name) + bias
+    return F.linear(x, p[f"{name}.weight"], bias)
+
+
+def rows(p: Parameters, name: str, index: Array, width: int) -> Array:
+    """Rows of the embedding called `name`, (*index, width)."""
+    weight = p[f"{name}.weight"]
+    if f"{name}.scales" in p:
+        return dequantize(weight[index], p[f"{name}.scales"][index], p[f"{name}.biases"][index], width)
+    return F.embedding(index, weight)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -91,13 +137,26 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return F.rms_norm(x32, weight.shape, weight.float(), eps).to(x.dtype)
 
 
-def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """The block's RMSNorm or LayerNorm, in float32, (B, T, D)."""
+def norm_weight(p: Parameters, name: str, config: GPTConfig) -> Array:
+    """What a norm multiplies by."""
     weight = p[f"{name}.weight"]
+    return weight.float() + 1 if config.norm_offset else weight
+
+
+def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
+    """The block's RMSNorm or LayerNorm, in float32, (B, T, D); x for the empty name of one that isn't there."""
+    if name.endswith("."):
+        return x
+    weight = norm_weight(p, name, config)
     if config.norm == "rmsnorm":
         return rms_norm(x, weight, config.norm_eps)
     bias = p[f"{name}.bias"].float() if config.norm_bias else None
     return F.layer_norm(x.float(), weight.shape, weight.float(), bias, config.norm_eps).to(x.dtype)
+
+
+def scaled(x: Array, factor: float) -> Array:
+    """x * factor, or x where that is 1."""
+    return x if factor == 1 else x * factor
 
 
 def softcap(x: Array, cap: float) -> Array:
@@ -105,23 +164,23 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * torch.tanh(x / cap) if cap else x
 
 
-def attention_mask(n_query: int, n_key: int, config: GPTConfig, device: torch.device) -> str | Array | None:
+def attention_mask(n_query: int, n_key: int, window: int, device: torch.device) -> str | Array | None:
     """None where every key counts, "causal" where n_query = n_key, else (n_query, n_key) booleans."""
-    windowed = 0 < config.sliding_window < n_key
+    windowed = 0 < window < n_key
     if n_query == 1 and not windowed:
         return None
     if n_query == n_key and not windowed:
         return "causal"
     key = torch.arange(n_key, device=device)
     query = key[n_key - n_query :, None]
-    return (key <= query) & (query - key < config.sliding_window if windowed else True)
+    return (key <= query) & (query - key < window if windowed else True)
 
 
 def capped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
     """Attention with softcapped scores, which no fused kernel has, (B, H, T, d); softmax in float32."""
     B, H, T, d = q.shape
     q = q.reshape(B, config.n_kv_head, -1, T, d)
-    scores = softcap((q @ k[:, :, None].mT).float() * d**-0.5, config.attn_softcap)
+    scores = softcap((q @ k[:, :, None].mT).float() * config.score_scale, config.attn_softcap)
     if isinstance(mask, str):
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
@@ -134,20 +193,21 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
     name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
     offset = cache.offset if cache else 0
 
-    def heads(projection: str) -> Array:
-        return linear(x, p, f"{name}.{projection}").view(B, T, -1, config.head_dim).transpose(1, 2)
+    def heads(letter: str) -> Array:
+        y = linear(x, p, f"{name}.{letter}_proj")
+        if config.qk_norm and letter != "v":
+            y = y if config.qk_norm_whole else y.view(B, T, -1, config.head_dim)
+            y = rms_norm(y, norm_weight(p, f"{name}.{letter}_norm", config), config.norm_eps)
+        return y.view(B, T, -1, config.head_dim).transpose(1, 2)
 
-    q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
-    if config.qk_norm:
-        q = rms_norm(q, p[f"{name}.q_norm.weight"], config.norm_eps)
-        k = rms_norm(k, p[f"{name}.k_norm.weight"], config.norm_eps)
+    q, k, v = heads("q"), heads("k"), heads("v")
     if config.uses_rope(layer):
-        q, k = rope(q, offset), rope(k, offset)
+        q, k = rope(q, offset, config.is_local(layer)), rope(k, offset, config.is_local(layer))
     if cache:
         k, v = cache.update(layer, k, v)
     if x.is_mps:  # its kernel misreads permuted inputs (pytorch#181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    mask = attention_mask(T, k.shape[2], config, x.device)
+    mask = attention_mask(T, k.shape[2], config.window(layer), x.device)
     if config.attn_softcap:
         y = capped_attention(q, k, v, mask, config)
     else:
@@ -157,6 +217,7 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
             v,
             attn_mask=None if isinstance(mask, str) else mask,
             is_causal=isinstance(mask, str),
+            scale=config.score_scale,
             enable_gqa=config.n_head != config.n_kv_head,
         )
     return linear(y.transpose(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
@@ -165,6 +226,7 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu2": lambda x: F.relu(x) * x,  # a square's backward is a slow power on a CPU
@@ -188,11 +250,14 @@ def block(
     cache: KVCache | None,
     dropout: Callable[[Array], Array],
 ) -> Array:
-    """One pre-norm transformer block, (B, T, D)."""
+    """One transformer block, (B, T, D)."""
     name = f"model.layers.{layer}"
-    y = attention(norm(x, p, f"{name}.input_layernorm", config), p, layer, config, rope, cache)
-    x = x + dropout(y)
-    return x + dropout(mlp(norm(x, p, f"{name}.post_attention_layernorm", config), p, layer, config))
+    (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[config.norm_placement]
+    y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config, rope, cache)
+    attended = x + scaled(dropout(norm(y, p, f"{name}.{after_attn}", config)), config.residual_scale)
+    x = x if config.parallel_residual else attended
+    y = mlp(norm(x, p, f"{name}.{before_mlp}", config), p, layer, config)
+    return attended + scaled(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
 
 
 def block_again(
@@ -205,7 +270,7 @@ def block_again(
 
 def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
     """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
-    x = F.embedding(tokens, p["model.embed_tokens.weight"])
+    x = scaled(rows(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
@@ -225,7 +290,7 @@ def hidden_states(
     dropout: Callable[[Array], Array] = keep_all,
     again: bool = False,
 ) -> Array:
-    """(B, T) token ids -> (B, T, D), after the final norm; moves `cache` on by T positions.
+    """(B, T) token ids -> (B, T, D), whose products with the head are logits; moves `cache` on by T positions.
 
     In training, `again` computes the blocks again in the backward pass (gradient checkpointing).
     """
@@ -246,13 +311,13 @@ def hidden_states(
             x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
         cache.offset += T
-    return norm(x, p, "model.norm", config)
+    return scaled(norm(x, p, "model.norm", config), 1 / config.logit_divisor)
 
 
 def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     """(B, T, D) hidden states -> (B, T, V) float32 logits."""
-    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
-    return softcap(F.linear(x, head).float(), config.logit_softcap)
+    head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+    return softcap(product(x, p, head).float(), config.logit_softcap)
 
 
 def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:

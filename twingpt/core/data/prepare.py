@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from twingpt.core import paths, rng
-from twingpt.core.data import readers, shards, sources, workers
+from twingpt.core.data import named, readers, shards, sources, workers
 from twingpt.core.data.readers import File, Item, Text, pieces
 from twingpt.core.data.shards import SPLITS, TokenDataset
 from twingpt.core.data.sources import Source
 from twingpt.core.data.workers import VAL_FRACTION, Encoded, Work, place, tail
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer import Tokenizer, make
+from twingpt.core.tokenizer import Tokenizer, files, make
+from twingpt.core.tokenizer import load as load_tokenizer
 
 FEW = 20  # text files; with so few it is worth counting before encoding
 SAMPLE = 2**26  # characters that a tokenizer is learned from, at most
@@ -42,7 +43,9 @@ class How:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What of a run's options it decides."""
+        """The tokenizer in a run's options."""
+        if self.tokenizer:
+            return {}
         return {"tokenizer": self.kind} | ({"vocab_size": self.vocab_size} if self.kind == "bpe" else {})
 
     @property
@@ -84,8 +87,11 @@ def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None =
     `kind` and `vocab_size` give way to `tokenizer`, and to what a named data set has. The data set of a
     source is found again by the digest of all it depends on, in `paths.home()/data`.
     """
-    if named := find(spec):
-        return TokenDataset(named)
+    if there := find(spec):
+        data = TokenDataset(there)
+        if tokenizer and tokenizer.digest != data.manifest["tokenizer"]:
+            raise UserError(f"{spec} is prepared with another tokenizer than the model's: prepare its text with that.")
+        return data
     source, how = sources.load(spec), How(kind, vocab_size, tokenizer)
     key = hashlib.sha256("/".join([str(shards.SCHEMA), source.digest, how.key]).encode()).hexdigest()[:12]
     folder = folder_of(f"{source.name[:40]}-{key}")
@@ -96,10 +102,37 @@ def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None =
 
 def find(spec: str) -> Path | None:
     """The folder of the data set prepared as `spec`, its name or its path; None where there is none."""
-    if not spec or spec in sources.NAMED:
+    if not spec or named.parse(spec):
         return None
     folder = folder_of(spec) if NAME.fullmatch(spec) else paths.expand(spec)
     return folder if (folder / "manifest.json").is_file() else None
+
+
+def learn(specs: Sequence[str], kind: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer called `kind` for several sources: where it learns, from the training texts of them all.
+
+    It is kept in `paths.home()/tokenizers`, under the digest of all it depends on.
+    """
+    found, how = {spec: sources.load(spec) for spec in specs}, How(kind, vocab_size)
+    key = "/".join([str(shards.SCHEMA), how.key, *(source.digest for source in found.values())])
+    folder = paths.home() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:12]
+    if not folder.exists():
+        each = [Preparation({spec: one}, one.name, how, Progress(), workers.cores()) for spec, one in found.items()]
+        tokenizer, _ = learn_from(each, how)
+        with _unless_there(folder), _new_folder(folder, alone=False) as temporary:
+            for file, text in files(tokenizer, block_size=2**30).items():
+                paths.write_synced(temporary / file, text.encode())
+    return load_tokenizer(folder)
+
+
+@contextmanager
+def _unless_there(folder: Path) -> Iterator[None]:
+    """Write a folder, unless another process is faster with the same content; UserError where that can't be."""
+    try:
+        yield
+    except OSError as error:
+        if not folder.exists():
+            raise UserError(f"The prepared data can't be written to {folder}: {error.strerror}.") from error
 
 
 @dataclass(frozen=True)
@@ -130,10 +163,8 @@ def prepare_named(
     n_cores: int | None = None,
 ) -> TokenDataset:
     """Prepare sources under a name, on all cores unless told otherwise; the same again is found, another is refused."""
-    if not NAME.fullmatch(name) or name in sources.NAMED:
-        raise UserError(
-            f"A data set can't be called {name!r}: letters, digits, - _ and . make a name, no source's own."
-        )
+    if not NAME.fullmatch(name) or named.parse(name):
+        raise UserError(f"A data set can't be called {name!r}: give a --name of letters, digits, - _ and . alone.")
     folder = folder_of(name)
     if folder.exists():
         return _same(folder, specs, name, how, reading)
@@ -166,14 +197,9 @@ def _write(
     alone: bool = False,
 ) -> None:
     """Prepare what `load` gives; a preparation that is killed or fails leaves nothing that looks like a data set."""
-    try:
-        with _new_folder(folder, alone) as temporary:
-            preparation = Preparation(load(temporary), name, how, progress or Progress(), n_cores or workers.cores())
-            preparation.write(temporary)
-    except OSError as error:
-        if folder.exists() and not alone:  # another process was faster, with the same content
-            return
-        raise UserError(f"The prepared data can't be written to {folder}: {error.strerror}.") from error
+    with _unless_there(folder), _new_folder(folder, alone) as temporary:
+        preparation = Preparation(load(temporary), name, how, progress or Progress(), n_cores or workers.cores())
+        preparation.write(temporary)
 
 
 @contextmanager
@@ -241,17 +267,16 @@ class Preparation:
         self.source = Source(name, [one for source in found.values() for one in source.inputs])
         self.size = self.source.size
         # Whether the end of each document is held out, and the lengths of the documents that come in pieces.
-        self.tails, self.lengths = False, list[int]()
+        self.tails, self.lengths, self.counted = False, list[int](), False
 
     def write(self, folder: Path) -> None:
         """Fill the folder: shards, tokenizer and, last, the manifest."""
         stamp = self.source.stamp()
         with ThreadPoolExecutor(1, "digests") as thread:
             digests = thread.submit(lambda: {spec: source.digest for spec, source in self.found.items()})
-            learns = self.how.tokenizer is None and self.how.kind == "bpe"
-            if learns or self._few():
-                self._run(Work(None, "", tails=False), "counting")
-            tokenizer, learned = self._tokenizer()
+            if self._few():
+                self.count()
+            tokenizer, learned = (self.how.tokenizer, {}) if self.how.tokenizer else learn_from([self], self.how)
             counts, writers = self._encode(folder, tokenizer)
             rows = self._rows(digests.result())
         if self.source.stamp() != stamp:
@@ -293,6 +318,7 @@ class Preparation:
         if not work.tails:
             share = counts.characters["val"] / sum(counts.characters.values())
             self.tails, self.lengths = not VAL_FRACTION / 2 < share < VAL_FRACTION * 2, lengths
+            self.counted = True
         return counts
 
     def _what(self) -> object:
@@ -317,29 +343,37 @@ class Preparation:
             if work.tails == self.tails:
                 return counts, writers
 
-    def _tokenizer(self) -> tuple[Tokenizer, dict[str, Any]]:
-        """The tokenizer, learned if it has to be, and what the manifest says of that."""
-        if self.how.tokenizer:
-            return self.how.tokenizer, {}
-        self.progress.begin("learning the tokenizer", 0)
-        sample = Sample(self._training_texts())
-        tokenizer = make(self.how.kind, sample, self._alphabet(), self.how.vocab_size)
-        if not sample.total:
-            return tokenizer, {}
-        return tokenizer, {"learned_from": {"characters": sample.taken, "of": sample.total, "by": "lowest hash"}}
+    def count(self) -> None:
+        """Read everything once, and decide what is held out."""
+        if not self.counted:
+            self._run(Work(None, "", tails=False), "counting")
 
-    def _training_texts(self) -> Iterator[str]:
+    def training_texts(self) -> Iterator[str]:
+        """What is not held out, in order."""
         work, items = Work(None, "", self.tails), self.source.items()
         for item in by_tail(items, self.lengths) if self.tails else by_hash(items, []):
             yield from (text for text, split, _ in work.parts(item, Encoded()) if split == "train")
 
-    def _alphabet(self) -> Iterator[str]:
+    def alphabet(self) -> Iterator[str]:
         """Every character that occurs, once."""
         seen: set[str] = set()
         for item in self.source.items():
             for text in item.documents():
                 seen.update(text)
         yield "".join(seen)
+
+
+def learn_from(preparations: Sequence[Preparation], how: How) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer that `how` names, learned if it has to be, and what a manifest says of that."""
+    if how.kind == "bpe":
+        for one in preparations:
+            one.count()
+            one.progress.begin("learning the tokenizer", 0)
+    sample = Sample(text for one in preparations for text in one.training_texts())
+    tokenizer = make(how.kind, sample, (text for one in preparations for text in one.alphabet()), how.vocab_size)
+    if not sample.total:
+        return tokenizer, {}
+    return tokenizer, {"learned_from": {"characters": sample.taken, "of": sample.total, "by": "lowest hash"}}
 
 
 class Sample:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from twingpt.core.data import named
 from twingpt.core.errors import UserError
 
 BLOCK = 2**20  # bytes read at a time
@@ -276,20 +277,25 @@ def _and_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield b"", True
 
 
-def _text(path: Path, blocks: Iterable[bytes], field: str, errors: str) -> Iterator[Item]:
+def _text(file: File, blocks: Iterable[bytes]) -> Iterator[Item]:
+    decoded = _decoded(file.path, blocks, file.errors)
+    if file.separator is not None:
+        yield from map(Text, named.documents(decoded, file.separator))
+        return
     begins = True
-    for text, ends in pieces(_decoded(path, blocks, errors)):
+    for text, ends in pieces(decoded):
         yield Text(text, begins, ends)
         begins = False
 
 
-def _jsonl(path: Path, blocks: Iterable[bytes], field: str, errors: str) -> Iterator[Item]:
+def _jsonl(file: File, blocks: Iterable[bytes]) -> Iterator[Item]:
     """Lines by the block, for whoever parses them in parallel."""
+    path, how = str(file.path), (file.field, file.errors)
     rest, offset, number = b"", 0, 1
     for block in blocks:
         content, newline, rest = (rest + block).rpartition(b"\n")
         if newline:
-            yield Lines(content, str(path), offset, number, field, errors)
+            yield Lines(content, path, offset, number, *how)
             offset += len(content) + 1
             number += content.count(b"\n") + 1
         if len(rest) > LONGEST_RECORD:
@@ -297,7 +303,7 @@ def _jsonl(path: Path, blocks: Iterable[bytes], field: str, errors: str) -> Iter
                 f"{path}, line {number}, is longer than {LONGEST_RECORD >> 20} MB: is it JSON lines? "
                 "A document as long as that can be a text file of its own."
             )
-    yield Lines(rest, str(path), offset, number, field, errors)
+    yield Lines(rest, path, offset, number, *how)
 
 
 def _pyarrow(path: Path) -> Any:
@@ -381,6 +387,7 @@ class File:
     path: Path
     field: str = "text"
     errors: str = "strict"
+    separator: str | None = None  # a line of a text that ends a document
 
     @property
     def kind(self) -> str:
@@ -409,7 +416,7 @@ class File:
         with _readable(self.path), self.path.open("rb") as file:
             content: Any = _Counted(file, advance)
             decompress = DECOMPRESSORS.get(self.path.suffix.lower(), _plain)
-            yield from STREAMS[self.kind](self.path, decompress(content), self.field, self.errors)
+            yield from STREAMS[self.kind](self, decompress(content))
 
     def _table(self, advance: Advance) -> Iterator[Item]:
         pyarrow = _pyarrow(self.path)

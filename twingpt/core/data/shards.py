@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.config import GPTConfig
-from twingpt.core.data.order import window_starts
+from twingpt.core.data.order import window_count, window_starts
 from twingpt.core.errors import UserError
 from twingpt.core.paths import write_synced
 from twingpt.core.tokenizer import Tokenizer, files
@@ -123,31 +123,44 @@ class TokenDataset:
             )
 
     def batch(self, first: int, batch_size: int, block_size: int, seed: int) -> tuple[Array, Array]:
-        """Training windows number `first` to `first + batch_size` of the run: tokens and targets, (B, T) int32."""
-        tokens = self.splits["train"]
-        starts = window_starts(np.arange(first, first + batch_size), len(tokens), block_size, seed)
-        windows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int32)
-        self._check_ids(windows)
+        """Training windows number `first` to `first + batch_size` of the run: tokens and targets, (B, T) int32.
+
+        Both are views of one array.
+        """
+        windows = np.empty((batch_size, block_size + 1), np.int32)
+        self.read(windows, slice(None), np.arange(first, first + batch_size), seed)
         return windows[:, :-1], windows[:, 1:]
 
-    def _check_ids(self, windows: Array) -> None:
+    def read(self, windows: Array, rows: Array | slice, numbers: Array, *seed: object) -> None:
+        """Copy the training windows `numbers` of the order called `seed` to these rows of `windows`, (B, T + 1) int32.
+
+        NumPy gathers them from the mapped file in one pass.
+        """
+        tokens, length = np.asarray(self.splits["train"]), windows.shape[1]
+        starts = window_starts(numbers, len(tokens), length - 1, *seed)
+        found = np.lib.stride_tricks.sliding_window_view(tokens, length)[starts]
+        self._check_ids(found)
+        windows[rows] = found
+
+    def epochs(self, windows: int, block_size: int) -> float:
+        """How often so many training windows go through the data."""
+        return windows / window_count(len(self.splits["train"]), block_size)
+
+    def _check_ids(self, tokens: Array) -> None:
         """No device checks an id: one beyond the table reads garbage there."""
-        if windows.max() >= self.manifest["vocab_size"]:
+        if tokens.max() >= self.manifest["vocab_size"]:
             raise UserError(
-                f"{self.folder} holds the token id {windows.max()}, outside its vocabulary of "
+                f"{self.folder} holds the token id {tokens.max()}, outside its vocabulary of "
                 f"{self.manifest['vocab_size']}: its tokens are damaged, delete the folder to prepare again."
             )
 
     def validation(self, batch_size: int, block_size: int, n_batches: int) -> Iterator[tuple[Array, Array]]:
-        """The first `n_batches` batches of the held-out tokens in order (0: all); short rows end in targets of -1."""
-        tokens = self.splits["val"]
-        starts = range(0, len(tokens) - 1, block_size)
-        for i in range(0, len(starts), batch_size):
-            if n_batches and i >= n_batches * batch_size:
-                return
-            windows = np.full((batch_size, block_size + 1), -1, np.int32)
-            for row, start in enumerate(starts[i : i + batch_size]):
-                window = tokens[start : start + block_size + 1]
-                windows[row, : len(window)] = window
-            self._check_ids(windows)
-            yield np.maximum(windows[:, :-1], 0), windows[:, 1:]
+        """The first `n_batches` batches of the held-out tokens in order (0: all); what lacks has targets of -1."""
+        tokens, size = self.splits["val"], batch_size * block_size
+        starts = range(0, len(tokens) - 1, size)
+        for start in starts[: n_batches or None]:
+            found = np.asarray(tokens[start : start + size + 1])
+            self._check_ids(found)
+            row = np.full(size + 1, -1, np.int32)
+            row[: len(found)] = found
+            yield np.maximum(row[:-1], 0).reshape(batch_size, -1), row[1:].reshape(batch_size, -1)

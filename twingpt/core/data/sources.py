@@ -8,24 +8,16 @@ import json
 import os
 import re
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from twingpt.core.config import unknown_choice
-from twingpt.core.data import readers
+from twingpt.core.data import named, readers
 from twingpt.core.data.readers import Advance, File, Given, Item, Text
 from twingpt.core.errors import UserError
-from twingpt.core.paths import expand, home
-
-NAMED = ("python-docs", "shakespeare")
-LICENCES = {"python-docs": "PSF-2.0", "shakespeare": "public domain"}
-
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+from twingpt.core.paths import expand
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -43,7 +35,7 @@ class Source:
         """SHA-256 over the inputs' digests, and over how they are read."""
         sha = hashlib.sha256()
         for one in self.inputs:
-            how = f"{one.kind}/{one.field}/{one.errors}" if isinstance(one, File) else one.kind
+            how = f"{one.kind}/{one.field}/{one.errors}/{one.separator}" if isinstance(one, File) else one.kind
             sha.update(f"{how}/{one.digest()}/".encode())
         return sha.hexdigest()
 
@@ -75,19 +67,17 @@ class Source:
 
 
 def load(spec: str, field: str = "text", errors: str = "strict") -> Source:
-    """The source called `spec`: a name in NAMED, the path of a file or of a folder of them, or a glob.
+    """The source called `spec`: a name in named.TABLE, the path of a file or of a folder of them, or a glob.
 
     Tables and JSON lines have their text in `field`; `errors` is "strict" or "replace", for what is not
     UTF-8. Raises UserError where there is nothing to read.
     """
     if errors not in ("strict", "replace"):
         raise unknown_choice("way with errors", errors, ("strict", "replace"))
-    if spec == "python-docs":
-        return Source(spec, [Given(tuple(_python_docs()))], LICENCES[spec])
-    if spec == "shakespeare":
-        return Source(spec, [File(_shakespeare())], LICENCES[spec])
+    if row := named.parse(spec):
+        return _named(spec, *row)
     if not spec:
-        raise UserError(f"--data is empty: give a file, a folder, or one of {', '.join(NAMED)}.")
+        raise UserError(f"--data is empty: give a file, a folder, or one of {', '.join(named.NAMES)}.")
     path = expand(spec)
     if path.is_dir():
         files = _copy_of_hub(path) or _folder(path)
@@ -100,7 +90,14 @@ def load(spec: str, field: str = "text", errors: str = "strict") -> Source:
         return Source(_word(path.name), [File(file, field, errors) for file in _glob(spec)])
     if path.suffix or os.sep in spec:
         raise UserError(f"There is no file or folder {spec}: check the path given to --data.")
-    raise unknown_choice("data source", spec, NAMED)
+    raise unknown_choice("data source", spec, named.NAMES)
+
+
+def _named(spec: str, name: str, shards: int | None) -> Source:
+    row, files = named.ROWS[name], named.fetch(name, shards)
+    if not files:
+        return Source(spec, [Given(tuple(_python_docs()))], row.licence)
+    return Source(spec, [File(file, separator=row.separator) for file in files], row.licence)
 
 
 def load_hub(spec: str, field: str, errors: str) -> Source:
@@ -185,25 +182,3 @@ def _copy_of_hub(folder: Path) -> list[Path] | None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder} is a damaged copy of a Hugging Face data set: save it again.") from None
     return None
-
-
-def _shakespeare() -> Path:
-    path = home() / "downloads" / "tinyshakespeare.txt"
-    content = path.read_bytes() if path.exists() else _download(SHAKESPEARE_URL, path)
-    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        raise UserError(f"{path} is not Tiny Shakespeare (its SHA-256 differs): delete it and try again.")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    return path
-
-
-def _download(url: str, path: Path) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content: bytes = response.read()
-            return content
-    except (OSError, urllib.error.URLError) as error:
-        raise UserError(f"{url} can't be fetched ({error}): put the file at {path}, or give --data its path.") from None

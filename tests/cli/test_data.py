@@ -1,0 +1,46 @@
+"""The data commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from twingpt.core.data.named import NAMES
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("TWINGPT_HOME", str(tmp_path))
+    return tmp_path / "downloads"
+
+
+def test_sources_as_lines(gpt, home):
+    code, out, _ = gpt("data", "sources")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0 and [line[0] for line in lines[::2]] == list(NAMES)
+    assert lines[4] == ["tinystories", "2.2", "GB", "CDLA-Sharing-1.0"]
+    assert "1 of 14 shards, unless fineweb-edu@SHARDS" in out and "downloaded" not in out
+    for name in ("tinyshakespeare.txt", "openwebtext/train-00003-of-00080.parquet"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).touch()
+    lines = gpt("data", "sources")[1].splitlines()
+    assert "downloaded" in lines[2] and "1 of 80 files here" in lines[6]
+
+
+def test_sources_as_json(gpt, home):
+    rows = json.loads(gpt("data", "sources", "--json")[1])["sources"]
+    assert [row["name"] for row in rows] == list(NAMES) and all(row["size"] for row in rows)
+    assert [len(row["files"]) for row in rows] == [0, 1, 1, 80, 14]
+    file = rows[2]["files"][0]
+    assert Path(file["path"]) == home / "tinystories" / "TinyStoriesV2-GPT4-train.txt" and not file["downloaded"]
+
+
+def test_training_without_the_file_and_the_network_says_what_to_do(gpt, home, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing answers
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    code, out, err = gpt("train", "--data", "tinystories")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert f"put it at {home}/tinystories/TinyStoriesV2-GPT4-train.txt" in err and "can't be reached" in err

@@ -1,0 +1,75 @@
+"""Files as an enemy or a bad disk would leave them: mutations of a good one, by a seeded generator."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+
+NUMBERS = ["NaN", "Infinity", "-1", "0", "1.5", "1e999", str(2**31), str(2**63), str(2**64 + 1), "9" * 5000, "true"]
+OTHERS = ["null", '""', "[]", "{}", '"../../etc/passwd"', '"\\ud800"', "[" * 30_000, '{"a":' * 30_000, '"' + "x" * 9999]
+
+
+def mutations(content: bytes, seed: int, n: int, text: Callable[[bytes], tuple[int, int]]) -> Iterator[bytes]:
+    """Yield `n` mutations of `content`, whose JSON lies between the two positions that `text` tells."""
+    chance = random.Random(seed)
+    start, end = text(content)
+    for _ in range(n):
+        if chance.random() < 0.4:
+            yield bytes_changed(content, chance)
+        else:
+            changed = json_changed(content[start:end].decode(), chance).encode("utf-8", "surrogatepass")
+            head = content[:start]
+            if start == 8 and chance.random() < 0.8:  # a safetensors header that says its length rightly
+                head = len(changed).to_bytes(8, "little")
+            yield head + changed + content[end:]
+
+
+def bytes_changed(content: bytes, chance: random.Random) -> bytes:
+    """Some bytes changed, cut out or put in, mostly near the beginning."""
+    changed = bytearray(content)
+    for _ in range(chance.choice([1, 1, 2, 8])):
+        at = min(int(chance.expovariate(1 / 300)), max(len(changed) - 1, 0))
+        kind = chance.randrange(4)
+        if kind == 0 and changed:
+            changed[at] = chance.randrange(256)
+        elif kind == 1:
+            del changed[at : at + chance.choice([1, 2, 8, 1000])]
+        elif kind == 2:
+            changed[at:at] = chance.randbytes(chance.choice([1, 2, 8, 1000]))
+        else:
+            del changed[chance.randrange(len(changed) + 1) :]
+    return bytes(changed)
+
+
+def json_changed(text: str, chance: random.Random) -> str:
+    """A number, a string, a key or a whole value replaced, repeated or taken away; not always JSON any more."""
+    value = json.loads(text)
+    parents = [(value, key) for key in _keys(value)]
+    for parent, key in parents:
+        parents += [(parent[key], inner) for inner in _keys(parent[key])]
+    parent, key = chance.choice(parents)
+    kind = chance.randrange(5)
+    if kind == 0:
+        del parent[key]
+    elif kind == 1 and isinstance(parent, dict):
+        parent[chance.choice(["x", "__metadata__", key + "x", ""])] = parent.pop(key)
+    elif kind == 2:
+        other, other_key = chance.choice(parents)
+        parent[key] = json.loads(json.dumps(other[other_key])) if _has(other, other_key) else None
+    elif kind == 3 and isinstance(parent, dict):  # the same name twice
+        mark = "\x00twice"
+        parent[mark] = parent[key]
+        return json.dumps(value).replace(json.dumps(mark), json.dumps(key))
+    else:
+        parent[key] = "\x00mark"
+        return json.dumps(value).replace(json.dumps("\x00mark"), chance.choice(NUMBERS + OTHERS))
+    return json.dumps(value)
+
+
+def _keys(value: object) -> list:
+    if isinstance(value, dict):
+        return list(value)
+    return list(range(len(value))) if isinstance(value, list) else []
+
+
+def _has(value: object, key: object) -> bool:
+    return key in value if isinstance(value, dict) else isinstance(value, list) and key < len(value)

@@ -1,0 +1,153 @@
+"""One quantized file: MLX's kernel, torch and the reference compute the same from it, and mlx-lm opens it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.conftest import cpu, needs
+from twingpt import GPTConfig, UserError
+from twingpt.core import reference
+from twingpt.core.checkpoint import open_checkpoint, save_model
+from twingpt.core.config import SHAPES
+from twingpt.core.parameters import initialise, parameter_table
+from twingpt.core.quantize import BITS, GROUP_SIZES, Quantization, dequantize, dequantized, quantize
+from twingpt.core.sampler import Sampling
+from twingpt.core.tokenizer import ByteTokenizer
+
+SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 128, "init_std": 0.1}
+MODELS = {
+    "qwen3": {"n_kv_head": 2},
+    "gpt2": SHAPES["gpt2"],
+    "untied, with biases": {"tie_embeddings": False, "qkv_bias": True, "attn_out_bias": True, "mlp_bias": True},
+    "some widths odd": {"n_inner": 200, "n_head": 3, "head_dim": 40},
+}
+
+
+def quantized(tmp_path, switches, bits=4, group_size=64):
+    config = GPTConfig.from_dict({**SMALL, **switches})
+    save_model(tmp_path / "q", config, ByteTokenizer(), initialise(config, 1), Quantization(bits, group_size))
+    return open_checkpoint(tmp_path / "q")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_a_group_keeps_its_farther_end_and_is_close_elsewhere(bits, group_size):
+    w = np.random.default_rng(bits).normal(size=(3, 5, 256)).astype(np.float32)
+    parts = quantize(w, bits, group_size)
+    assert [part.shape for part in parts] == [(3, 5, 256 * bits // 32), *[(3, 5, 256 // group_size)] * 2]
+    back = dequantize(*parts, 256)
+    groups, error = w.reshape(3, 5, -1, group_size), np.abs(back - w).reshape(3, 5, -1, group_size)
+    ends = np.take_along_axis(error, np.abs(groups).argmax(-1)[..., None], -1)
+    assert ends.max() < 1e-6
+    step = (groups.max(-1) - groups.min(-1)) / (2**bits - 1)
+    assert (error.max(-1) <= 1.5 * step).all()  # the grid moves by up to half a step, so that 0 is on it
+
+
+def test_groups_without_a_range():
+    w = np.stack([np.zeros(64), np.full(64, 3.5), np.full(64, -1e-3)]).astype(np.float32)
+    assert np.abs(dequantize(*quantize(w, 4, 32), 64) - w).max() < 1e-6
+
+
+@needs("mlx")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_the_bits_are_mlx_own(bits, group_size):
+    import twingpt.backends.mlx  # noqa: F401  (opens a fast BLAS before mlx is imported)
+
+    mx = pytest.importorskip("mlx.core")
+    w = np.random.default_rng(bits).normal(size=(64, 256)).astype(np.float32)
+    w[0] = 0
+    theirs = mx.quantize(mx.array(w), group_size=group_size, bits=bits)
+    ours = quantize(w, bits, group_size)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.array_equal(a, np.array(b))
+    assert np.array_equal(dequantize(*ours, 256), np.array(mx.dequantize(*theirs, group_size=group_size, bits=bits)))
+
+
+@pytest.mark.parametrize("switches", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 32)])
+def test_the_twins_agree_with_the_reference(tmp_path, twins, switches, bits, group_size):
+    opened = quantized(tmp_path, switches, bits, group_size)
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 20))
+    stored = dict(opened.stored())
+    assert any(array.dtype == np.uint32 for array in stored.values())
+    expected = reference.forward(dict(opened.parameters()), tokens, opened.config)
+    for engines in twins:
+        engine = engines.DecodeEngine(opened.config, stored.items(), cpu(engines))
+        logits = engine.forward(tokens)
+        assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+        handle = engine.prefill(tokens[:, :12])
+        for _ in range(3):  # also token by token
+            handle = engine.step(handle, Sampling(temp=0), np.zeros(2))
+        assert engine.logits(handle).shape == (2, 257)
+
+
+def test_what_stays_in_float32_is_named_with_its_reason():
+    config = GPTConfig.from_dict({**SMALL, **MODELS["some widths odd"]})
+    kept = Quantization(4, 64).kept(config)
+    assert kept["model.layers.1.mlp.down_proj.weight"] == "its width 200 is not a multiple of 64"
+    assert kept["model.layers.0.self_attn.o_proj.weight"] == "its width 120 is not a multiple of 64"
+    assert len(kept) == 4
+    config = GPTConfig.from_dict({**SMALL, **SHAPES["gpt2"]})
+    assert Quantization(4, 64).kept(config) == {"model.embed_positions.weight": "it is only looked up and added"}
+
+
+def test_dequantized_gives_every_parameter_in_order():
+    config = GPTConfig.from_dict({**SMALL, "tie_embeddings": False})
+    stored = Quantization(8, 32).apply(initialise(config, 0), config)
+    back = dict(dequantized(stored, config))
+    assert list(back) == list(parameter_table(config))
+    for name, array in initialise(config, 0):
+        assert back[name].shape == array.shape and np.abs(back[name] - array).max() < 0.005
+    assert all(a is b for a, (_, b) in zip(back.values(), dequantized(back.items(), config), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"bits": 3, "group_size": 64}, "bits 3 is not known: choose 4 or 8"),
+        ({"bits": True, "group_size": 64}, "bits True is not known"),
+        ({"bits": 4, "group_size": 48}, "group_size 48 is not known"),
+        ({"bits": 4, "group_size": 64, "mode": "mxfp4"}, "other than MLX's affine one"),
+        ({"bits": 4, "group_size": 64, "lm_head": False}, "other than MLX's affine one"),
+        ([4, 64], "other than MLX's affine one"),
+    ],
+)
+def test_another_quantization_is_refused(described, message):
+    from twingpt.core.quantize import from_config
+
+    with pytest.raises(UserError, match=message):
+        from_config({"quantization": described}, "config.json")
+
+
+def test_a_quantized_file_with_other_tensors_is_refused(tmp_path):
+    opened = quantized(tmp_path, {"n_kv_head": 2})
+    config = json.loads((opened.folder / "config.json").read_text())
+    config["quantization"]["bits"] = 8
+    (opened.folder / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((opened.folder / "manifest.json").read_text())
+    del manifest["files"]["config.json"]
+    (opened.folder / "manifest.json").write_text(json.dumps(manifest))
+    (opened.folder / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config.json is missing"):
+        open_checkpoint(opened.folder)
+    from twingpt.core.checkpoint import read_tensors
+    from twingpt.core.quantize import stored_shapes
+
+    with pytest.raises(UserError, match=r"embed_tokens.weight in .* has shape \(257, 16\), and the model needs"):
+        list(read_tensors([opened.folder / "model.safetensors"], *stored_shapes(opened.config, Quantization(8, 64))))
+
+
+@needs("mlx")
+def test_mlx_lm_opens_the_directory_as_it_stands(tmp_path):
+    import twingpt.backends.mlx  # noqa: F401
+
+    mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    import mlx.core as mx
+
+    opened = quantized(tmp_path, {"n_kv_head": 2})
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 20))
+    model, _ = mlx_lm.load(str(opened.folder))
+    expected = reference.forward(dict(opened.parameters()), tokens, opened.config)
+    assert np.abs(np.array(model(mx.array(tokens))) - expected).max() <= 1e-4 * np.abs(expected).max()

@@ -1,0 +1,177 @@
+"""Safetensors files: whatever is in one, it is read rightly or refused in one sentence."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from tests.mutate import mutations
+from twingpt import UserError
+from twingpt.core import tensors as module
+from twingpt.core.tensors import TensorFile, write_safetensors
+
+SOME = {
+    "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b": np.array(7, np.uint32),
+    "c": np.zeros((0, 5), np.float32),
+    "d.half": np.linspace(-1, 1, 6, dtype=np.float16).reshape(2, 3),
+}
+
+
+def header_at(content: bytes) -> tuple[int, int]:
+    return 8, 8 + int.from_bytes(content[:8], "little")
+
+
+def written(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def test_round_trip(tmp_path):
+    dtypes = {"b": "U32", "d.half": "F16"}
+    shapes = {name: array.shape for name, array in SOME.items()}
+    entry = write_safetensors(tmp_path / "x", shapes, SOME.items(), dtypes)
+    assert entry["size"] == (tmp_path / "x").stat().st_size
+    file = TensorFile(tmp_path / "x")
+    with safe_open(tmp_path / "x", "np") as theirs:
+        for name, array in SOME.items():
+            for read in (file.read(name), theirs.get_tensor(name)):
+                assert read.dtype == array.dtype and np.array_equal(read, array) and read.shape == array.shape
+
+
+def test_it_reads_what_the_library_writes(tmp_path):
+    save_file(SOME, tmp_path / "x")
+    file = TensorFile(tmp_path / "x")
+    assert all(np.array_equal(file.read(name), array) for name, array in SOME.items())
+
+
+def test_bfloat16_and_float16_are_read_exactly(tmp_path):
+    bits = np.array([0x3F80, 0xC049, 0x7F80, 0x0001], np.uint16)
+    write_safetensors(tmp_path / "x", {"a": (4,)}, [("a", bits)], {"a": "BF16"})
+    wanted = np.array([1, -3.140625, np.inf, 2.0**-133], np.float32)
+    assert np.array_equal(TensorFile(tmp_path / "x").read_float("a"), wanted)
+    halves = np.array([1, -2.5, 6e-8], np.float16)
+    write_safetensors(tmp_path / "x", {"a": (3,)}, [("a", halves)], {"a": "F16"})
+    assert np.array_equal(TensorFile(tmp_path / "x").read_float("a"), halves.astype(np.float32))
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    write_safetensors(tmp_path / "x", {"a": (1,)}, [("a", np.ones(1, np.int64))], {"a": "I64"})
+    with pytest.raises(UserError, match="is I64, and must be of floating point"):
+        TensorFile(tmp_path / "x").read_float("a")
+
+
+def test_tensors_in_another_order_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"b .* came, where a"):
+        write_safetensors(tmp_path / "x", {"a": (1,)}, [("b", np.ones(1, np.float32))])
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"a": {**ONE, "shape": [2**63]}}, b"1234", "other bytes than its shape"),
+        ({"a": {**ONE, "shape": [2**62, 4, 0]}}, b"1234", "other bytes than its shape"),
+        ({"a": {**ONE, "shape": [2**63, 0], "data_offsets": [0, 0]}}, b"", "a shape that can't be"),
+        ({"__metadata__": {"a": 1}}, b"", "its metadata are not texts"),
+        ({"a": {**ONE, "shape": [float("nan")]}}, b"1234", "not whole numbers"),
+        ({"a": {**ONE, "shape": [-1]}}, b"1234", "not whole numbers"),
+        ({"a": {**ONE, "shape": [True]}}, b"1234", "not whole numbers"),
+        ({"a": {**ONE, "shape": [1] * 9}}, b"1234", "a shape that can't be"),
+        ({"a": {**ONE, "data_offsets": [4, 8]}}, b"1234", "begins at byte"),
+        ({"a": {**ONE, "data_offsets": [0]}}, b"1234", "other bytes"),
+        ({"a": {**ONE, "dtype": "F8"}}, b"1234", "which is not one of"),
+        ({"a": {**ONE, "dtype": ["F32"]}}, b"1234", "which is not one of"),
+        ({"a": ONE, "b": ONE}, b"1234", "begins at byte"),
+        ({"a": ONE}, b"12345", "its tensors end at byte"),
+        ({"a": ONE}, b"123", "its tensors end at byte"),
+        ({"a": None}, b"", "is not described"),
+        ([], b"", "is not an object"),
+        (b'{"a": 1, "a": 2}', b"", "a name twice"),
+        (b'{"a":' * 10_000, b"", "nested too deeply"),
+        (b"\xff\xfe", b"", "can't decode"),
+        (b"{", b"", "not a readable safetensors file"),
+        (b'{"a":' + b"9" * 6000 + b"}", b"", "not a readable safetensors file"),
+    ],
+)
+def test_a_bad_header_is_refused(tmp_path, header, data, message):
+    with pytest.raises(UserError, match=message) as refused:
+        TensorFile(written(tmp_path / "x", header, data))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_header_beyond_the_file_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "x").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match=r"its header ends at byte \d+, and the file at 10"):
+        TensorFile(tmp_path / "x")
+
+
+def test_a_huge_header_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "x").open("wb") as file:
+        file.write((2**33).to_bytes(8, "little"))
+        file.truncate(2**34)  # sparse
+    with pytest.raises(UserError, match="at most 16777216 are read"):
+        TensorFile(tmp_path / "x")
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        TensorFile(tmp_path / "x")
+    with pytest.raises(UserError, match="Is a directory"):
+        TensorFile(tmp_path)
+    (tmp_path / "x").write_bytes(b"")
+    with pytest.raises(UserError, match="its header ends at byte 8"):
+        TensorFile(tmp_path / "x")
+
+
+def test_a_file_cut_while_it_is_open(tmp_path):
+    save_file(SOME, tmp_path / "x")
+    file = TensorFile(tmp_path / "x")
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-1])
+    last = max(file.entries, key=lambda name: file.entries[name].offset)
+    with pytest.raises(UserError, match="was cut while it was read"):
+        file.read(last)
+
+
+def test_null_metadata_as_mlx_writes_it(tmp_path):
+    assert list(TensorFile(written(tmp_path / "x", {"__metadata__": None, "a": ONE}, b"1234")).entries) == ["a"]
+
+
+def test_ten_thousand_mutated_files(tmp_path):
+    """Each is refused in one sentence, or read as the safetensors library reads it; quickly, and never more."""
+    save_file(SOME, tmp_path / "good", {"format": "pt"})
+    content, path, accepted, longest = (tmp_path / "good").read_bytes(), tmp_path / "x", 0, 0.0
+    for mutated in mutations(content, 1, 10_000, header_at):
+        path.write_bytes(mutated)
+        begin = time.process_time()
+        try:
+            file = TensorFile(path)
+            read = {name: file.read(name) for name in file.entries}
+        except UserError as error:
+            assert "\n" not in str(error)
+            continue
+        finally:
+            longest = max(longest, time.process_time() - begin)
+        accepted += 1
+        assert sum(array.nbytes for array in read.values()) <= len(mutated)
+        with safe_open(path, "np") as theirs:
+            names = [name for name in theirs.keys() if file.entries[name].dtype != "BF16"]  # noqa: SIM118
+            assert len(theirs.keys()) == len(read)
+            for name in names:
+                assert read[name].tobytes() == theirs.get_tensor(name).tobytes()
+    assert 100 < accepted < 5000  # some mutations change nothing that matters
+    assert longest < 1, f"{longest} s of work"
+
+
+def test_the_largest_header_is_read_quickly(tmp_path):
+    """The limit on the header's length is what bounds the time of reading it."""
+    n = module.MAX_HEADER // 100
+    header = {f"{i:06}": {**ONE, "data_offsets": [4 * i, 4 * i + 4]} for i in range(n)}
+    path = written(tmp_path / "x", header, bytes(4 * n))
+    assert len(TensorFile(path).entries) == n > 150_000

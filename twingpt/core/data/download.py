@@ -1,0 +1,334 @@
+"""Fetching a file over HTTP: resumed where it was cut, checked, and in its place only when it is whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from twingpt.core.errors import UserError
+from twingpt.core.paths import naming, sync_folder
+
+CHUNK = 1 << 20
+
+# What is done with which file, how many bytes of it, and of how many, if that is known.
+Progress = Callable[[str, int, "int | None"], None]
+
+
+class DownloadError(Exception):
+    """Why a file can't be had from its address, as the second half of a sentence."""
+
+
+class _PassingError(Exception):
+    """A fault after which the same request may go well: a cut connection, a busy server."""
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, never from https to anything less, and keeps what the first answer states of the file."""
+
+    def __init__(self) -> None:
+        self.stated: dict[str, str] = {}
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        """The next request; DownloadError where it would not be as safe as this one."""
+        if urlsplit(newurl).scheme not in ("https", urlsplit(req.full_url).scheme):
+            raise DownloadError(f"{urlsplit(req.full_url).netloc} redirects to {newurl}, which is not https")
+        self.note(headers)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    def note(self, headers: Any) -> None:
+        """Keep the SHA-256 and the size that Hugging Face's hub gives a large file, unless they are there."""
+        for key in ("X-Linked-Etag", "X-Linked-Size"):
+            if headers.get(key):
+                self.stated.setdefault(key, headers[key].strip('"'))
+
+
+@dataclass
+class _Download:
+    """One file on its way: what is known of it, and the .part file that it grows in."""
+
+    url: str
+    name: str
+    file: Any  # the .part file, unbuffered and locked
+    etag_path: Path
+    size: int | None
+    sha256: str | None
+    timeout: float
+    progress: Progress
+    answered: bool = False
+    resumed: bool = False
+
+    @property
+    def have(self) -> int:
+        """Bytes in the .part file."""
+        return os.fstat(self.file.fileno()).st_size
+
+    def restart(self) -> None:
+        """Forget what has come."""
+        self.file.truncate(0)
+        self.resumed = False
+
+    def attempt(self) -> None:
+        """Fetch what is missing; _PassingError where trying again may help, DownloadError where not."""
+        if self.size is not None and self.have > self.size:
+            self.restart()
+        have = self.have
+        if have and have == self.size:
+            return
+        etag = self.etag_path.read_text() if have and self.etag_path.exists() else ""
+        headers = {"User-Agent": "twingpt"}
+        if etag:
+            headers |= {"Range": f"bytes={have}-", "If-Range": etag}
+        with self.open(headers) as response:
+            if response.status == 416 and self.whole(response.headers, have):
+                return
+            start = self.start(response, have, etag)
+            self.copy(response, start)
+
+    @contextmanager
+    def open(self, headers: dict[str, str]) -> Iterator[Any]:
+        """The server's answer, of status 200, 206 or 416, with its faults sorted."""
+        redirects = _Redirects()
+        try:
+            request = urllib.request.Request(self.url, headers=headers)
+            with _answer(urllib.request.build_opener(redirects), request, self.timeout) as response:
+                self.answered = True
+                redirects.note(response.headers)
+                self.compare(redirects.stated)
+                yield response
+        except urllib.error.URLError as error:
+            reason = getattr(error.reason, "strerror", None) or error.reason
+            reason = f"{urlsplit(self.url).netloc} can't be reached ({reason})"
+            raise (_PassingError if self.answered else DownloadError)(reason) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _PassingError(f"the connection was cut ({str(error) or type(error).__name__})") from None
+        except ValueError as error:
+            raise DownloadError(f"the server redirects to no address ({error})") from None
+
+    def compare(self, stated: dict[str, str]) -> None:
+        """Take over what the server states of the file where nothing is known; DownloadError if it is another."""
+        digest, size = stated.get("X-Linked-Etag", ""), stated.get("X-Linked-Size", "")
+        if re.fullmatch("[0-9a-f]{64}", digest):
+            self.sha256 = self.sha256 or digest
+            if digest != self.sha256:
+                raise DownloadError(f"what is there now has another SHA-256, {digest}")
+        if size.isdecimal():
+            self.agree(int(size))
+
+    def agree(self, size: int) -> None:
+        """DownloadError where the file is not as large as it has to be."""
+        self.size = size if self.size is None else self.size
+        if size != self.size:
+            raise DownloadError(f"what is there now has {size:,} bytes instead of {self.size:,}")
+
+    def whole(self, headers: Any, have: int) -> bool:
+        """Whether nothing is left to fetch, where the server has nothing from here on."""
+        total = headers.get("Content-Range", "").rpartition("/")[2]
+        if not have or total != str(have):
+            self.restart()
+            raise _PassingError("the server has no such part of the file")
+        return True
+
+    def start(self, response: Any, have: int, etag: str) -> int:
+        """The offset of the answer's first byte, up to which the .part file is kept."""
+        headers = response.headers
+        if response.status == 206:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+            if not match or int(match[1]) != have or headers.get("ETag", etag) != etag:
+                self.restart()
+                raise _PassingError("the server sent another part than it was asked for, or of another file")
+            if match[2] != "*":
+                self.agree(int(match[2]))
+            self.resumed = True
+            return have
+        self.restart()
+        if headers.get("Content-Length", "").isdecimal():
+            self.agree(int(headers["Content-Length"]))
+        etag = headers.get("ETag", "")
+        with _disk(self.etag_path.parent):
+            self.etag_path.write_text("" if etag.startswith("W/") else etag)
+        return 0
+
+    def copy(self, response: Any, start: int) -> None:
+        """Append the answer to the .part file."""
+        _check_room(self.etag_path.parent, (self.size or 0) - start)
+        have = start
+        while self.size is None or have < self.size:
+            chunk = response.read1(CHUNK)
+            if not chunk:
+                break
+            have += len(chunk)
+            rest = memoryview(chunk)
+            with _disk(self.etag_path.parent):
+                while rest:
+                    rest = rest[self.file.write(rest) :]
+            self.progress(self.name, have, self.size)
+        if self.size is not None and have < self.size:
+            raise _PassingError(f"the connection was cut after {have:,} of {self.size:,} bytes")
+
+
+@contextmanager
+def _answer(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float) -> Iterator[Any]:
+    try:
+        response = opener.open(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == 416:
+                yield error
+                return
+            if 300 <= error.code < 400:
+                raise DownloadError("the server redirects in a circle") from None
+            reason = f"the server says {error.code} {error.reason}"
+            passing = error.code >= 500 or error.code in (408, 429)
+            raise (_PassingError if passing else DownloadError)(reason) from None
+    with response:
+        yield response
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        from twingpt.core.console import human_bytes
+
+        raise UserError(
+            f"{folder} has {human_bytes(free)} free, and the download needs {human_bytes(needed)}: free some room, "
+            "or set TWINGPT_HOME to a folder on a larger disk."
+        )
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Tell the disk's faults from the network's: both are OSErrors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{folder} can't be written to: {error.strerror}.") from None
+        raise UserError(
+            f"The disk of {folder} is full: free some room and run the command again, which goes on with what has come."
+        ) from None
+
+
+def digest(path: Path, progress: Callable[[int, int | None], None]) -> str:
+    """The SHA-256 of a file."""
+    sha, done, size = hashlib.sha256(), 0, path.stat().st_size
+    with naming(path), path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            sha.update(chunk)
+            done += len(chunk)
+            progress(done, size)
+    return sha.hexdigest()
+
+
+def download(
+    url: str,
+    path: Path,
+    size: int | None = None,
+    sha256: str | None = None,
+    progress: Progress = lambda what, done, total: None,
+    *,
+    timeout: float = 30.0,
+    tries: int = 6,
+    wait: Callable[[float], None] = time.sleep,
+) -> str:
+    """Fetch `url` to `path`, which must have `size` bytes and this SHA-256 where they are given; its SHA-256.
+
+    What has come stays in a .part file beside it, and is gone on from, now or by a later call. After `tries` faults
+    with nothing gained, or at once where trying again is no use, it raises DownloadError; UserError where it is the
+    disk that fails. `timeout` is in seconds, without a byte; `wait` sleeps for a number of seconds.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with _disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = part.open("ab", buffering=0)
+    with file:
+        if not _lock(file):
+            progress(f"{path.name}, by another process", 0, None)
+            _lock(file, block=True)
+        if path.exists():  # by the other process
+            part.unlink(missing_ok=True)
+            return digest(path, lambda done, total: None)
+        etag_path = path.with_name(f"{path.name}.part.etag")
+        this = _Download(url, path.name, file, etag_path, size, sha256, timeout, progress)
+        found = _persist(this, part, tries, wait)
+        with _disk(path.parent):
+            os.fsync(file.fileno())
+            part.replace(path)
+            etag_path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+    return found
+
+
+def _persist(this: _Download, part: Path, tries: int, wait: Callable[[float], None]) -> str:
+    """Try until the .part file is whole and right; its SHA-256."""
+    most, failed = this.have, 0
+    while True:
+        try:
+            this.attempt()
+            found = digest(part, partial(this.progress, f"checking {this.name}"))
+            if found == (this.sha256 or found):
+                return found
+            resumed = this.resumed
+            this.restart()
+            reason = f"what came has the SHA-256 {found} instead of {this.sha256}"
+            if not resumed:
+                raise DownloadError(reason)
+        except _PassingError as error:
+            reason = str(error)
+        failed = 0 if this.have > most else failed + 1
+        most = max(most, this.have)
+        if failed >= tries:
+            raise DownloadError(f"{reason}, after {tries} tries")
+        wait(min(2.0 ** max(failed - 1, 0), 60.0))
+
+
+def _lock(file: Any, block: bool = False) -> bool:
+    """Lock the file against other processes until it is closed; False where one of them holds it."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if block else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+@contextmanager
+def bar() -> Iterator[Progress]:
+    """A progress bar on stderr with what is done, speed and time left; nothing where that is no terminal."""
+    if not (sys.stderr and sys.stderr.isatty()):
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as shown:
+        tasks = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                for other in shown.task_ids:
+                    shown.remove_task(other)
+                tasks[what] = shown.add_task(what, total=total, completed=done)  # its speed counts from here
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield report
