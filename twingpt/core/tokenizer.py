@@ -180,8 +180,9 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> Array:
         """The ids of `text`, (n,) int32; the spelling of END_OF_TEXT is ordinary text."""
-        parts = [self._encoding.encode_ordinary(part) for part in split_runs(text, LONG_RUN_TO_ENCODE)]
-        return np.array([token for part in parts for token in part], np.int32)
+        runs = split_runs(text, LONG_RUN_TO_ENCODE)
+        parts = [self._encoding.encode_to_numpy(run, disallowed_special=()).view(np.int32) for run in runs]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def to_json(self) -> dict[str, Any]:
         """A byte-level BPE whose merges are read off the ranks."""
@@ -295,7 +296,7 @@ def tiktoken_gpt2() -> BPETokenizer:
     return BPETokenizer(pieces, kind="gpt2")
 
 
-def make(kind: str, texts: Sequence[str], all_texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def make(kind: str, texts: Iterable[str], all_texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """The tokenizer called `kind` in TOKENIZERS, learned from the training `texts` where it learns.
 
     A character tokenizer takes its alphabet from `all_texts`, or held-out text could not be read.
