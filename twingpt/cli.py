@@ -8,6 +8,8 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,7 @@ from twingpt.core.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from twingpt.core.config import GPTConfig
     from twingpt.core.trainer import Trainer
 
 app = typer.Typer(
@@ -165,8 +168,8 @@ def train(
     from rich.console import Console
 
     from twingpt.core import launch, settings, trackers
-    from twingpt.core.checkpoint import open_checkpoint
     from twingpt.core.console import ConsoleReporter
+    from twingpt.weights.formats import open_model
 
     track = trackers.parse(report_to)
     console = Console(stderr=json_, highlight=False)
@@ -181,7 +184,7 @@ def train(
     if resume is not None:
         trainer = launch.resume_run(resume, options, *place, stop_after, names)
     else:
-        init = open_checkpoint(where["init_from"]) if where["init_from"] else None
+        init = open_model(where["init_from"]).model if where["init_from"] else None
         trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place, init)
     _print_settings(console, trainer, options)
     reporter = ConsoleReporter(console)
@@ -230,6 +233,13 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
 
     run, word = escape(summary["run"]), escape(shlex.quote(summary["run"]))
     lines = [f"\nCheckpoint: [bold]{escape(summary['checkpoint'])}[/]", f"Report:     {run}/report.html"]
+    if known := summary["baseline"]:
+        better = 1 - summary["val_bpb"] / known["bits_per_byte"]
+        lines.insert(
+            1,
+            f"Baseline:   {known['n']}-gram, {known['bits_per_byte']:.3f} bits per byte; the model "
+            f"{summary['val_bpb']:.3f}, {abs(better):.0%} {'less' if better > 0 else 'more'}",
+        )
     if summary["reason"] != "finished":
         lines.append(f"Go on:      [bold]gpt train --resume {word}[/]")
     lines.append(f'Try it:     [bold]gpt generate {word} -p "…"[/]')
@@ -258,7 +268,7 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Let a model go on from a prompt, streaming its text."""
-    from twingpt.core.generator import load
+    from twingpt.weights.formats import load
 
     text = _stdin() if prompt == "-" else prompt
     completion = load(model, backend, device, dtype).complete(
@@ -283,22 +293,128 @@ def generate(
     _print_json({name: getattr(completion, name) for name in names})
 
 
-@app.command(epilog="[bold]Examples[/]\n\ngpt convert runs/novel novel-hf\n\ngpt convert runs/novel@best novel-best\n")
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt convert runs/novel novel-hf\n\n"
+    "gpt convert runs/novel@best novel-4bit --q-bits 4\n\n"
+    "gpt convert path/to/Llama-3.2-1B llama --q-bits 4 --data tinystories\n\n"
+    "gpt convert nanoGPT/out/ckpt.pt shakespeare\n\n"
+    "gpt convert runs/novel novel.gguf --to gguf\n\n"
+    "gpt convert path/to/Qwen3-0.6B --inspect\n"
+)
 def convert(
-    model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run: RUN@best, latest.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the result.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A run or checkpoint; a Hugging Face or mlx-lm folder; a ckpt.pt of nanoGPT; org/name on the hub.",
+        ),
+    ],
+    folder: Annotated[Path | None, typer.Argument(metavar="DST", help="Where the result goes.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="twingpt, hf, mlx, torch or gguf. (default: hf from twingpt, and twingpt from others)"),
+    ] = None,
+    q_bits: Annotated[int | None, typer.Option(help="Quantize the matrices to 4 or 8 bits.")] = None,
+    q_group_size: Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64 or 128.")] = 64,
+    data: Annotated[
+        str | None, typer.Option(help="With --q-bits: measure the held-out loss before and after on these data.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that is at DST.")] = False,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Print what SRC is, and write nothing.")] = False,
+    backend: Backend = "auto",
+    device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face directory: qwen3, llama or gpt2, by its shape."""
-    from twingpt.core.checkpoint import open_checkpoint
-    from twingpt.weights.huggingface import export
+    """Convert a model between TwinGPT, Hugging Face, mlx-lm, PyTorch and GGUF, or quantize it."""
+    from twingpt.weights import convert as conversion
+    from twingpt.weights.formats import describe, open_model
 
-    checkpoint = open_checkpoint(model)
-    family = export(checkpoint, folder)
+    found = open_model(model)
+    if inspect:
+        _print_model(describe(found), json_)
+        return
+    if folder is None:
+        raise UserError("Where should the result go? gpt convert SRC DST, or --inspect to see what SRC is.")
+    if data and not q_bits:
+        raise UserError("--data measures what quantization costs: give --q-bits too.")
+    from twingpt.core.quantize import Quantization
+
+    quantization = Quantization(q_bits, q_group_size) if q_bits is not None else None
+    with _conversion_bar(found.model.config, json_) as progress:
+        result = conversion.convert(found, folder, to, quantization, force, progress)
+    if data:
+        from twingpt.core.evaluate import held_out_losses
+
+        result |= held_out_losses(found.model, open_model(folder).model, data, backend, device)
     if json_:
-        _print_json({"source": str(checkpoint.folder), "target": str(folder), "family": family})
+        _print_json(result)
     else:
-        print(f"{folder}: {family}, from {checkpoint.folder}")
+        _print_conversion(result)
+
+
+@contextmanager
+def _conversion_bar(config: GPTConfig, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr, where that is a terminal and nobody wants JSON."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from twingpt.core.parameters import parameter_count
+
+    console = Console(stderr=True)
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=4 * parameter_count(config))
+        yield lambda size: bar.advance(task, size)
+
+
+def _print_conversion(result: dict[str, Any]) -> None:
+    from twingpt.core.console import human_bytes, human_count
+
+    print(
+        f"{result['target']}: {result['family']} as {result['target_format']}, "
+        f"{human_count(result['parameters'])} parameters, {human_bytes(result['bytes'])}"
+    )
+    if result["unquantized"]:
+        print(f"In float32 as before: {'; '.join(f'{name} ({why})' for name, why in result['unquantized'].items())}")
+    if "val_loss" in result:
+        change = result["val_loss_quantized"] - result["val_loss"]
+        print(f"Held-out loss: {result['val_loss']:.4f} -> {result['val_loss_quantized']:.4f} ({change:+.4f})")
+
+
+def _print_model(description: dict[str, Any], as_json: bool) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from twingpt.core.console import human_count
+
+    if as_json:
+        _print_json(description)
+        return
+    console, config = _console(), description["config"]
+    dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in description["dtypes"].items())
+    facts = {
+        "format": description["source_format"],
+        "family": description["family"],
+        "parameters": f"{human_count(description['parameters'])} ({description['parameters']:,})",
+        "tensors": dtypes,
+        "shape": f"{config['n_layer']} layers, {config['n_head']} heads ({config['n_kv_head']} for keys and values) of "
+        f"{config['head_dim']}, {config['n_embd']} wide, MLP {config['n_inner']} ({config['mlp']})",
+        "context": f"{config['block_size']:,} tokens",
+        "vocabulary": f"{config['vocab_size']:,}",
+        "tokenizer": description["tokenizer"] or "none",
+    }
+    if description["quantization"]:
+        facts["quantized"] = "{bits} bits in groups of {group_size}".format(**description["quantization"])
+    for name, value in facts.items():
+        console.print(f"[dim]{name:<12}[/]{value}", soft_wrap=True)
+    table = Table("tensor", "shape", box=box.SIMPLE_HEAD)
+    for name, shape in description["tensors"].items():
+        if ".layers." not in name or ".layers.0." in name:
+            table.add_row(name, " × ".join(map(str, shape)))
+    console.print(table)
+    if config["n_layer"] > 1:
+        console.print(f"… and so for layers 1 to {config['n_layer'] - 1}")
 
 
 @app.command(
@@ -450,6 +566,75 @@ def _stdin(what: str = "prompt") -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"The {what} on stdin is not UTF-8 text: byte {error.start}.") from None
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt baseline python-docs                        n-grams of 1 to 5 tokens\n\n"
+    "gpt baseline novel.txt --tokenizer char --n 5   on characters\n\n"
+    "gpt baseline runs/novel --n 2,3 --sample 400    on the data of a run, with a longer text\n"
+)
+def baseline(
+    name: Annotated[str, typer.Argument(metavar="DATA|RUN", help="What gpt train --data takes, or a run: its data.")],
+    n: Annotated[str, typer.Option("--n", help="Tokens of a gram: 3, 1..5 or 1,3.")] = "1..5",
+    sample: Annotated[int, typer.Option(help="Tokens of a text that the n-gram writes; 0 is none.")] = 200,
+    tokenizer: Annotated[str | None, typer.Option(help="As of gpt train. (default: bpe)")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="As of gpt train. (default: 2048)")] = None,
+    seed: Annotated[int, typer.Option(help="Of the text.")] = 1337,
+    json_: Json = False,
+) -> None:
+    """Measure what n-grams reach on held-out text by counting alone (modified Kneser-Ney), for a model to beat.
+
+    gpt train shows the best of them beside the model's loss.
+    """
+    from twingpt.core import baseline as baselines
+    from twingpt.core.launch import data_of
+
+    orders = baselines.parse_orders(n)
+    if sample < 0:
+        raise UserError(f"--sample must be at least 0, and is {sample}.")
+    data, targets = data_of(name, tokenizer, vocab_size)
+    rows, model = baselines.measure(data, orders, targets)
+    result = [{**dataclasses.asdict(row), "perplexity": row.perplexity} for row in rows]
+    if json_:
+        texts = baselines.samples(data, model, orders, sample, seed)
+        for entry, text in zip(result, texts, strict=True):
+            entry["sample"] = text if sample else None
+        _print_json({"data": data.manifest["name"], "folder": str(data.folder), "rows": result})
+        return
+    _print_baselines(_console(), data.manifest, result)
+    if sample:
+        best = baselines.best(rows).n
+        _print_sample(_console(), best, baselines.samples(data, model, [best], sample, seed)[0])
+
+
+def _print_baselines(console: Console, manifest: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    used, of = rows[0]["tokens"], manifest["splits"]["train"]["tokens"]
+    counted = f"{used:,} training tokens" if used == of else f"the first {used:,} of {of:,} training tokens"
+    console.print(
+        f"{escape(manifest['name'])}: {counted} counted, {rows[0]['targets']:,} held-out tokens predicted, "
+        f"vocabulary {manifest['vocab_size']:,}"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("n", "nats per token", "bits per byte", "perplexity", "seconds"):
+        table.add_column(title, justify="right")
+    least = min(row["val_loss"] for row in rows)
+    for row in rows:
+        figures = (f"{row['val_loss']:.4f}", f"{row['bits_per_byte']:.4f}", f"{row['perplexity']:,.2f}")
+        style = "bold green" if row["val_loss"] == least and len(rows) > 1 else None
+        table.add_row(str(row["n"]), *figures, f"{row['seconds']:.2f}", style=style)
+    console.print(table)
+
+
+def _print_sample(console: Console, n: int, text: str) -> None:
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    console.print(Panel(escape(text), title=f"what the {n}-gram writes", border_style="dim"))
 
 
 @app.command(
@@ -613,6 +798,7 @@ def bench_train(
     block_size: Context = None,
     batch_size: BatchSize = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again.")] = False,
     optimizer: Annotated[str | None, typer.Option(help="adamw or muon. (default: as gpt train)")] = None,
     repeats: Repeats = 5,
     steps: Steps = 5,
@@ -742,6 +928,10 @@ def _print_bench(console: Console, result: dict[str, Any]) -> None:
         if row["peak_flops"]:
             peak = f"{human_flops(row['peak_flops'])} in matrix products, {row['peak_source']}"
             console.print(f"MFU of {row['backend']} is the share of {peak}.")
+    for row in result["rows"]:
+        if row["estimated_memory_bytes"]:
+            arrays = [human_bytes(row[f"{name}_memory_bytes"]) for name in ("array", "estimated")]
+            console.print(f"Of the memory of {row['backend']}, {arrays[0]} are arrays; {arrays[1]} were estimated.")
     for entry in result["skipped"]:
         console.print(f"Not measured: {entry['reason']}", markup=False)
 

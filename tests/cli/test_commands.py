@@ -99,6 +99,7 @@ LIGHT = (
         ["generate", "--help"],
         ["parity", "-h"],
         ["plot", "-h"],
+        ["baseline", "-h"],
         ["runs", "rm", "-h"],
         ["bench", "train", "-h"],
     ],

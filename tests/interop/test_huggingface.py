@@ -11,7 +11,8 @@ from twingpt.core.config import SHAPES
 from twingpt.core.data.sources import load
 from twingpt.core.parameters import initialise
 from twingpt.core.tokenizer import train_bpe
-from twingpt.weights.huggingface import export
+from twingpt.weights.convert import convert
+from twingpt.weights.formats import open_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -98,7 +99,7 @@ def test_mlx_lm_computes_the_same(tmp_path, bpe, name):
 def test_a_gpt2_shaped_checkpoint_is_exported(tmp_path, bpe):
     config = GPTConfig.from_dict({**SMALL, **SHAPES["gpt2"]})
     folder = save(tmp_path / "model", config, bpe)
-    assert export(open_checkpoint(folder), tmp_path / "hf") == "gpt2"
+    assert convert(open_model(folder), tmp_path / "hf")["family"] == "gpt2"
     tokens = some_tokens(600)
     assert relative(transformers_logits(tmp_path / "hf", tokens), our_logits(folder, tokens)) <= 1e-5
     assert relative(mlx_lm_logits(tmp_path / "hf", tokens), our_logits(folder, tokens)) <= 1e-5
@@ -108,7 +109,7 @@ def test_a_gpt2_shaped_checkpoint_is_exported(tmp_path, bpe):
 @needs("torch")
 def test_the_default_shape_is_exported_as_it_is(tmp_path, bpe):
     folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, "n_kv_head": 2}), bpe)
-    assert export(open_checkpoint(folder), tmp_path / "hf") == "qwen3"
+    assert convert(open_model(folder), tmp_path / "hf")["family"] == "qwen3"
     tokens = some_tokens(600)
     assert relative(transformers_logits(tmp_path / "hf", tokens), our_logits(folder, tokens)) <= 1e-5
 
@@ -119,7 +120,7 @@ def test_a_model_without_a_family_is_refused(tmp_path, bpe, switches):
 
     folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, **switches}), bpe)
     with pytest.raises(UserError, match="No transformers family computes this model"):
-        export(open_checkpoint(folder), tmp_path / "hf")
+        convert(open_model(folder), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 

@@ -14,8 +14,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from twingpt.core.events import (
+    Baseline,
     Evaluated,
     Event,
+    MemoryPlanned,
     ReporterFailed,
     RunEnded,
     RunStarted,
@@ -86,6 +88,7 @@ class ConsoleReporter:
         self.tokens_per_step = 1
         self.closed = False
         self.skipped = 0
+        self.baseline = ""
         self.progress = Progress(
             TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}  epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
@@ -122,29 +125,36 @@ class ConsoleReporter:
         elif isinstance(event, Trained):
             self._trained(event)
         elif isinstance(event, Evaluated):
-            self.progress.update(self.task, val=f"{event.val_loss:.3f}")
-            best = "  [green]best so far[/]" if event.best else ""
-            self.console.print(
-                f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte{best}"
-            )
-            for name, losses in event.sources.items():
-                self.console.print(f"  {escape(name)}: {losses.val_loss:.4f}, {losses.val_bpb:.3f} bits per byte")
+            self._evaluated(event)
+        elif isinstance(event, Baseline):
+            self._baseline(event)
         elif isinstance(event, Sampled):
             title = f"a sample after {event.step:,} steps"
             lines = [line for line in event.text.splitlines() if line.strip()][:SAMPLE_LINES]
             self.console.print(Panel(escape("\n".join(lines)), title=title, border_style="dim"))
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
-        elif isinstance(event, SaveFailed):
-            self.console.print(f"[yellow]step {event.step:,}: {escape(event.message)}[/]", soft_wrap=True)
+        elif isinstance(event, MemoryPlanned | SaveFailed | ReporterFailed):
+            self.console.print(f"[yellow]{escape(_warning(event))}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
-        elif isinstance(event, ReporterFailed):
-            self.console.print(
-                f"[yellow]{escape(event.reporter)} failed and reports no more of this run, which goes on: "
-                f"{escape(event.error)}[/]",
-                soft_wrap=True,
-            )
+
+    def _evaluated(self, event: Evaluated) -> None:
+        self.progress.update(self.task, val=f"{event.val_loss:.3f}")
+        best = "  [green]best so far[/]" if event.best else ""
+        self.console.print(
+            f"step {event.step:,}: val loss [bold]{event.val_loss:.4f}[/], {event.val_bpb:.3f} bits per byte"
+            f"{self.baseline}{best}"
+        )
+        for name, losses in event.sources.items():
+            self.console.print(f"  {escape(name)}: {losses.val_loss:.4f}, {losses.val_bpb:.3f} bits per byte")
+
+    def _baseline(self, event: Baseline) -> None:
+        self.baseline = f" [dim]({event.n}-gram {event.bits_per_byte:.3f})[/]"
+        self.console.print(
+            f"baseline: val loss {event.val_loss:.4f}, {event.bits_per_byte:.3f} bits per byte "
+            f"by the best n-gram, n = {event.n}, which only counts"
+        )
 
     def _started(self, event: RunStarted) -> None:
         self.tokens_per_step = event.tokens_per_step
@@ -248,3 +258,9 @@ def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
         console.print("  ".join(filter(None, facts)), soft_wrap=True)
         pin = row["revision"] or f"SHA-256 {files[0]['sha256']}"
         console.print(f"{'':13}[dim]{row['address']}, {pin}[/]", soft_wrap=True)
+
+
+def _warning(event: MemoryPlanned | SaveFailed | ReporterFailed) -> str:
+    if isinstance(event, ReporterFailed):
+        return f"{event.reporter} failed and reports no more of this run, which goes on: {event.error}"
+    return f"step {event.step:,}: {event.message}" if isinstance(event, SaveFailed) else event.message

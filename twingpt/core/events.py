@@ -96,6 +96,21 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """What the best n-gram, counted on the training tokens, loses on the `targets` tokens that evaluations count.
+
+    Each start of a run says it once: before its first evaluation after a step, or at once when it goes on
+    and it is known. metrics.jsonl keeps the last.
+    """
+
+    step: int
+    n: int
+    val_loss: float
+    bits_per_byte: float
+    targets: int
+
+
+@dataclass(frozen=True)
 class Sampled:
     """Text that the model wrote after `step` steps."""
 
@@ -140,7 +155,26 @@ class ReporterFailed:
     error: str
 
 
-Event = RunStarted | Trained | Evaluated | Sampled | Saved | SaveFailed | RunEnded | ReporterFailed
+@dataclass(frozen=True)
+class MemoryPlanned:
+    """How the run was changed to fit the device's free memory, or why it may not fit, as `message` says."""
+
+    step: int
+    message: str
+
+
+Event = (
+    RunStarted
+    | MemoryPlanned
+    | Trained
+    | Evaluated
+    | Baseline
+    | Sampled
+    | Saved
+    | SaveFailed
+    | RunEnded
+    | ReporterFailed
+)
 
 
 class Reporter(Protocol):
@@ -199,10 +233,11 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 def rewind(path: Path, saved: Saved, again: Collection[str]) -> None:
     """Make a metrics.jsonl what it was when `saved` happened: drop what a run resumed from there will report again.
 
-    Those are the later events, and of the same step those called as `again` says. `saved` itself is
-    added where a crash came between the checkpoint and its event.
+    Those are the later events, each end and baseline, and of the same step those called as `again` says.
+    `saved` itself is added where a crash came between the checkpoint and its event.
     """
-    events = [event for event in read_events(path) if event["step"] <= saved.step and event["event"] != "run_ended"]
+    dropped = ("run_ended", "baseline")
+    events = [event for event in read_events(path) if event["step"] <= saved.step and event["event"] not in dropped]
     kept = [event for event in events if event["step"] < saved.step or event["event"] not in again]
     if not any(event["event"] == "saved" and event["step"] == saved.step for event in kept):
         kept.append(to_dict(saved))
@@ -212,6 +247,15 @@ def rewind(path: Path, saved: Saved, again: Collection[str]) -> None:
 def seconds_so_far(path: Path) -> float:
     """How long the run of a metrics.jsonl had taken at its last event that says so."""
     return max((event["seconds"] for event in read_events(path) if _is_number(event.get("seconds"))), default=0.0)
+
+
+def last_baseline(events: Iterable[dict[str, Any]]) -> Baseline | None:
+    """The last baseline among a run's events, where one is whole."""
+    for event in reversed([event for event in events if event["event"] == "baseline"]):
+        values = {field.name: event.get(field.name) for field in dataclasses.fields(Baseline)}
+        if all(_is_number(value) for value in values.values()):
+            return Baseline(**values)
+    return None
 
 
 def points(events: Iterable[dict[str, Any]], kind: str, field: str, x: str = "step") -> list[tuple[float, float]]:

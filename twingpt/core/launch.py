@@ -17,14 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from twingpt.core import backend as backends
-from twingpt.core import depth
+from twingpt.core import depth, memory
 from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.checkpoint import Checkpoint, open_checkpoint
 from twingpt.core.config import KINDS, GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
 from twingpt.core.data import mixture
 from twingpt.core.data.mixture import Data
+from twingpt.core.data.prepare import prepare
+from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.events import JSONLReporter, Reporter, Saved, rewind, seconds_so_far
+from twingpt.core.events import JSONLReporter, Reporter, Saved, last_baseline, read_events, rewind, seconds_so_far
 from twingpt.core.flops import peak
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
@@ -41,6 +43,8 @@ SCHEMA = 1
 # What a resumed run may change: how far it goes, what it reports, where it finds its data. The rest
 # decides the weights, so a change would be another run.
 RESUME_KEYS = {
+    "batch_size",  # as long as a step has as many windows
+    "gradient_accumulation_steps",
     "data",
     "dtype",
     "gradient_checkpointing",
@@ -156,6 +160,7 @@ def new_run(
     It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`). Raises
     UserError for anything that can't be; then nothing has been written but the prepared data.
     """
+    chosen = set(options)
     if init:
         model = adapted(init.config, options)
         options = FINE_TUNING | {key: value for key, value in options.items() if key not in MODEL_FIELDS}
@@ -169,7 +174,9 @@ def new_run(
     data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, init.tokenizer() if init else None)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
     config = model if init else config
+    train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), chosen)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
+    trainer.notes = notes
     trainer.engine.load(cropped(init.parameters(), config) if init else initialise(config, train.seed))
     trainer.init_from = str(init.folder) if init else None
     _write_run(trainer, [], None)
@@ -239,9 +246,13 @@ def resume_run(
             f"gpt train --config {shlex.quote(str(run / 'config.toml'))} --out {shlex.quote(str(run))}."
         )
     data = _resumed_data(run, described, saved, train, state["data"], moved="data" in options)
+    # A run goes on exactly, so nothing of it changes unasked.
+    _, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), memory.CHANGES)
     trainer = _trainer(run, config, train, data, engines, target, compile, _progress(state) if saved else Progress())
+    trainer.notes = notes
     if saved:
         trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
+        trainer.baseline = last_baseline(read_events(run / "metrics.jsonl"))
     else:
         trainer.engine.load(initialise(config, train.seed))
     trainer.init_from = described.get("init_from")
@@ -292,7 +303,17 @@ def _resumed_config(
                 "leave it out, or start a new run."
             )
     changes = {key: value for key, value in {**newest, **options}.items() if key in RESUME_KEYS}
-    return TrainConfig.from_dict({**stored, **changes})
+    train, before = TrainConfig.from_dict({**stored, **changes}), TrainConfig.from_dict(dict(stored))
+    if _windows(train) != _windows(before):
+        raise UserError(
+            f"A step of the run has {_windows(before)} windows, and would have {_windows(train)}: give --batch-size "
+            "and --gradient-accumulation-steps that multiply to as many, or start a new run."
+        )
+    return train
+
+
+def _windows(train: TrainConfig) -> int:
+    return train.batch_size * train.gradient_accumulation_steps
 
 
 def _read_run(run: Path) -> dict[str, Any]:
@@ -327,6 +348,26 @@ def _resumed_data(
             "give --data the original, or start a new run."
         )
     return data
+
+
+def data_of(name: str, tokenizer: str | None, vocab_size: int | None) -> tuple[TokenDataset, int | None]:
+    """The data of a run, or of what --data may name, and how many held-out tokens the run evaluates on (None: all).
+
+    Raises UserError where there is neither, or a run is to have another tokenizer than its own.
+    """
+    try:
+        run = find_run(name)
+    except UserError:
+        kind, size = tokenizer or TrainConfig.tokenizer, vocab_size or TrainConfig.vocab_size
+        return prepare(name, kind, size), None
+    if tokenizer or vocab_size:
+        raise UserError(f"{name} is a run, with a tokenizer of its own: leave out --tokenizer and --vocab-size.")
+    described, (_, saved) = _read_run(run), _find(name)
+    config, train = GPTConfig.from_dict(described["config"]), TrainConfig.from_dict(described["train"])
+    data = _resumed_data(run, described, saved, train, described["data"]["fingerprint"], moved=False)
+    if not isinstance(data, TokenDataset):
+        raise UserError(f"{name} is trained on a mixture: name one of its sources, {mixture.spell(train.data)}.")
+    return data, train.eval_iters * train.batch_size * config.block_size or None
 
 
 def make_engine(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.events import Event, RunEnded, points, read_events
+from twingpt.core.events import Event, RunEnded, last_baseline, points, read_events
 from twingpt.core.paths import write_atomically
 from twingpt.core.runs import owner
 
@@ -49,6 +49,9 @@ def plot_loss(metrics: Path, path: Path, title: str) -> None:
         best, bpb = (min(value for _, value in curve) for curve in (held_out, bits))
         label = f"held out, best {best:.3f} ({bpb:.3f} bits per byte)"
     axes.plot(*_columns(held_out), color="#e45756", marker="o", ms=4, label=label)
+    if known := last_baseline(events):
+        label = f"{known.n}-gram, {known.val_loss:.3f} ({known.bits_per_byte:.3f} bits per byte)"
+        axes.axhline(known.val_loss, color="#777777", ls="--", lw=1, label=label)
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.set_title(title, parse_math=False)  # a name may hold a $
     axes.grid(alpha=0.3)
@@ -63,6 +66,7 @@ def _columns(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
 def read_curves(names: Sequence[str], x: str = "step") -> list[dict[str, Any]]:
     """For each run its label, folder, and curves "train" and "val", each {"x": […], "y": […]}.
 
+    "baseline" has the n and val_loss of the best n-gram on its data, or is None.
     `x` is a key of AXES. Runs given twice count once, and runs of one name are labelled with their
     paths. A run without losses has empty curves; UserError where none has any.
     """
@@ -76,6 +80,8 @@ def read_curves(names: Sequence[str], x: str = "step") -> list[dict[str, Any]]:
         run: dict[str, Any] = {"label": resolved.name if count[resolved.name] == 1 else str(folder), "run": str(folder)}
         for name, kind, field in (("train", "trained", "loss"), ("val", "evaluated", "val_loss")):
             run[name] = dict(zip("xy", _columns(points(events, kind, field, x)), strict=True))
+        known = last_baseline(events)
+        run["baseline"] = known and {"n": known.n, "val_loss": known.val_loss}
         runs.append(run)
     if not any(run["train"]["x"] or run["val"]["x"] for run in runs):
         what = "has no losses" if len(runs) == 1 else "have no losses"
@@ -103,6 +109,8 @@ def plot_curves(runs: Sequence[dict[str, Any]], x: str, path: Path) -> None:
         marker = "o" if len(run["val"]["x"]) <= 50 else None
         axes.plot(run["val"]["x"], run["val"]["y"], color=color, ls=line, lw=1.8, marker=marker, ms=3.5)
         axes.plot([], [], color=color, ls=line, lw=1.8, label=_label(run))
+    for n, loss in sorted({(run["baseline"]["n"], run["baseline"]["val_loss"]) for run in drawn if run["baseline"]}):
+        axes.axhline(loss, color="#777777", ls="--", lw=1, label=f"{loss:.4f}  {n}-gram")
     axes.set(xlabel=AXES[x], ylabel="loss, nats per token")
     axes.set_title("held-out loss, and training loss (thin)", fontsize=10)
     axes.grid(alpha=0.3)

@@ -24,14 +24,9 @@ def model_type(config: GPTConfig) -> str:
 
 
 def portable_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
-    """config.json: transformers' fields, and our own configuration under "twingpt".
-
-    RoPE is written twice: transformers 5 reads rope_parameters, mlx-lm and older ones the top level.
-    """
+    """config.json: transformers' fields, and our own configuration under "twingpt"."""
     family = model_type(config)
     architecture = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}.get(family, "TwinGPT")
-    scaling = _portable_rope_scaling(config)
-    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
     return {
         "model_type": family,
         "architectures": [architecture],
@@ -45,9 +40,7 @@ def portable_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any
         "intermediate_size": config.n_inner,
         "hidden_act": "silu" if config.mlp == "swiglu" else config.mlp,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": rope,
+        **rope_fields(config),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "attention_dropout": 0.0,
@@ -59,6 +52,16 @@ def portable_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any
         "dtype": "float32",
         "torch_dtype": "float32",
         "twingpt": config.to_dict(),
+    }
+
+
+def rope_fields(config: GPTConfig) -> dict[str, Any]:
+    """RoPE, written twice: transformers 5 reads rope_parameters, mlx-lm and older ones the top level."""
+    scaling = _portable_rope_scaling(config)
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta},
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from twingpt.core.console import human_bytes, human_count, human_share, human_time
-from twingpt.core.events import Event, RunEnded, Saved, points, read_events, tokens_per_step
+from twingpt.core.events import Event, RunEnded, Saved, last_baseline, points, read_events, tokens_per_step
 from twingpt.core.inventory import starts
 from twingpt.core.paths import write_atomically
 
@@ -104,13 +104,17 @@ def _tiles(events: Events) -> str:
         step, loss = min(held_out, key=lambda point: point[1])
         figures.append(("Held-out loss", f"{loss:.4f}", f"nats per token, best at step {step:,}"))
     if bits := [value for _, value in points(events, "evaluated", "val_bpb")]:
-        figures.append(("Bits per byte", f"{min(bits):.3f}", "of held-out text, best"))
+        known = last_baseline(events)
+        beside = f"best; a {known.n}-gram {known.bits_per_byte:.3f}" if known else "of held-out text, best"
+        figures.append(("Bits per byte", f"{min(bits):.3f}", beside))
     if events:
         total = next((event.get("max_iters") for event in reversed(_of(events, "run_started"))), None)
         last = max(event["step"] for event in events)
         figures.append(("Steps", f"{last:,}", f"of {total:,}" if isinstance(total, int) else ""))
         if each := tokens_per_step(events):
-            figures.append(("Tokens", human_count(last * each), f"{each:,} a step"))
+            passes = points(events, "trained", "epoch")
+            epochs = f", {passes[-1][1]:.2f} epochs" if passes else ""
+            figures.append(("Tokens", human_count(last * each), f"{each:,} a step{epochs}"))
     if speeds := sorted(value for _, value in points(events, "trained", "tokens_per_second")):
         figures.append(("Speed", human_count(speeds[len(speeds) // 2]), "tokens a second, median"))
     if peaks := [value for _, value in points(events, "trained", "peak_memory_bytes")]:
@@ -140,6 +144,9 @@ def _charts(events: Events) -> str:
         Curve("training", "train", points(events, "trained", "loss")),
         Curve("held out", "val", points(events, "evaluated", "val_loss"), dots=True),
     ]
+    if (known := last_baseline(events)) and (reported := [x for curve in losses for x, _ in curve.points]):
+        level = [(0.0, known.val_loss), (max(reported), known.val_loss)]
+        losses.append(Curve(f"{known.n}-gram baseline, {known.val_loss:.3f}", "base", level))
     charts = [_chart("Loss, nats per token", losses, 960, 340, "{:.4g}".format)]
     for title, field, show in (
         ("Learning rate", "learning_rate", "{:.3g}".format),
@@ -284,13 +291,13 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --page: #fbfbfa; --card: #ffffff; --text: #1d2126; --soft: #646b74; --line: #e3e5e8;
-  --train: #3b76af; --val: #cf4a4c;
+  --train: #3b76af; --val: #cf4a4c; --base: #7a828c;
   --source0: #3b76af; --source1: #c2701c; --source2: #2f8f5b; --source3: #8a5bb5; --source4: #b3475f;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #15181c; --card: #1d2127; --text: #e4e7eb; --soft: #98a1ac; --line: #30363e;
-    --train: #74aee6; --val: #f28482;
+    --train: #74aee6; --val: #f28482; --base: #98a1ac;
     --source0: #74aee6; --source1: #f0a35e; --source2: #6cc797; --source3: #bd97e3; --source4: #ee8fa4;
   }
 }
@@ -326,6 +333,7 @@ text.x { text-anchor: middle; }
 polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 polyline.train { stroke: var(--train); }
 polyline.val { stroke: var(--val); }
+polyline.base { stroke: var(--base); stroke-dasharray: 6 5; }
 circle.train { fill: var(--train); }
 circle.val { fill: var(--val); }
 .key { margin-left: 1rem; font-weight: 400; color: var(--soft); }
@@ -343,6 +351,7 @@ circle.val { fill: var(--val); }
 polyline[class^="source"] { stroke: var(--own); }
 circle[class^="source"] { fill: var(--own); }
 .key[class*="source"]::before { background: var(--own); }
+.key.base::before { background: repeating-linear-gradient(90deg, var(--base) 0 4px, transparent 4px 7px); }
 details { margin-bottom: .5rem; padding: .5rem .8rem; }
 summary { cursor: pointer; font-size: .85rem; font-weight: 600; }
 pre {

@@ -15,7 +15,7 @@ from typing import Any
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.events import Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
+from twingpt.core.events import Baseline, Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
 from twingpt.core.paths import write_atomically
 
 Report = Callable[[Any, Event], None]
@@ -73,12 +73,14 @@ def scalars(event: Event) -> dict[str, float]:
                 f"val/bits_per_byte_{_plain(name)}": losses.val_bpb,
             }
         return found
+    if isinstance(event, Baseline):
+        return {"baseline/loss": event.val_loss, "baseline/bits_per_byte": event.bits_per_byte}
     return {}
 
 
 def _plain(name: str) -> str:
-    """A source's name as all three libraries take it."""
-    return re.sub(r"[^\w.-]", "_", name)
+    """A source's name, which may be a path, as all three libraries take it."""
+    return re.sub(r"[^\w.-]", "_", name)[-100:]
 
 
 def _configuration(run: Path) -> dict[str, Any]:

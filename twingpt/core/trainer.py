@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import rng, runs
+from twingpt.core import baseline, memory, rng, runs
 from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.data.ahead import Ahead
@@ -22,8 +23,10 @@ from twingpt.core.data.mixture import Data, Mixture, parts
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import OutOfMemoryError, UserError
 from twingpt.core.events import (
+    Baseline,
     Evaluated,
     Event,
+    MemoryPlanned,
     MixedSource,
     Reporter,
     ReporterFailed,
@@ -86,12 +89,14 @@ class Trainer:
         self.batches = Ahead(self._batch)
         self.unread: list[Handle] = []  # updates since the last report, oldest first
         self.skipped_in_row = 0
+        self.baseline: Baseline | None = None  # what an n-gram reaches, once it is known
         self.saver = Saver(run, config, data.tokenizer, train.keep, self._report)
         self.interrupted = False
         self.init_from: str | None = None  # where the model came from that the run began with
         self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
         self.speeds: list[float] = []  # tokens per second, of each report
         self.seconds_before = 0.0  # of earlier starts of the run
+        self.notes: list[str] = []  # about memory, told at the start
         self.began = 0.0
 
     def fit(self, stop_after: int | None = None) -> dict[str, Any]:
@@ -196,7 +201,7 @@ class Trainer:
             return
         loss, grad_norm, _ = rows.mean(axis=0)
         self.progress.train_loss = float(loss)
-        now, memory = time.perf_counter(), self.engine.memory()
+        now, used = time.perf_counter(), self.engine.memory()
         if self.progress.step > self.clock_step:
             self.speeds.append((self.progress.step - self.clock_step) * self._tokens_per_step / (now - self.clock))
         self.clock, self.clock_step = now, self.progress.step
@@ -209,8 +214,8 @@ class Trainer:
                 learning_rate=rate,
                 tokens=step * self._tokens_per_step,
                 tokens_per_second=self.speeds[-1],
-                memory_bytes=memory.now,
-                peak_memory_bytes=memory.peak,
+                memory_bytes=used.now,
+                peak_memory_bytes=used.peak,
                 skipped=self.progress.skipped,
                 seconds=self._seconds,
                 mfu=mfu(self.speeds[-1], self.config, self.peak),
@@ -250,51 +255,52 @@ class Trainer:
             with self.backend.memory_errors():
                 yield
         except OutOfMemoryError as error:
+            advice = memory.advice(self.config, self.train, self.backend.NAME, self.device, None)
             raise OutOfMemoryError(
-                f"{self.device.name} ran out of memory after {self.progress.step} steps; {self._kept}. {self._advice()}"
+                f"{self.device.name} ran out of memory after {self.progress.step} steps; {self._kept}. {advice}"
             ) from error
-
-    def _advice(self) -> str:
-        """What needs less memory than this run, of the same steps."""
-        train, ideas = self.train, []
-        if train.batch_size > 1:
-            half = train.batch_size // 2
-            parts = -(-train.batch_size * train.gradient_accumulation_steps // half)
-            ideas.append(f"--batch-size {half} --gradient-accumulation-steps {parts}")
-        if not train.gradient_checkpointing:
-            ideas.append("--gradient-checkpointing")
-        if train.dtype == "float32" and self.device.fast_dtypes != ("float32",):
-            ideas.append(f"--dtype {self.device.default_dtype}")
-        return f"Less is needed with {', or with '.join(ideas or ['a smaller model', 'a shorter --block-size'])}."
 
     def _evaluate(self) -> bool:
         """Held-out loss; whether it is the best so far."""
         progress, sources = self.progress, parts(self.data)
         with self._stopped_clock():
             measured = [self._held_out(part.data) for part in sources]
-        loss, size = np.average(measured, axis=0, weights=[part.share for part in sources]).tolist()
+        loss, size, _ = np.average(measured, axis=0, weights=[part.share for part in sources]).tolist()
         if not math.isfinite(loss):
             raise self._diverged(f"The held-out loss after {progress.step} steps")
         each: dict[str, SourceLoss] = {}
         if isinstance(self.data, Mixture):
-            each = {part.name: SourceLoss(*_losses(*row)) for part, row in zip(sources, measured, strict=True)}
+            each = {part.name: SourceLoss(*_losses(*row[:2])) for part, row in zip(sources, measured, strict=True)}
         progress.evaluated_at = progress.step
         progress.val_loss, progress.val_bpb = _losses(loss, size)
         progress.sources = {name: asdict(losses) for name, losses in each.items()}
+        if isinstance(self.data, TokenDataset):
+            self._compare(self.data, measured[0][2])
         improved = progress.val_loss < progress.best_val_loss
         progress.best_val_loss = min(progress.val_loss, progress.best_val_loss)
         self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved, self._seconds, each))
         return improved
 
-    def _held_out(self, data: TokenDataset) -> tuple[float, float]:
-        """Nats and bytes of text per held-out token of a source."""
+    def _held_out(self, data: TokenDataset) -> tuple[float, float, int]:
+        """Nats and bytes of text per held-out token of a source, and how many those are."""
         handles, count, size = [], 0, 0
         for tokens, targets in data.validation(self.train.batch_size, self.config.block_size, self.train.eval_iters):
             handles.append(self.engine.evaluate(tokens, targets))
             counted = targets[targets >= 0]
             count += counted.size
             size += int(data.tokenizer.byte_lengths[counted].sum())
-        return float(self.engine.read(handles).sum()) / count, max(1, size) / count
+        return float(self.engine.read(handles).sum()) / count, max(1, size) / count, count
+
+    def _compare(self, data: TokenDataset, targets: int) -> None:
+        """Say what an n-gram reaches on the held-out tokens of an evaluation, once and not before the first step."""
+        known, step = self.baseline, self.progress.step
+        if step == 0 or (known and known.targets == targets):
+            return
+        with self._stopped_clock():
+            row = baseline.for_run(data, targets)
+        if row:
+            self.baseline = Baseline(step, row.n, row.val_loss, row.bits_per_byte, targets)
+            self._report(self.baseline)
 
     def _sample(self) -> None:
         """Let the model write from the start of a document."""
@@ -342,6 +348,10 @@ class Trainer:
                 sources=self._sources(),
             )
         )
+        for note in self.notes:
+            self._report(MemoryPlanned(self.progress.step, note))
+        if self.baseline:
+            self._report(dataclasses.replace(self.baseline, step=self.progress.step))
 
     def _sources(self) -> dict[str, MixedSource]:
         """What a mixture is made of, by name."""
@@ -376,6 +386,8 @@ class Trainer:
             "val_loss": progress.val_loss,
             "val_bpb": progress.val_bpb,
             "best_val_loss": progress.best_val_loss,
+            "baseline": self.baseline
+            and {key: getattr(self.baseline, key) for key in ("n", "val_loss", "bits_per_byte")},
             "tokens_per_second": speed,
             "mfu": mfu(speed, self.config, self.peak) if speed else None,
             "peak_memory_bytes": self.engine.memory().peak,

@@ -1,126 +1,246 @@
-"""Our checkpoints as Hugging Face directories, for the shape whose names and layout differ there: GPT-2."""
+"""Hugging Face directories: read as models of ours, and written from them, a tensor at a time."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import MODEL, Checkpoint
-from twingpt.core.config import SHAPES, GPTConfig
+from twingpt.core.checkpoint import MODEL, write_model
+from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.paths import new_folder, write_synced
-from twingpt.core.portable import model_type
-from twingpt.core.tensors import write_safetensors
+from twingpt.core.parameters import parameter_table
+from twingpt.core.paths import expand, new_folder, write_synced
+from twingpt.core.tensors import TensorFile
+from twingpt.core.tokenizer import Tokenizer
+from twingpt.core.tokenizer import load as load_tokenizer
+from twingpt.weights.families import FAMILIES, Family, family_for, family_of
 
 Array = np.ndarray
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-
-# transformers' GPT-2 names, unprefixed: mlx-lm reads no others.
-GPT2_NAMES = {
-    "model.embed_tokens": "wte",
-    "model.embed_positions": "wpe",
-    "model.norm": "ln_f",
-    "input_layernorm": "ln_1",
-    "post_attention_layernorm": "ln_2",
-    "self_attn.o_proj": "attn.c_proj",
-    "mlp.up_proj": "mlp.c_fc",
-    "mlp.down_proj": "mlp.c_proj",
-}
+INDEX = f"{MODEL}.index.json"
+FLOATS = ("F32", "F16", "BF16")
+HEAD = "lm_head.weight"
 
 
-def is_gpt2(config: GPTConfig) -> bool:
-    """Whether transformers' GPT-2 computes exactly this model."""
-    return (
-        all(getattr(config, key) == value for key, value in SHAPES["gpt2"].items() if key != "norm_eps")
-        and config.tie_embeddings
-        and config.n_kv_head == config.n_head
-        and config.head_dim * config.n_head == config.n_embd
-        and not (config.embed_norm or config.smear)
-        and not (config.attn_softcap or config.logit_softcap or config.sliding_window)
-    )
+def is_huggingface(path: str | Path) -> bool:
+    """Whether `path` is a model directory of someone else's: a config.json, and nothing of ours in or beside it."""
+    folder = expand(path)
+    if not (folder / "config.json").is_file() or (folder / "manifest.json").exists():
+        return False
+    try:
+        return "twingpt" not in read_json(folder, "config.json")
+    except UserError:  # the one who opens it says what is wrong
+        return True
 
 
-def gpt2_config(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
-    """config.json of transformers' GPT2LMHeadModel; `n_ctx` is for mlx-lm."""
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": config.n_inner,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": config.norm_eps,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": 0.0,
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": True,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "dtype": "float32",
-        "torch_dtype": "float32",
-    }
+def read_config(folder: Path) -> GPTConfig:
+    """The configuration of a Hugging Face directory.
 
-
-def gpt2_tensors(tensors: Iterable[tuple[str, Array]]) -> Iterator[tuple[str, Array]]:
-    """Our (name, array) pairs under GPT-2's names: q, k and v fused, matrices transposed as Conv1D keeps them."""
-    qkv: dict[str, Array] = {}
-    for name, array in tensors:
-        site, kind = name.rsplit(".", 1)
-        block = re.match(r"model\.layers\.(\d+)\.(.+)", site)
-        if block is None:
-            yield f"{GPT2_NAMES[site]}.{kind}", array
-            continue
-        layer, part = block.groups()
-        if part in GPT2_NAMES:
-            yield f"h.{layer}.{GPT2_NAMES[part]}.{kind}", array.T if array.ndim == 2 else array
-            continue
-        qkv[f"{part[-6]}.{kind}"] = array  # q, k or v of self_attn.q_proj, …
-        if len(qkv) == 6:
-            for kind in ("weight", "bias"):
-                fused = np.concatenate([qkv[f"{letter}.{kind}"] for letter in "qkv"])
-                yield f"h.{layer}.attn.c_attn.{kind}", fused.T
-            qkv = {}
-
-
-def export(checkpoint: Checkpoint, folder: Path) -> str:
-    """Write a checkpoint as a Hugging Face directory, atomically; the family's name.
-
-    Raises UserError where `folder` exists, or no family in transformers computes this model.
+    Raises UserError, naming the file, for a family or an option that isn't supported.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder, or remove it.")
-    config, family = checkpoint.config, model_type(checkpoint.config)
-    if is_gpt2(config):
-        family = "gpt2"
-        content = gpt2_config(config, checkpoint.tokenizer().end_of_text)
-    elif family == "twingpt":
+    content = read_json(folder, "config.json")
+    try:
+        return family_of(content).config(content)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+def tensors(
+    folder: Path, config: GPTConfig, family: Family | None = None, files: Sequence[TensorFile] = ()
+) -> Iterator[tuple[str, Array]]:
+    """(name, float32 array) of every parameter, in the order of the parameter table, one at a time.
+
+    All names, shapes and dtypes are checked before the first is read; UserError names the tensor and the
+    file. `family` and `files` are those of the folder, but where its format differs from Hugging Face's.
+    """
+    family = family or family_of(read_json(folder, "config.json"))
+    layout = family.layout(config)
+    found = _by_canonical_name(files or tensor_files(folder), family, layout, config)
+    _check(found, family, layout, config, folder)
+    return _read(found, family, layout, config)
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A Hugging Face directory whose config.json has been read; tensors are read when asked for."""
+
+    folder: Path
+    config: GPTConfig
+    family: str
+    quantization: None = None
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in tokenizer.json."""
+        if not (self.folder / "tokenizer.json").exists():
+            raise UserError(f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text.")
+        return load_tokenizer(self.folder)
+
+    def parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) of every parameter."""
+        return tensors(self.folder, self.config)
+
+    def stored(self) -> Iterator[tuple[str, Array]]:
+        """As `parameters`: quantized files are not read."""
+        return self.parameters()
+
+
+def open_huggingface(path: str | Path) -> HuggingFaceModel:
+    """Open a Hugging Face directory; UserError for one that can't be read as a model of ours."""
+    folder = expand(path)
+    return HuggingFaceModel(folder, read_config(folder), family_of(read_json(folder, "config.json")).model_type)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the directory; UserError where it is missing, or a name or a link leads out of it."""
+    path = folder / name
+    if Path(name).name != name:
+        raise UserError(f"{folder} names a file {name!r}, which is not in it: it is not opened.")
+    if not path.is_file():
+        raise UserError(f"{folder} is not a whole model directory: {name} is missing.")
+    base, real = folder.resolve(), path.resolve()
+    hub = base.parent.name == "snapshots" and real.parent == base.parent.parent / "blobs"  # the hub's own cache
+    if real.parent != base and not hub:
+        raise UserError(f"{path} is a link to {real}, out of its directory: it is not opened.")
+    return path
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of the directory; UserError where there is none."""
+    path = _inside(folder, name)
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except RecursionError:
+        raise UserError(f"{path} can't be read: it is nested too deeply.") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} can't be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return content
+
+
+def tensor_files(folder: Path) -> list[TensorFile]:
+    """model.safetensors, or the files that its index names."""
+    if (folder / MODEL).exists():
+        return [TensorFile(_inside(folder, MODEL))]
+    if not (folder / INDEX).exists():
+        found = next((path.name for path in folder.glob("*.bin")), None)
+        hint = f": {found} is a pickle, which could run code; save it as safetensors first." if found else "."
+        raise UserError(f"{folder} has no {MODEL}{hint}")
+    places = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map from tensors to files.")
+    files = {name: TensorFile(_inside(folder, name)) for name in sorted(set(places.values()))}
+    for tensor, place in places.items():
+        if tensor not in files[place].entries:
+            raise UserError(f"The tensor {tensor} is missing from {folder / place}, where the index has it.")
+    return list(files.values())
+
+
+Found = dict[str, tuple[TensorFile, str]]
+
+
+def _by_canonical_name(
+    files: Iterable[TensorFile], family: Family, layout: Mapping[str, Any], config: GPTConfig
+) -> Found:
+    """Every tensor that takes part in the model -> its file, and its name there."""
+    found: Found = {}
+    for file in files:
+        for name in file.entries:
+            canonical = family.canonical(name, layout)
+            if canonical in found:
+                raise UserError(f"The tensor {canonical} is there twice, the second time in {file.path}.")
+            if canonical is not None:
+                found[canonical] = (file, name)
+    return found
+
+
+def _check(
+    found: Found, family: Family, layout: Mapping[str, tuple[str, ...]], config: GPTConfig, folder: Path
+) -> None:
+    """Names, shapes and dtypes against the parameter table; takes a tied head that is there out of `found`."""
+    table = parameter_table(config)
+    head = family.rename(HEAD)
+    if config.tie_embeddings and head in found:
+        copy, embedding = (file.read_float(name) for file, name in (found.pop(head), found[next(iter(layout))]))
+        if not np.array_equal(copy, embedding):
+            raise UserError(f"{folder} has a tensor {head} beside the embedding that config.json says it is tied to.")
+    for name in layout:
+        if name not in found:
+            raise UserError(f"The tensor {name} is missing from {folder}.")
+    for name, (file, stored) in found.items():
+        if name not in layout:
+            raise UserError(f"{file.path} has a tensor {stored}, which this model has not.")
+        entry, shape = file.entries[stored], family.shape(name, [table[ours].shape for ours in layout[name]])
+        if entry.shape != shape:
+            raise UserError(f"The tensor {stored} in {file.path} has shape {entry.shape}, and must have {shape}.")
+        if entry.dtype not in FLOATS:
+            raise UserError(f"The tensor {stored} in {file.path} is {entry.dtype}, and must be {' or '.join(FLOATS)}.")
+
+
+def _read(
+    found: Found, family: Family, layout: Mapping[str, tuple[str, ...]], config: GPTConfig
+) -> Iterator[tuple[str, Array]]:
+    homes = {ours: (theirs, i) for theirs, parts in layout.items() for i, ours in enumerate(parts)}
+    whole: dict[str, Array] = {}  # of theirs, until the last part is taken
+    for ours in parameter_table(config):
+        theirs, i = homes[ours]
+        if i == 0:
+            file, stored = found[theirs]
+            whole[theirs] = file.read_float(stored)
+        count = len(layout[theirs])
+        yield ours, np.ascontiguousarray(family.part(whole[theirs], theirs, i, count, config))
+        if i == count - 1:
+            del whole[theirs]
+
+
+def write(
+    folder: Path,
+    config: GPTConfig,
+    parameters: Iterable[tuple[str, Array]],
+    end_of_text: int | None = None,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Write a model as a Hugging Face directory, atomically, holding one tensor at a time; the family's name.
+
+    `parameters` come in the order of the parameter table; `texts` are further files, by name. What was at
+    `folder` is replaced. Raises UserError where no family in transformers computes this model.
+    """
+    family = family_for(config)
+    if family is None:
         raise UserError(
-            "No transformers family computes this model (see its config.json): only the qwen3, llama and gpt2 "
-            "shapes can be exported."
+            f"No transformers family computes this model (see its config.json): only those of {', '.join(FAMILIES)} do."
         )
-    else:
-        content = json.loads((checkpoint.folder / "config.json").read_text())
-        del content["twingpt"]
-    tensors = dict(gpt2_tensors(checkpoint.parameters()) if family == "gpt2" else checkpoint.parameters())
-    shapes = {name: array.shape for name, array in tensors.items()}
+    table, layout = parameter_table(config), family.layout(config)
+    shapes = {name: family.shape(name, [table[ours].shape for ours in parts]) for name, parts in layout.items()}
+    content = family.content(config) | {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     try:
         with new_folder(folder) as temporary:
-            write_safetensors(temporary / MODEL, shapes, tensors.items())
+            write_model(temporary, shapes, joined(parameters, family, layout, config))
             write_synced(temporary / "config.json", json.dumps(content, indent=2).encode())
-            for name in COPIED:
-                shutil.copyfile(checkpoint.folder / name, temporary / name)
+            for name, text in texts.items():
+                write_synced(temporary / name, text.encode())
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}.") from error
-    return family
+    return family.model_type
+
+
+def joined(
+    parameters: Iterable[tuple[str, Array]], family: Family, layout: Mapping[str, tuple[str, ...]], config: GPTConfig
+) -> Iterator[tuple[str, Array]]:
+    """Our parameters, in the order of the parameter table -> theirs, in the order of the family's layout."""
+    homes = {ours: theirs for theirs, parts in layout.items() for ours in parts}
+    waiting: dict[str, list[Array]] = {}
+    for ours, array in parameters:
+        theirs = homes[ours]
+        parts = waiting.setdefault(theirs, [])
+        parts.append(array)
+        if len(parts) == len(layout[theirs]):
+            yield theirs, family.joined(waiting.pop(theirs), theirs, config)

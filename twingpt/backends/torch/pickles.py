@@ -1,0 +1,159 @@
+"""Files that `torch.save` writes: read without running anything in them, and written one tensor at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pickletools
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twingpt.core.errors import UserError
+
+# What the pickles of models name. torch would allow more, of which some make objects of any size.
+HARMLESS = {
+    "collections OrderedDict", "_codecs encode", "torch Size", "torch device", "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+    *(f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char",
+                                          "Byte", "Bool")),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file that is mapped into memory; its bytes are read when asked for."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.tensor.shape)
+
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        """A float32 copy, of some of its rows."""
+        found = np.array(self.tensor.detach()[rows].to(torch.float32).numpy())
+        _forget_pages(self.tensor)
+        return found
+
+    def same_memory(self, other: StoredTensor) -> bool:
+        """Whether both are the same bytes of the file, as tied parameters are."""
+        mine, theirs = self.tensor, other.tensor
+        return mine.data_ptr() == theirs.data_ptr() and mine.shape == theirs.shape and mine.stride() == theirs.stride()
+
+
+def _forget_pages(tensor: Tensor) -> None:
+    """Let go of the memory that a tensor's part of the mapped file takes, or all of the file would be resident."""
+    if os.name == "posix":
+        storage = tensor.untyped_storage()
+        start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0:
+            advice = ctypes.c_int(mmap.MADV_DONTNEED)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+def read_pickle(path: Path) -> Any:
+    """The object in a file by `torch.save`, its tensors mapped into memory and not yet read.
+
+    Raises UserError where the file is not whole and sound, or holds anything but plain values and
+    tensors; nothing in it is run.
+    """
+    try:
+        _check(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old storages and odd versions
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}.") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever zipfile, pickletools and torch raise for bytes that make no sense
+        reason = str(error).partition("\n")[0][:150].rstrip(".") or type(error).__name__
+        raise UserError(f"{path} is not a whole file of torch.save: {reason}.") from None
+
+
+def _check(path: Path) -> None:
+    """Raise unless the file is what torch.save writes, and names nothing that isn't HARMLESS."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise UserError(f"{path} is not a file of torch.save: its records are compressed.")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise UserError(f"{path} is not a whole file of torch.save: its records are larger than the file.")
+        pickles = [record for record in records if record.filename.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise UserError(f"{path} is not a file of torch.save: it has {len(pickles)} pickles, and must have one.")
+        content = archive.read(pickles[0])
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in HARMLESS:
+            name = str(argument or "something").replace(" ", ".")[:80]
+            raise UserError(
+                f"{path} names {name}, which would run code: only plain values and tensors are read, and nothing ran."
+            )
+
+
+def stored_tensors(value: Any, what: str) -> dict[str, StoredTensor]:
+    """The tensors of a state dict, by name; UserError where `value` is none. `what` it is, is for the message."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{what} is not a state dict: a dictionary of tensors by name.")
+    for name, tensor in value.items():
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.is_floating_point():
+            raise UserError(f"{name[:80]} of {what} is not a tensor of floating-point numbers.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # by a stride of 0
+            raise UserError(f"The tensor {name[:80]} of {what} claims more numbers than are stored.")
+    return {name: StoredTensor(tensor) for name, tensor in value.items()}
+
+
+def write_state_dict(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Write float32 tensors for `torch.load(weights_only=True)` as they come, in the order of `shapes`, and sync.
+
+    torch.save leaves room for the tensors, which are then put there one by one.
+    """
+    with torch.serialization.skip_data():
+        torch.save({name: torch.empty(shape) for name, shape in shapes.items()}, path)  # memory that is never touched
+    with zipfile.ZipFile(path) as archive:
+        directory, records = archive.start_dir, archive.infolist()
+    checks = {}
+    with path.open("r+b") as file:
+        for number, ((name, shape), (given, array)) in enumerate(zip(shapes.items(), tensors, strict=True)):
+            if given != name or array.shape != shape:
+                raise ValueError(f"{given} {array.shape} came, where {name} {shape} is next")
+            record = next(record for record in records if record.filename.endswith(f"/data/{number}"))
+            data = np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data
+            file.seek(_begin(file, record))
+            file.write(data)
+            checks[record.filename] = zlib.crc32(data)
+        _correct_checks(file, directory, records, checks)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _begin(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """Where a record's data begin: after a header of 30 bytes, its name and padding."""
+    file.seek(record.header_offset + 26)
+    name, extra = struct.unpack("<HH", file.read(4))
+    return record.header_offset + 30 + name + extra
+
+
+def _correct_checks(file: BinaryIO, at: int, records: list[zipfile.ZipInfo], checks: Mapping[str, int]) -> None:
+    """Put CRC-32s into a zip file's directory, which begins at `at`: torch.save's are of the empty room."""
+    for record in records:
+        if record.filename in checks:
+            file.seek(at + 16)
+            file.write(struct.pack("<I", checks[record.filename]))
+        file.seek(at + 28)
+        at += 46 + sum(struct.unpack("<HHH", file.read(6)))  # name, extra field, comment

@@ -1,0 +1,133 @@
+"""PyTorch's files, through the torch backend, as nothing else imports torch; and the plain files beside them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import pickletools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from twingpt.core.backend import get, how_to_install, installed
+from twingpt.core.errors import UserError
+
+Array = np.ndarray
+
+SUFFIXES = (".pt", ".pth")
+MAX_PLAIN = 2**24  # bytes
+
+# What numbers, texts, lists and dictionaries need of pickle's operations; the others make objects or call something.
+PLAIN_OPERATIONS = {
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2",
+    "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
+    "LONG_BINGET",
+}  # fmt: skip
+
+
+class Stored(Protocol):
+    """A tensor of a file, read when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    def read(self, rows: slice = slice(None)) -> Array:
+        """A float32 copy, of some of its rows."""
+
+    def same_memory(self, other: Any) -> bool:
+        """Whether both are the same bytes of the file."""
+
+
+State = dict[str, Stored]
+
+
+def torch_files(path: Path) -> Any:
+    """The functions of backends/torch/pickles.py, or UserError where PyTorch is not there to read `path` by."""
+    if not installed("torch"):
+        raise UserError(f"{path} is a file of PyTorch, which is not installed: {how_to_install('torch')}.")
+    return get("torch")
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether `path` is named and begins as a file by torch.save does; reads four bytes."""
+    if path.suffix not in SUFFIXES or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def read_pickle(path: Path) -> Any:
+    """The object in a file by `torch.save`; raises UserError for anything but plain values and tensors."""
+    return torch_files(path).read_pickle(path)
+
+
+def state_of(value: Any, path: Path) -> State:
+    """The tensors of a state dict that was read from `path`, without what torch.compile puts before their names."""
+    found: State = torch_files(path).stored_tensors(value, f"the model in {path}")
+    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
+    if len(state) < len(found):
+        raise UserError(f"{path} has a tensor twice, with and without the prefix _orig_mod.")
+    return state
+
+
+def check_state(state: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raise UserError unless the state has exactly the wanted tensors in their shapes; reads none."""
+    for name, shape in wanted.items():
+        if name not in state:
+            raise UserError(f"The tensor {name} is missing from {path}.")
+        if state[name].shape != shape:
+            raise UserError(f"The tensor {name} in {path} has shape {state[name].shape}, and the model needs {shape}.")
+    for name in state:
+        if name not in wanted:
+            raise UserError(f"{path} has a tensor {name[:80]}, for which this model has no place.")
+
+
+def check_layers(n_layer: int, state: Mapping[str, Stored], path: Path) -> None:
+    """Raise UserError for more layers than there are tensors, before anything is made for each of them."""
+    if n_layer > len(state):
+        raise UserError(f"{path} says that the model has {n_layer} layers, and has {len(state)} tensors.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError where there is none."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from None
+    except RecursionError:
+        raise UserError(f"{path} can't be read: it is nested too deeply.") from None
+    except ValueError as error:
+        raise UserError(f"{path} can't be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return content
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """The object in a pickle of numbers, texts, lists and dictionaries.
+
+    Raises UserError for any other pickle before it is read: no operation that could make or call
+    something is among PLAIN_OPERATIONS.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_PLAIN + 1)
+        if len(content) > MAX_PLAIN:
+            raise UserError(f"{path} is too large for a table of characters.")
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name not in PLAIN_OPERATIONS:
+                raise UserError(f"{path} is a pickle with more than plain values in it, and was not read.")
+            if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+                raise UserError(f"{path} is not a sound pickle.")  # its reader would make a table of that length
+        return pickle.loads(content)  # noqa: S301  (nothing but plain operations)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever pickle and pickletools raise for bytes that make no sense
+        raise UserError(f"{path} is not a sound pickle: {str(error)[:100]}.") from None

@@ -1,0 +1,69 @@
+"""A model of ours as a state dict for `torch.load(weights_only=True)`, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from twingpt.core.checkpoint import model_texts
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
+from twingpt.core.parameters import parameter_table
+from twingpt.core.paths import new_folder, write_synced
+from twingpt.core.tokenizer import Tokenizer
+from twingpt.core.tokenizer import load as load_tokenizer
+from twingpt.weights.pickles import State, check_layers, check_state, read_json, read_pickle, state_of, torch_files
+
+Array = np.ndarray
+
+FILE, CONFIG = "model.pt", "config.json"
+
+
+def is_torch_state(path: Path) -> bool:
+    """Whether `path` is a folder that `write` wrote."""
+    return (path / FILE).is_file() and (path / CONFIG).is_file()
+
+
+def write(
+    folder: Path, config: GPTConfig, tensors: Iterable[tuple[str, Array]], tokenizer: Tokenizer | None = None
+) -> None:
+    """Write model.pt, config.json and the tokenizer's files, in one atomic step, holding one tensor at a time.
+
+    `tensors` are float32 parameters in the order of the parameter table, whose names they keep. A folder
+    that is there is replaced. Raises UserError where it can't be written.
+    """
+    torch = torch_files(folder / FILE)
+    shapes = {name: row.shape for name, row in parameter_table(config).items()}
+    try:
+        with new_folder(folder) as temporary:
+            torch.write_state_dict(temporary / FILE, shapes, tensors)
+            for name, text in model_texts(config, tokenizer, None).items():
+                write_synced(temporary / name, text.encode())
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror}.") from error
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The model's configuration; UserError where config.json is not what `write` wrote."""
+    content = read_json(folder / CONFIG).get("twingpt")
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / CONFIG} has no twingpt section, which says what {FILE} is.")
+    return GPTConfig.from_dict(content)
+
+
+def tensors(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
+    """Yield (name, float32 array) in the order of the parameter table; UserError where they don't fit the model."""
+    path = folder / FILE
+    state: State = state_of(read_pickle(path), path)
+    check_layers(config.n_layer, state, path)
+    shapes = {name: row.shape for name, row in parameter_table(config).items()}
+    check_state(state, shapes, path)
+    for name in shapes:
+        yield name, state[name].read()
+
+
+def tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer that was written along, or None."""
+    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
