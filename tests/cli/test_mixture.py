@@ -61,6 +61,7 @@ def test_what_a_mixture_looks_like(gpt, prose, digits, tmp_path):
     assert len([line for line in out.splitlines() if line.startswith("  digits: ") and "bits per byte" in line]) == 4
     page = (run / "report.html").read_text()
     assert "<h2>Sources</h2>" in page and "<th>digits</th><td>50%</td>" in page and 'class="source1"' in page
+    assert f"128 a step, {logged(run)[-1]['epoch']:.2f} epochs" in page
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:  # an event that lacks what this version writes leaves its cell empty
         for key in ("epochs", *(["sources"] if line["event"] == "evaluated" else [])):

@@ -160,6 +160,7 @@ def new_run(
     It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`). Raises
     UserError for anything that can't be; then nothing has been written but the prepared data.
     """
+    chosen = set(options)
     if init:
         model = adapted(init.config, options)
         options = FINE_TUNING | {key: value for key, value in options.items() if key not in MODEL_FIELDS}
@@ -173,7 +174,7 @@ def new_run(
     data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, init.tokenizer() if init else None)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
     config = model if init else config
-    train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), options.keys())
+    train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), chosen)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
     trainer.notes = notes
     trainer.engine.load(cropped(init.parameters(), config) if init else initialise(config, train.seed))

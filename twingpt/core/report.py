@@ -112,7 +112,9 @@ def _tiles(events: Events) -> str:
         last = max(event["step"] for event in events)
         figures.append(("Steps", f"{last:,}", f"of {total:,}" if isinstance(total, int) else ""))
         if each := tokens_per_step(events):
-            figures.append(("Tokens", human_count(last * each), f"{each:,} a step"))
+            passes = points(events, "trained", "epoch")
+            epochs = f", {passes[-1][1]:.2f} epochs" if passes else ""
+            figures.append(("Tokens", human_count(last * each), f"{each:,} a step{epochs}"))
     if speeds := sorted(value for _, value in points(events, "trained", "tokens_per_second")):
         figures.append(("Speed", human_count(speeds[len(speeds) // 2]), "tokens a second, median"))
     if peaks := [value for _, value in points(events, "trained", "peak_memory_bytes")]:

@@ -79,8 +79,8 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 def _plain(name: str) -> str:
-    """A source's name as all three libraries take it."""
-    return re.sub(r"[^\w.-]", "_", name)
+    """A source's name, which may be a path, as all three libraries take it."""
+    return re.sub(r"[^\w.-]", "_", name)[-100:]
 
 
 def _configuration(run: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which window of the data is trained on when: a keyed permutation of each epoch, in O(1) memory."""
+"""Which window of which source is trained on when: a keyed permutation of each epoch, in O(1) memory."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from twingpt.core.data import shards
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.data.sources import Source, load
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer import Tokenizer, files, make
+from twingpt.core.tokenizer import TOKENIZERS, Tokenizer, files, find, make
 from twingpt.core.tokenizer import load as load_tokenizer
 
 Array = np.ndarray
@@ -46,11 +46,13 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> Array:
 
 
 def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None = None) -> TokenDataset:
-    """The data set of source `spec` under the tokenizer called `kind`, or under the one given.
+    """The data set of source `spec` under the tokenizer called `kind` (see `make`), or under the one given.
 
     It is found again by the digest of all it depends on, in `paths.home()/data`.
     """
     source = load(spec)
+    if tokenizer is None and kind not in TOKENIZERS:
+        tokenizer = find(kind)
     folder = paths.home() / "data" / f"{source.name[:40]}-{_key(source, kind, vocab_size, tokenizer)}"
     if not folder.exists():
         _write(folder, source, kind, vocab_size, tokenizer)
@@ -62,6 +64,8 @@ def learn(specs: Sequence[str], kind: str, vocab_size: int) -> Tokenizer:
 
     It is kept in `paths.home()/tokenizers`, under the digest of all it depends on.
     """
+    if kind not in TOKENIZERS:
+        return find(kind)
     sources = [load(spec) for spec in specs]
     key = "/".join([str(shards.SCHEMA), kind, str(vocab_size), *(source.digest for source in sources)])
     folder = paths.home() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:12]
