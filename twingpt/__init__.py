@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from twingpt.core.config import GPTConfig, TrainConfig, preset
     from twingpt.core.errors import UserError
-    from twingpt.core.generator import LanguageModel, load
+    from twingpt.core.generator import LanguageModel
+    from twingpt.weights.formats import load
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GPTConfig": "config",
-    "TrainConfig": "config",
-    "preset": "config",
-    "UserError": "errors",
-    "LanguageModel": "generator",
-    "load": "generator",
+    "GPTConfig": "core.config",
+    "TrainConfig": "core.config",
+    "preset": "core.config",
+    "UserError": "core.errors",
+    "LanguageModel": "core.generator",
+    "load": "weights.formats",
 }
 
 __all__ = ["GPTConfig", "LanguageModel", "TrainConfig", "UserError", "load", "preset"]
@@ -27,4 +28,4 @@ __all__ = ["GPTConfig", "LanguageModel", "TrainConfig", "UserError", "load", "pr
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'twingpt' has no attribute {name!r}")
-    return getattr(import_module(f"twingpt.core.{_HOMES[name]}"), name)
+    return getattr(import_module(f"twingpt.{_HOMES[name]}"), name)

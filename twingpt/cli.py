@@ -9,6 +9,8 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ from twingpt.core.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from twingpt.core.config import GPTConfig
     from twingpt.core.trainer import Trainer
 
 app = typer.Typer(
@@ -84,7 +87,10 @@ def train(
         list[str] | None,
         _option("What gpt data sources or list names, or a file or folder; several as SOURCE:WEIGHT, repeated.", DATA),
     ] = None,
-    tokenizer: Annotated[str | None, _option("bpe, char, byte or gpt2.", DATA)] = None,
+    tokenizer: Annotated[
+        str | None,
+        _option("bpe, char, byte, gpt2, cl100k_base, o200k_base, or a tokenizer.json, its folder, or a run.", DATA),
+    ] = None,
     vocab_size: Annotated[int | None, _option("Ids of a BPE that is trained on the data.", DATA)] = None,
     preset: Annotated[str | None, _option("micro, tiny, small, medium, gpt2 or large.", MODEL)] = None,
     depth: Annotated[int | None, _option("1 to 48: size, batch, rates and length follow from it.", MODEL)] = None,
@@ -163,8 +169,8 @@ def train(
     from rich.console import Console
 
     from twingpt.core import launch, settings, trackers
-    from twingpt.core.checkpoint import open_checkpoint
     from twingpt.core.console import ConsoleReporter
+    from twingpt.weights.formats import open_model
 
     track = trackers.parse(report_to)
     console = Console(stderr=json_, highlight=False)
@@ -179,7 +185,7 @@ def train(
     if resume is not None:
         trainer = launch.resume_run(resume, options, *place, stop_after, names)
     else:
-        init = open_checkpoint(where["init_from"]) if where["init_from"] else None
+        init = open_model(where["init_from"]).model if where["init_from"] else None
         trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place, init)
     _print_settings(console, trainer, options)
     reporter = ConsoleReporter(console)
@@ -263,7 +269,7 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Let a model go on from a prompt, streaming its text."""
-    from twingpt.core.generator import load
+    from twingpt.weights.formats import load
 
     text = _stdin() if prompt == "-" else prompt
     completion = load(model, backend, device, dtype).complete(
@@ -288,22 +294,128 @@ def generate(
     _print_json({name: getattr(completion, name) for name in names})
 
 
-@app.command(epilog="[bold]Examples[/]\n\ngpt convert runs/novel novel-hf\n\ngpt convert runs/novel@best novel-best\n")
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt convert runs/novel novel-hf\n\n"
+    "gpt convert runs/novel@best novel-4bit --q-bits 4\n\n"
+    "gpt convert path/to/Llama-3.2-1B llama --q-bits 4 --data tinystories\n\n"
+    "gpt convert nanoGPT/out/ckpt.pt shakespeare\n\n"
+    "gpt convert runs/novel novel.gguf --to gguf\n\n"
+    "gpt convert path/to/Qwen3-0.6B --inspect\n"
+)
 def convert(
-    model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run: RUN@best, latest.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the result.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A run or checkpoint; a Hugging Face or mlx-lm folder; a ckpt.pt of nanoGPT; org/name on the hub.",
+        ),
+    ],
+    folder: Annotated[Path | None, typer.Argument(metavar="DST", help="Where the result goes.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="twingpt, hf, mlx, torch or gguf. (default: hf from twingpt, and twingpt from others)"),
+    ] = None,
+    q_bits: Annotated[int | None, typer.Option(help="Quantize the matrices to 4 or 8 bits.")] = None,
+    q_group_size: Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64 or 128.")] = 64,
+    data: Annotated[
+        str | None, typer.Option(help="With --q-bits: measure the held-out loss before and after on these data.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that is at DST.")] = False,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Print what SRC is, and write nothing.")] = False,
+    backend: Backend = "auto",
+    device: Device = None,
     json_: Json = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face directory: qwen3, llama or gpt2, by its shape."""
-    from twingpt.core.checkpoint import open_checkpoint
-    from twingpt.weights.huggingface import export
+    """Convert a model between TwinGPT, Hugging Face, mlx-lm, PyTorch and GGUF, or quantize it."""
+    from twingpt.weights import convert as conversion
+    from twingpt.weights.formats import describe, open_model
 
-    checkpoint = open_checkpoint(model)
-    family = export(checkpoint, folder)
+    found = open_model(model)
+    if inspect:
+        _print_model(describe(found), json_)
+        return
+    if folder is None:
+        raise UserError("Where should the result go? gpt convert SRC DST, or --inspect to see what SRC is.")
+    if data and not q_bits:
+        raise UserError("--data measures what quantization costs: give --q-bits too.")
+    from twingpt.core.quantize import Quantization
+
+    quantization = Quantization(q_bits, q_group_size) if q_bits is not None else None
+    with _conversion_bar(found.model.config, json_) as progress:
+        result = conversion.convert(found, folder, to, quantization, force, progress)
+    if data:
+        from twingpt.core.evaluate import held_out_losses
+
+        result |= held_out_losses(found.model, open_model(folder).model, data, backend, device)
     if json_:
-        _print_json({"source": str(checkpoint.folder), "target": str(folder), "family": family})
+        _print_json(result)
     else:
-        print(f"{folder}: {family}, from {checkpoint.folder}")
+        _print_conversion(result)
+
+
+@contextmanager
+def _conversion_bar(config: GPTConfig, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr, where that is a terminal and nobody wants JSON."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from twingpt.core.parameters import parameter_count
+
+    console = Console(stderr=True)
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=4 * parameter_count(config))
+        yield lambda size: bar.advance(task, size)
+
+
+def _print_conversion(result: dict[str, Any]) -> None:
+    from twingpt.core.console import human_bytes, human_count
+
+    print(
+        f"{result['target']}: {result['family']} as {result['target_format']}, "
+        f"{human_count(result['parameters'])} parameters, {human_bytes(result['bytes'])}"
+    )
+    if result["unquantized"]:
+        print(f"In float32 as before: {'; '.join(f'{name} ({why})' for name, why in result['unquantized'].items())}")
+    if "val_loss" in result:
+        change = result["val_loss_quantized"] - result["val_loss"]
+        print(f"Held-out loss: {result['val_loss']:.4f} -> {result['val_loss_quantized']:.4f} ({change:+.4f})")
+
+
+def _print_model(description: dict[str, Any], as_json: bool) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from twingpt.core.console import human_count
+
+    if as_json:
+        _print_json(description)
+        return
+    console, config = _console(), description["config"]
+    dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in description["dtypes"].items())
+    facts = {
+        "format": description["source_format"],
+        "family": description["family"],
+        "parameters": f"{human_count(description['parameters'])} ({description['parameters']:,})",
+        "tensors": dtypes,
+        "shape": f"{config['n_layer']} layers, {config['n_head']} heads ({config['n_kv_head']} for keys and values) of "
+        f"{config['head_dim']}, {config['n_embd']} wide, MLP {config['n_inner']} ({config['mlp']})",
+        "context": f"{config['block_size']:,} tokens",
+        "vocabulary": f"{config['vocab_size']:,}",
+        "tokenizer": description["tokenizer"] or "none",
+    }
+    if description["quantization"]:
+        facts["quantized"] = "{bits} bits in groups of {group_size}".format(**description["quantization"])
+    for name, value in facts.items():
+        console.print(f"[dim]{name:<12}[/]{value}", soft_wrap=True)
+    table = Table("tensor", "shape", box=box.SIMPLE_HEAD)
+    for name, shape in description["tensors"].items():
+        if ".layers." not in name or ".layers.0." in name:
+            table.add_row(name, " × ".join(map(str, shape)))
+    console.print(table)
+    if config["n_layer"] > 1:
+        console.print(f"… and so for layers 1 to {config['n_layer'] - 1}")
 
 
 @app.command(
@@ -573,13 +685,13 @@ def sources(json_: Json = False) -> None:
         print_sources(_console(), rows)
 
 
-def _stdin() -> str:
+def _stdin(what: str = "prompt") -> str:
     if sys.stdin is None:
-        raise UserError("There is no stdin to read the prompt from.")
+        raise UserError(f"There is no stdin to read the {what} from.")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"The prompt on stdin is not UTF-8 text: byte {error.start}.") from None
+        raise UserError(f"The {what} on stdin is not UTF-8 text: byte {error.start}.") from None
 
 
 @app.command(
@@ -812,6 +924,7 @@ def bench_train(
     block_size: Context = None,
     batch_size: BatchSize = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again.")] = False,
     optimizer: Annotated[str | None, typer.Option(help="adamw or muon. (default: as gpt train)")] = None,
     repeats: Repeats = 5,
     steps: Steps = 5,
@@ -941,8 +1054,101 @@ def _print_bench(console: Console, result: dict[str, Any]) -> None:
         if row["peak_flops"]:
             peak = f"{human_flops(row['peak_flops'])} in matrix products, {row['peak_source']}"
             console.print(f"MFU of {row['backend']} is the share of {peak}.")
+    for row in result["rows"]:
+        if row["estimated_memory_bytes"]:
+            arrays = [human_bytes(row[f"{name}_memory_bytes"]) for name in ("array", "estimated")]
+            console.print(f"Of the memory of {row['backend']}, {arrays[0]} are arrays; {arrays[1]} were estimated.")
     for entry in result["skipped"]:
         console.print(f"Not measured: {entry['reason']}", markup=False)
+
+
+tokenize = typer.Typer(no_args_is_help=True, help="Learn a tokenizer, look at what one does, compare several.")
+app.add_typer(
+    tokenize,
+    name="tokenize",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt tokenize train novel.txt --vocab-size 4096 --out bpe4k\n\n"
+    "gpt tokenize show 'Hello world' --tokenizer bpe4k\n\n"
+    "gpt tokenize compare novel.txt --tokenizer bpe4k --tokenizer gpt2 --tokenizer byte\n",
+)
+
+TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, a tokenizer.json, its folder, or a run or checkpoint."
+
+
+@tokenize.command(
+    "train",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt tokenize train python-docs --out bpe2k\n\n"
+    "gpt tokenize train notes/ novel.txt --vocab-size 8192 --pattern llama3 --chat --out bpe8k\n\n"
+    "gpt train --data novel.txt --tokenizer bpe8k\n",
+)
+def tokenize_train(
+    data: Annotated[list[str], typer.Argument(metavar="SOURCE…", help="Text files, folders or named sources.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for tokenizer.json and its settings.")],
+    vocab_size: Annotated[int, typer.Option(help="Ids at most, special tokens included.")] = 2048,
+    pattern: Annotated[str, typer.Option(help="gpt2, llama3 or qwen2: how text is split into words.")] = "gpt2",
+    chat: Annotated[bool, typer.Option("--chat", help="Add <|im_start|>, <|im_end|> and a chat template.")] = False,
+    json_: Json = False,
+) -> None:
+    """Learn a byte-level BPE from texts, for gpt train --tokenizer, transformers and mlx-lm."""
+    from rich.console import Console
+
+    from twingpt.core.tokenizer.examine import learn
+
+    with Console(stderr=True).status(f"Learning from {', '.join(data)}"):
+        result = learn(data, vocab_size, pattern, chat, out)
+    if json_:
+        _print_json(result)
+        return
+    print(f"{out}: {result['vocab_size']} ids from {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s")
+    if result["vocab_size"] < vocab_size:
+        print(f"The text has no more pairs to join, so it is fewer than {vocab_size}.")
+
+
+@tokenize.command(
+    "show",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt tokenize show 'naïve café' --tokenizer gpt2\n\n"
+    "gpt tokenize show '<|endoftext|>' -t runs/novel --special   the token, and not its spelling\n\n"
+    "gpt tokenize show - -t tokenizer.json --json < page.txt\n",
+)
+def tokenize_show(
+    text: Annotated[str, typer.Argument(help="The text; - reads it from stdin.")],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help=TOKENIZER)],
+    special: Annotated[bool, typer.Option("--special", help="Read special tokens where they are spelled.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show the tokens of a text: a colour for each, ids and bytes."""
+    from twingpt.core.tokenizer import find
+    from twingpt.core.tokenizer.examine import print_tokens, tokens
+
+    found = find(tokenizer)
+    rows = tokens(found, _stdin("text") if text == "-" else text, special)
+    if json_:
+        _print_json({"tokenizer": tokenizer, "vocab_size": found.vocab_size, "tokens": rows})
+    else:
+        print_tokens(_console(), rows)
+
+
+@tokenize.command(
+    "compare",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt tokenize compare novel.txt --tokenizer byte --tokenizer gpt2\n\n"
+    "gpt tokenize compare python-docs -t char -t runs/first -t gpt2 --json\n",
+)
+def tokenize_compare(
+    data: Annotated[str, typer.Argument(metavar="SOURCE", help="A text file, a folder or a named source.")],
+    tokenizer: Annotated[list[str], typer.Option("--tokenizer", "-t", help=f"{TOKENIZER} Repeatable.")],
+    json_: Json = False,
+) -> None:
+    """Compare tokenizers on a text: tokens, bytes per token, vocabulary, speed on one core."""
+    from twingpt.core.tokenizer.examine import compare, print_comparison
+
+    result = compare(tokenizer, data)
+    if json_:
+        _print_json(result)
+    else:
+        print_comparison(_console(), result)
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ def test_what_was_measured_is_kept_and_found(tmp_path, monkeypatch):
 def test_large_data_are_not_counted_in_training(tmp_path, monkeypatch):
     data = write_data(tmp_path / "data", b"abcabcabdabc" * 20, b"abcabd" * 5)
     monkeypatch.setattr(baseline, "QUICK_TOKENS", 100)
-    assert baseline.for_run(data, 29) is None and baseline.for_run("a mixture", 29) is None
+    assert baseline.for_run(data, 29) is None
     rows, _ = baseline.measure(data, [2])
     assert baseline.for_run(data, 29) == rows[0]
 
@@ -219,3 +219,14 @@ def test_the_terminal_shows_it(capsys):
     reporter = console.ConsoleReporter(Console(width=120, color_system=None))
     reporter.report(Baseline(10, 3, 4.5, 2.25, 100))
     assert "val loss 4.5000, 2.250 bits per byte by the best n-gram, n = 3" in capsys.readouterr().out
+
+
+@needs("torch")
+def test_a_run_on_a_mixture_has_none(gpt, prose, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(prose.read_text().replace("the", "one"))
+    run = tmp_path / "run"
+    result = train(gpt, "--data", prose, "--data", other, "--out", run, *SMALL, "--max-iters", 4)
+    assert result["baseline"] is None and not logged(run, "baseline")
+    err = mistake(gpt, "baseline", run)
+    assert f"is trained on a mixture: name one of its sources, {prose}, {other}." in err

@@ -38,6 +38,12 @@ def test_both_backends_side_by_side(gpt, twins, mode):
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * per_token / row["peak_flops"])
         assert row["peak_source"] == "measured" and 2**24 < row["peak_memory_bytes"] < 2**34
         assert (row["optimizer"] == "muon") == (mode == "train")
+        if mode == "train":
+            assert (
+                2**20 < row["array_memory_bytes"] < row["peak_memory_bytes"] and row["estimated_memory_bytes"] > 2**20
+            )
+        else:
+            assert row["array_memory_bytes"] is row["estimated_memory_bytes"] is None
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -76,7 +82,7 @@ class Stub:
         if name == "run":
             self.order.append(self.backend)
             return next(self.seconds) * arguments["steps"]
-        return {"build": None, "memory": 10**6}[name]
+        return {"build": None, "memory": 10**6, "arrays": 10**6}[name]
 
     def end(self):
         self.ended = True
@@ -159,8 +165,9 @@ def test_a_device_or_dtype_that_is_not_there(gpt, backend):
 
 
 def test_the_share_of_a_forward_pass():
-    facts = {"device": "cpu", "description": "", "dtype": "float32", "compile": False}
     config, train = bench.configuration(["cpu"], {})
+    built = {"config": config.to_dict(), "train": train.to_dict(), "compile": False}
+    facts = {"device": "cpu", "kind": "cpu", "description": "", "dtype": "float32", "built": built}
     process = Stub("torch")
     facts["peak"] = {"flops_per_second": 1e12, "source": "measured"}
     rows = [bench._row(mode, process, facts, config, train, [1.0], 1) for mode in ("train", "forward")]

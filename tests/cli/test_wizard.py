@@ -158,17 +158,21 @@ def test_a_slow_step_is_measured_by_its_windows(one_device, prose, monkeypatch):
         def evaluation(self, rows):
             return 0.5 * rows
 
-        def peak(self):
-            return 1000 + 100 * took[-1]
-
     monkeypatch.setattr(wizard, "_DryRun", Slow)
     speed = wizard.measure(config, train, data, one_device)
     windows = 8 * train.gradient_accumulation_steps
     assert took == [1, 2] and train.gradient_accumulation_steps > 1
-    assert speed == Speed(step=5 + 3 * windows, evaluation_batch=4.0, peak_bytes=1800)
-    small = dataclasses.replace(one_device.device, memory_bytes=1500)
-    with pytest.raises(UserError, match="it needs about 2 kB of memory, and torch cpu has 2 kB"):
-        wizard.measure(config, train, data, Place(one_device.engines, small))
+    assert speed == Speed(step=5 + 3 * windows, evaluation_batch=4.0)
+
+
+@needs("torch")
+def test_a_size_larger_than_the_memory_is_not_tried(talk, one_device, prose, monkeypatch):
+    small = dataclasses.replace(one_device.device, memory_bytes=10**6)
+    monkeypatch.setattr(wizard, "places", lambda: [Place(one_device.engines, small)])
+    monkeypatch.setattr(one_device.engines, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(wizard, "measure", None)
+    result, shown = talk(prose, "1", "1h", KeyboardInterrupt)
+    assert result is None and "This size does not train on torch cpu: Training this takes about" in shown
 
 
 def test_a_span_is_a_time_or_a_number_of_steps():
@@ -186,12 +190,12 @@ def test_a_plan_fills_the_time_evaluations_included(prose):
     data = prepare(str(prose), "byte", 2048)
     config = preset("micro", 257)
     batches = math.ceil((len(data.splits["val"]) - 1) / config.block_size / 4)
-    train, speed = TrainConfig(batch_size=4), Speed(0.5, 0.01, 0, start=10.0)
+    train, speed = TrainConfig(batch_size=4), Speed(0.5, 0.01, start=10.0)
     assert plan(config, train, data, speed, 40) == Plan(40, 30 + 11 * batches * 0.01, 4, 0)
     hour = plan(config, train, data, speed, 3600.0)
     assert hour.steps == int((3590 - 11 * batches * 0.01) / 0.5) and 3599 <= hour.seconds <= 3600
     assert plan(config, train, data, speed, 1.0) == Plan(1, 10.5 + 2 * 0.01, 1, 1)  # at least a step, and a batch
-    slow = plan(config, train, data, Speed(0.5, 30.0, 0), 3600.0)
+    slow = plan(config, train, data, Speed(0.5, 30.0), 3600.0)
     assert slow.eval_iters == 1 and slow.seconds <= 3600 and slow.steps > 6000
 
 

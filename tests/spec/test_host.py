@@ -76,10 +76,10 @@ def fake_gpu(**facts) -> types.SimpleNamespace:
     ("properties", "hip", "fast", "default"),
     [
         (fake_gpu(major=9), None, {"float32", "bfloat16"}, "bfloat16"),
-        (fake_gpu(major=7), None, {"float32"}, "float32"),
+        (fake_gpu(major=7), None, {"float32", "float16"}, "float16"),
         (fake_gpu(major=6), None, {"float32"}, "float32"),
         (fake_gpu(major=9, gcnArchName="gfx90a:sramecc+:xnack-"), "6.4", {"float32", "bfloat16"}, "bfloat16"),
-        (fake_gpu(major=10, gcnArchName="gfx1030"), "6.4", {"float32"}, "float32"),
+        (fake_gpu(major=10, gcnArchName="gfx1030"), "6.4", {"float32", "float16"}, "float16"),
     ],
 )
 def test_cuda_and_rocm_devices(monkeypatch, properties, hip, fast, default):
@@ -145,7 +145,7 @@ def test_metal_device(monkeypatch):
 
 
 @needs("mlx")
-@pytest.mark.parametrize(("major", "default"), [(9, "bfloat16"), (7, "float32")])
+@pytest.mark.parametrize(("major", "default"), [(9, "bfloat16"), (7, "float16"), (6, "float32")])
 def test_mlx_on_cuda(monkeypatch, major, default):
     import mlx.core as mx
 

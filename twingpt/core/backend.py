@@ -115,6 +115,9 @@ class Backend(Protocol):
     def free_memory(self, device: Device) -> int:
         """Bytes that could still be allocated on a device."""
 
+    def arrays_peak(self, device: Device, run: Callable[[], Any]) -> int:
+        """Bytes at most of the arrays that `run`, which waits for them, makes on a device."""
+
     def matmul(self, device: Device, dtype: str, n: int) -> Callable[[], None]:
         """A function that multiplies two n x n matrices of `dtype` on a device, and waits for the product."""
 

@@ -111,14 +111,11 @@ def best(rows: Sequence[Row]) -> Row:
     return min(rows, key=lambda row: (row.val_loss, row.n))
 
 
-def for_run(data: object, targets: int) -> Row | None:
+def for_run(data: TokenDataset, targets: int) -> Row | None:
     """The best n-gram on the held-out tokens that a run evaluates on.
 
-    It is found beside the data, or counted where that takes about a second; None where it would take
-    longer, and for anything but one prepared data set.
+    It is found beside the data, or counted where that takes about a second; None where it would take longer.
     """
-    if not isinstance(data, TokenDataset):
-        return None
     known = [row for row in _kept(data) if row.targets == targets]
     longest = min(LONGEST, len(data.splits["train"]))
     if {row.n for row in known} >= set(range(1, longest + 1)):

@@ -26,7 +26,8 @@ from twingpt.core import flops, rng
 from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig, preset
 from twingpt.core.errors import UserError
-from twingpt.core.launch import RECIPES
+from twingpt.core.launch import RECIPES, make_engine
+from twingpt.core.memory import estimate
 from twingpt.core.parameters import initialise, parameter_count
 from twingpt.core.schedule import hyperparameters
 from twingpt.core.settings import MODEL_FIELDS, TRAIN_FIELDS
@@ -63,7 +64,7 @@ class Worker:
     def build(self, mode: str, config: Options, train: Options, compile: bool) -> None:
         """Make an engine with random weights and a random batch, and run it until it is warm."""
         model, settings = GPTConfig.from_dict(config), TrainConfig.from_dict(train)
-        self.engine = self.engines.TrainEngine(model, self.device, settings.optimizer, settings.dtype, compile)
+        self.engine = make_engine(model, settings, self.engines, self.device, compile)
         self.engine.load(initialise(model, settings.seed))
         shape = (settings.batch_size, model.block_size + 1)
         tokens = rng.generator("bench", settings.seed).integers(0, model.vocab_size, shape).astype(np.int32)
@@ -77,6 +78,12 @@ class Worker:
         self.run_once = step if mode == "train" else lambda: self.engine.evaluate(inputs, targets)
         for _ in range(WARMUP):
             self.run(1)
+
+    def arrays(self, config: Options, train: Options, compile: bool) -> int:
+        """The most bytes of arrays at a time while a new engine takes its first training steps."""
+        for name in ("engine", "run_once"):  # one engine at a time
+            vars(self).pop(name, None)
+        return self.engines.arrays_peak(self.device, lambda: self.build("train", config, train, compile))
 
     def run(self, steps: int) -> float:
         """Seconds for so many steps, from the first call to the last result."""
@@ -198,8 +205,9 @@ def measure(
             facts = opened[process]
             compiled = facts["kind"] != "cpu" if compile is None else compile
             settings = dataclasses.replace(train, dtype=facts["dtype"]).to_dict()
-            process.ask("build", mode=mode, config=config.to_dict(), train=settings, compile=compiled)
-            return {**facts, "compile": compiled}
+            built = {"config": config.to_dict(), "train": settings, "compile": compiled}
+            process.ask("build", mode=mode, **built)
+            return {**facts, "built": built}
 
         ready = _try_each(list(opened), skipped, build)
         seconds: dict[Process, list[float]] = {process: [] for process in ready}
@@ -301,7 +309,7 @@ def _row(
         "device": facts["device"],
         "description": facts["description"],
         "dtype": facts["dtype"],
-        "compile": facts["compile"],
+        "compile": facts["built"]["compile"],
         "tokens_per_second": speed,
         "seconds_per_step": step,
         "spread": (max(seconds) - min(seconds)) / step,
@@ -311,12 +319,23 @@ def _row(
         "peak_flops": peak and peak.flops_per_second,
         "peak_source": peak and peak.source,
         "peak_memory_bytes": process.ask("memory"),
+        **_arrays(mode, process, facts, config),
         "parameters": parameter_count(config),
         "batch_size": train.batch_size,
         "gradient_accumulation_steps": accumulated,
         "optimizer": train.optimizer if mode == "train" else None,
         "config": config.to_dict(),
     }
+
+
+def _arrays(mode: str, process: Process, facts: Options, config: GPTConfig) -> dict[str, int | None]:
+    """The arrays of training as they were measured and as `estimate` has them; of a forward pass neither."""
+    names = ("array_memory_bytes", "estimated_memory_bytes")
+    if mode != "train":
+        return dict.fromkeys(names)
+    built = facts["built"]
+    estimated = estimate(config, TrainConfig.from_dict(built["train"]), process.backend, facts["kind"])
+    return dict(zip(names, (process.ask("arrays", **built), estimated.peak), strict=True))
 
 
 if __name__ == "__main__":

@@ -113,16 +113,19 @@ def save_model(
     tensors: Iterable[tuple[str, Array]],
     quantization: Quantization | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
+    quantized: bool = False,
 ) -> None:
     """Write a model that isn't trained on here, in one atomic step, holding one tensor at a time.
 
-    `tensors` are float32 parameters in the order of the parameter table; `texts` are further files, by
-    name. Raises OSError where it can't be written; nothing half-written stays.
+    `tensors` are float32 parameters in the order of the parameter table, or with `quantized` those of
+    `Quantization.table`; `texts` are further files, by name. Raises OSError where it can't be written;
+    nothing half-written stays.
     """
     shapes, dtypes = stored_shapes(config, quantization)
     with new_folder(folder) as temporary:
-        stored = quantization.apply(tensors, config) if quantization else tensors
-        entries = write_model(temporary, shapes, stored, dtypes)
+        if quantization and not quantized:
+            tensors = quantization.apply(tensors, config)
+        entries = write_model(temporary, shapes, tensors, dtypes)
         write_texts(temporary, model_texts(config, tokenizer, quantization) | dict(texts), entries)
 
 

@@ -17,6 +17,7 @@ from twingpt.core.events import (
     Baseline,
     Evaluated,
     Event,
+    MemoryPlanned,
     ReporterFailed,
     RunEnded,
     RunStarted,
@@ -133,16 +134,10 @@ class ConsoleReporter:
             self.console.print(Panel(escape("\n".join(lines)), title=title, border_style="dim"))
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
-        elif isinstance(event, SaveFailed):
-            self.console.print(f"[yellow]step {event.step:,}: {escape(event.message)}[/]", soft_wrap=True)
+        elif isinstance(event, MemoryPlanned | SaveFailed | ReporterFailed):
+            self.console.print(f"[yellow]{escape(_warning(event))}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
-        elif isinstance(event, ReporterFailed):
-            self.console.print(
-                f"[yellow]{escape(event.reporter)} failed and reports no more of this run, which goes on: "
-                f"{escape(event.error)}[/]",
-                soft_wrap=True,
-            )
 
     def _evaluated(self, event: Evaluated) -> None:
         self.progress.update(self.task, val=f"{event.val_loss:.3f}")
@@ -263,3 +258,9 @@ def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
         console.print("  ".join(filter(None, facts)), soft_wrap=True)
         pin = row["revision"] or f"SHA-256 {files[0]['sha256']}"
         console.print(f"{'':13}[dim]{row['address']}, {pin}[/]", soft_wrap=True)
+
+
+def _warning(event: MemoryPlanned | SaveFailed | ReporterFailed) -> str:
+    if isinstance(event, ReporterFailed):
+        return f"{event.reporter} failed and reports no more of this run, which goes on: {event.error}"
+    return f"step {event.step:,}: {event.message}" if isinstance(event, SaveFailed) else event.message

@@ -155,7 +155,26 @@ class ReporterFailed:
     error: str
 
 
-Event = RunStarted | Trained | Evaluated | Baseline | Sampled | Saved | SaveFailed | RunEnded | ReporterFailed
+@dataclass(frozen=True)
+class MemoryPlanned:
+    """How the run was changed to fit the device's free memory, or why it may not fit, as `message` says."""
+
+    step: int
+    message: str
+
+
+Event = (
+    RunStarted
+    | MemoryPlanned
+    | Trained
+    | Evaluated
+    | Baseline
+    | Sampled
+    | Saved
+    | SaveFailed
+    | RunEnded
+    | ReporterFailed
+)
 
 
 class Reporter(Protocol):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from twingpt.core import backend as backends
 from twingpt.core import rng
 from twingpt.core.backend import DecodeEngine, Handle
-from twingpt.core.checkpoint import open_checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.sampler import Sampling
@@ -131,14 +130,27 @@ class LanguageModel:
         return "".join(self.complete(prompt, max_tokens, **settings))  # type: ignore[arg-type]
 
 
-def load(path: str | Path, backend: str = "auto", device: str | None = None, dtype: str | None = None) -> LanguageModel:
-    """Open a checkpoint, or a run's latest one (RUN@best, RUN@STEP for another), on a backend.
+class Loadable(Protocol):
+    """A model whose tensors can be read: a checkpoint of ours, or another format's."""
 
-    Raises UserError for a damaged checkpoint, or a backend, device or dtype that isn't there.
-    """
-    checkpoint = open_checkpoint(path)
+    @property
+    def config(self) -> GPTConfig:
+        """What it computes."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """What its ids mean."""
+        ...
+
+    def stored(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, array) of every tensor, maybe quantized."""
+        ...
+
+
+def language_model(model: Loadable, backend: str, device: str | None, dtype: str | None) -> LanguageModel:
+    """A model on a backend; UserError for a backend, device or dtype that isn't there."""
     engines = backends.get(backend)
     target = backends.find_device(engines, device)
     compute = backends.find_dtype(target, dtype or "float32")
-    engine = engines.DecodeEngine(checkpoint.config, checkpoint.stored(), target, compute)
-    return LanguageModel(checkpoint.config, checkpoint.tokenizer(), engine)
+    engine = engines.DecodeEngine(model.config, model.stored(), target, compute)
+    return LanguageModel(model.config, model.tokenizer(), engine)

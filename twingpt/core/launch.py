@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from twingpt.core import backend as backends
-from twingpt.core import depth
+from twingpt.core import depth, memory
 from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.checkpoint import Checkpoint, open_checkpoint
 from twingpt.core.config import KINDS, GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
@@ -43,6 +43,8 @@ SCHEMA = 1
 # What a resumed run may change: how far it goes, what it reports, where it finds its data. The rest
 # decides the weights, so a change would be another run.
 RESUME_KEYS = {
+    "batch_size",  # as long as a step has as many windows
+    "gradient_accumulation_steps",
     "data",
     "dtype",
     "gradient_checkpointing",
@@ -158,6 +160,7 @@ def new_run(
     It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`). Raises
     UserError for anything that can't be; then nothing has been written but the prepared data.
     """
+    chosen = set(options)
     if init:
         model = adapted(init.config, options)
         options = FINE_TUNING | {key: value for key, value in options.items() if key not in MODEL_FIELDS}
@@ -172,7 +175,9 @@ def new_run(
     options = _as_prepared(options, data)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
     config = model if init else config
+    train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), chosen)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
+    trainer.notes = notes
     trainer.engine.load(cropped(init.parameters(), config) if init else initialise(config, train.seed))
     trainer.init_from = str(init.folder) if init else None
     _write_run(trainer, [], None)
@@ -255,7 +260,10 @@ def resume_run(
             f"gpt train --config {shlex.quote(str(run / 'config.toml'))} --out {shlex.quote(str(run))}."
         )
     data = _resumed_data(run, described, saved, train, state["data"], moved="data" in options)
+    # A run goes on exactly, so nothing of it changes unasked.
+    _, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), memory.CHANGES)
     trainer = _trainer(run, config, train, data, engines, target, compile, _progress(state) if saved else Progress())
+    trainer.notes = notes
     if saved:
         trainer.engine.load([*saved.parameters(), *saved.optimizer_state()])
         trainer.baseline = last_baseline(read_events(run / "metrics.jsonl"))
@@ -309,7 +317,17 @@ def _resumed_config(
                 "leave it out, or start a new run."
             )
     changes = {key: value for key, value in {**newest, **options}.items() if key in RESUME_KEYS}
-    return TrainConfig.from_dict({**stored, **changes})
+    train, before = TrainConfig.from_dict({**stored, **changes}), TrainConfig.from_dict(dict(stored))
+    if _windows(train) != _windows(before):
+        raise UserError(
+            f"A step of the run has {_windows(before)} windows, and would have {_windows(train)}: give --batch-size "
+            "and --gradient-accumulation-steps that multiply to as many, or start a new run."
+        )
+    return train
+
+
+def _windows(train: TrainConfig) -> int:
+    return train.batch_size * train.gradient_accumulation_steps
 
 
 def _read_run(run: Path) -> dict[str, Any]:

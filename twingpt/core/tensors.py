@@ -56,7 +56,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.entries = _entries(path)
+            self.entries, self.metadata = _entries(path)
         except OSError as error:
             raise UserError(f"{path} can't be read: {error.strerror}.") from None
         except RecursionError:
@@ -66,7 +66,9 @@ class TensorFile:
 
     def read(self, name: str) -> Array:
         """The tensor called `name` as it is stored; bfloat16 as uint16."""
-        entry = self.entries[name]
+        return self._read(name, self.entries[name])
+
+    def _read(self, name: str, entry: Entry) -> Array:
         array = np.fromfile(self.path, DTYPES[entry.dtype], entry.size, offset=entry.offset)
         if array.size != entry.size:
             raise UserError(f"{self.path} was cut while it was read: the tensor {name} is not whole.")
@@ -74,16 +76,18 @@ class TensorFile:
 
     def read_float(self, name: str) -> Array:
         """The tensor called `name`, of a floating-point dtype, in float32."""
-        array, dtype = self.read(name), self.entries[name].dtype
-        if dtype == "BF16":
+        return self._in_float32(self.read(name), name, self.entries[name])
+
+    def _in_float32(self, array: Array, name: str, entry: Entry) -> Array:
+        if entry.dtype == "BF16":
             return (array.astype(np.uint32) << 16).view(np.float32)
-        if dtype not in ("F64", "F32", "F16"):
-            raise UserError(f"The tensor {name} in {self.path} is {dtype}, and must be of floating point.")
+        if entry.dtype not in ("F64", "F32", "F16"):
+            raise UserError(f"The tensor {name} in {self.path} is {entry.dtype}, and must be of floating point.")
         return array.astype(np.float32, copy=False)
 
 
-def _entries(path: Path) -> dict[str, Entry]:
-    """The checked table of a file; ValueError says what is wrong with it."""
+def _entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The checked table of a file, and its metadata; ValueError says what is wrong with it."""
     with path.open("rb") as file:
         size = path.stat().st_size
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -109,7 +113,7 @@ def _entries(path: Path) -> dict[str, Entry]:
         end += entry.size * np.dtype(DTYPES[entry.dtype]).itemsize
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, and the file at {size}")
-    return entries
+    return entries, metadata
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import baseline, rng, runs
+from twingpt.core import baseline, memory, rng, runs
 from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.data.ahead import Ahead
@@ -26,6 +26,7 @@ from twingpt.core.events import (
     Baseline,
     Evaluated,
     Event,
+    MemoryPlanned,
     MixedSource,
     Reporter,
     ReporterFailed,
@@ -95,6 +96,7 @@ class Trainer:
         self.clock, self.clock_step = 0.0, progress.step  # speed is measured from here
         self.speeds: list[float] = []  # tokens per second, of each report
         self.seconds_before = 0.0  # of earlier starts of the run
+        self.notes: list[str] = []  # about memory, told at the start
         self.began = 0.0
 
     def fit(self, stop_after: int | None = None) -> dict[str, Any]:
@@ -199,7 +201,7 @@ class Trainer:
             return
         loss, grad_norm, _ = rows.mean(axis=0)
         self.progress.train_loss = float(loss)
-        now, memory = time.perf_counter(), self.engine.memory()
+        now, used = time.perf_counter(), self.engine.memory()
         if self.progress.step > self.clock_step:
             self.speeds.append((self.progress.step - self.clock_step) * self._tokens_per_step / (now - self.clock))
         self.clock, self.clock_step = now, self.progress.step
@@ -212,8 +214,8 @@ class Trainer:
                 learning_rate=rate,
                 tokens=step * self._tokens_per_step,
                 tokens_per_second=self.speeds[-1],
-                memory_bytes=memory.now,
-                peak_memory_bytes=memory.peak,
+                memory_bytes=used.now,
+                peak_memory_bytes=used.peak,
                 skipped=self.progress.skipped,
                 seconds=self._seconds,
                 mfu=mfu(self.speeds[-1], self.config, self.peak),
@@ -253,22 +255,10 @@ class Trainer:
             with self.backend.memory_errors():
                 yield
         except OutOfMemoryError as error:
+            advice = memory.advice(self.config, self.train, self.backend.NAME, self.device, None)
             raise OutOfMemoryError(
-                f"{self.device.name} ran out of memory after {self.progress.step} steps; {self._kept}. {self._advice()}"
+                f"{self.device.name} ran out of memory after {self.progress.step} steps; {self._kept}. {advice}"
             ) from error
-
-    def _advice(self) -> str:
-        """What needs less memory than this run, of the same steps."""
-        train, ideas = self.train, []
-        if train.batch_size > 1:
-            half = train.batch_size // 2
-            parts = -(-train.batch_size * train.gradient_accumulation_steps // half)
-            ideas.append(f"--batch-size {half} --gradient-accumulation-steps {parts}")
-        if not train.gradient_checkpointing:
-            ideas.append("--gradient-checkpointing")
-        if train.dtype == "float32" and self.device.fast_dtypes != ("float32",):
-            ideas.append(f"--dtype {self.device.default_dtype}")
-        return f"Less is needed with {', or with '.join(ideas or ['a smaller model', 'a shorter --block-size'])}."
 
     def _evaluate(self) -> bool:
         """Held-out loss; whether it is the best so far."""
@@ -358,6 +348,8 @@ class Trainer:
                 sources=self._sources(),
             )
         )
+        for note in self.notes:
+            self._report(MemoryPlanned(self.progress.step, note))
         if self.baseline:
             self._report(dataclasses.replace(self.baseline, step=self.progress.step))
 

@@ -19,7 +19,7 @@ from rich.prompt import Confirm, Prompt
 from rich.table import Table
 
 from twingpt.core import backend as backends
-from twingpt.core import depth, launch
+from twingpt.core import depth, launch, memory
 from twingpt.core.backend import Backend, Device
 from twingpt.core.config import PRESETS, GPTConfig, TrainConfig, unknown_choice
 from twingpt.core.console import human_bytes, human_count, human_time
@@ -55,11 +55,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a dry run measured: seconds of a step, of a batch of evaluation and of compiling, and memory at most."""
+    """What a dry run measured: seconds of a step, of a batch of evaluation and of compiling."""
 
     step: float
     evaluation_batch: float
-    peak_bytes: int
     start: float = 0.0
 
 
@@ -187,6 +186,11 @@ def _ask_length(console: Console, place: Place, spec: str, data: TokenDataset) -
             console.print(f"  In full, {depth.describe(size['depth'], config, train)}")
         span = _ask(console, "How long? [dim](5m, 1h30m, or a number of steps)[/]", "10m", parse_span)
         try:
+            train, notes = memory.plan(
+                config, train, place.engines.NAME, place.device, place.engines.free_memory(place.device), size.keys()
+            )
+            for note in notes:
+                console.print(f"  {escape(note)}")
             with console.status(f"Training a few steps on {place} to measure them … (Ctrl-C leaves)"):
                 speed = measure(config, train, data, place)
         except (RuntimeError, MemoryError, UserError) as error:
@@ -194,7 +198,7 @@ def _ask_length(console: Console, place: Place, spec: str, data: TokenDataset) -
             console.print(f"[red]This size does not train on {place}: {escape(reason)}[/]")
             continue
         planned = plan(config, train, data, speed, span)
-        console.print(_estimate(config, train, data, speed, planned))
+        console.print(_estimate(config, train, data, speed, planned, place))
         return size, planned
 
 
@@ -261,13 +265,9 @@ class _DryRun:
             self.engine.read([self.engine.evaluate(tokens, targets)])
         return time.perf_counter() - start
 
-    def peak(self) -> int:
-        """Bytes in use at most so far."""
-        return self.engine.memory().peak
-
 
 def measure(config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Place) -> Speed:
-    """Train on real batches for a few seconds, and evaluate one; UserError where memory would not do.
+    """Train on real batches for a few seconds, and evaluate one.
 
     Where a step has more micro-batches than that time holds, some are measured and the rest is added.
     Where even one is too long for a CPU, one window and two are, and the rest is added.
@@ -276,25 +276,15 @@ def measure(config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Pl
     cpu = place.device.kind == "cpu"  # elsewhere other shapes would compile again
     one = dry.seconds(1) if cpu else 0.0
     if one * rows > PATIENCE_SECONDS:
-        before = dry.peak()
         row = max(0.0, dry.seconds(2) - one)
-        peak = before + (rows - 1) * (dry.peak() - before)
-        _check_memory(place, peak)
-        return Speed(one + (rows * micro_batches - 1) * row, rows * dry.evaluation(1), peak)
+        return Speed(one + (rows * micro_batches - 1) * row, rows * dry.evaluation(1))
     first = step = dry.seconds(rows)  # compiles where that is on, and allocates
     if not cpu or first < MEASURED_SECONDS:
         step = dry.seconds(rows)
         measured = max(1, min(micro_batches, int(MEASURED_SECONDS / step)))
         updates = max(1, min(200, int(MEASURED_SECONDS / (step * measured))))
         step = dry.seconds(rows, measured, updates) / updates / measured
-    _check_memory(place, dry.peak())
-    return Speed(step * micro_batches, dry.evaluation(rows), dry.peak(), max(0.0, first - step))
-
-
-def _check_memory(place: Place, peak: int) -> None:
-    memory = place.device.memory_bytes
-    if memory and peak > memory:
-        raise UserError(f"it needs about {human_bytes(peak)} of memory, and {place} has {human_bytes(memory)}.")
+    return Speed(step * micro_batches, dry.evaluation(rows), max(0.0, first - step))
 
 
 def plan(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed, span: float | int) -> Plan:
@@ -319,7 +309,9 @@ def checkpoint_bytes(config: GPTConfig, train: TrainConfig) -> int:
     return 4 * (parameter_count(config) + sum(math.prod(shape) for shape in state.values()))
 
 
-def _estimate(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed, planned: Plan) -> Table:
+def _estimate(
+    config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed, planned: Plan, place: Place
+) -> Table:
     tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
     disk = checkpoint_bytes(config, train)
     rows: list[tuple[str, Any]] = [
@@ -328,7 +320,7 @@ def _estimate(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: 
         ("steps", f"{planned.steps:,} of {tokens:,} tokens"),
         ("epochs over the data", f"{planned.steps * tokens / len(data.splits['train']):.2f}"),
         ("total time", human_time(planned.seconds)),
-        ("memory at most", human_bytes(speed.peak_bytes)),
+        ("memory", human_bytes(memory.needed(config, train, place.engines.NAME, place.device.kind))),
         ("a checkpoint on disk", f"{human_bytes(disk)}, the {train.keep} latest and the best are kept"),
     ]
     table = Table(box=box.SIMPLE, show_header=False, padding=(0, 1), title="Estimate", title_justify="left")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import MODEL, Checkpoint, write_model
+from twingpt.core.checkpoint import MODEL, write_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
@@ -24,9 +24,11 @@ from twingpt.weights.families import FAMILIES, Family, family_for, family_of
 Array = np.ndarray
 
 INDEX = f"{MODEL}.index.json"
-COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 FLOATS = ("F32", "F16", "BF16")
 HEAD = "lm_head.weight"
+
+Layout = Mapping[str, tuple[str, ...]]  # a tensor of theirs -> those of ours that it holds
+Found = dict[str, tuple[TensorFile, str]]  # a tensor of theirs -> where it is, and its name there
 
 
 def is_huggingface(path: str | Path) -> bool:
@@ -35,7 +37,7 @@ def is_huggingface(path: str | Path) -> bool:
     if not (folder / "config.json").is_file() or (folder / "manifest.json").exists():
         return False
     try:
-        return "twingpt" not in _read_json(folder, "config.json")
+        return "twingpt" not in read_json(folder, "config.json")
     except UserError:  # the one who opens it says what is wrong
         return True
 
@@ -45,21 +47,26 @@ def read_config(folder: Path) -> GPTConfig:
 
     Raises UserError, naming the file, for a family or an option that isn't supported.
     """
-    content = _read_json(folder, "config.json")
+    content = read_json(folder, "config.json")
     try:
         return family_of(content).config(content)
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
+    except OverflowError:
+        raise UserError(f"{folder / 'config.json'}: a number in it is too large.") from None
 
 
-def tensors(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
+def tensors(
+    folder: Path, config: GPTConfig, family: Family | None = None, files: Sequence[TensorFile] = ()
+) -> Iterator[tuple[str, Array]]:
     """(name, float32 array) of every parameter, in the order of the parameter table, one at a time.
 
-    All names, shapes and dtypes are checked before the first is read; UserError names the tensor and the file.
+    All names, shapes and dtypes are checked before the first is read; UserError names the tensor and the
+    file. `family` and `files` are those of the folder, but where its format differs from Hugging Face's.
     """
-    family = family_of(_read_json(folder, "config.json"))
+    family = family or family_of(read_json(folder, "config.json"))
     layout = family.layout(config)
-    found = _by_canonical_name(_tensor_files(folder), family, layout, config)
+    found = _by_canonical_name(files or tensor_files(folder), family, layout)
     _check(found, family, layout, config, folder)
     return _read(found, family, layout, config)
 
@@ -70,6 +77,7 @@ class HuggingFaceModel:
 
     folder: Path
     config: GPTConfig
+    family: str
     quantization: None = None
 
     def tokenizer(self) -> Tokenizer:
@@ -90,7 +98,7 @@ class HuggingFaceModel:
 def open_huggingface(path: str | Path) -> HuggingFaceModel:
     """Open a Hugging Face directory; UserError for one that can't be read as a model of ours."""
     folder = expand(path)
-    return HuggingFaceModel(folder, read_config(folder))
+    return HuggingFaceModel(folder, read_config(folder), family_of(read_json(folder, "config.json")).model_type)
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -107,7 +115,8 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of the directory; UserError where there is none."""
     path = _inside(folder, name)
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -122,7 +131,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _tensor_files(folder: Path) -> list[TensorFile]:
+def tensor_files(folder: Path) -> list[TensorFile]:
     """model.safetensors, or the files that its index names."""
     if (folder / MODEL).exists():
         return [TensorFile(_inside(folder, MODEL))]
@@ -130,7 +139,7 @@ def _tensor_files(folder: Path) -> list[TensorFile]:
         found = next((path.name for path in folder.glob("*.bin")), None)
         hint = f": {found} is a pickle, which could run code; save it as safetensors first." if found else "."
         raise UserError(f"{folder} has no {MODEL}{hint}")
-    places = _read_json(folder, INDEX).get("weight_map")
+    places = read_json(folder, INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise UserError(f"{folder / INDEX} has no weight_map from tensors to files.")
     files = {name: TensorFile(_inside(folder, name)) for name in sorted(set(places.values()))}
@@ -140,12 +149,7 @@ def _tensor_files(folder: Path) -> list[TensorFile]:
     return list(files.values())
 
 
-Found = dict[str, tuple[TensorFile, str]]
-
-
-def _by_canonical_name(
-    files: Iterable[TensorFile], family: Family, layout: Mapping[str, Any], config: GPTConfig
-) -> Found:
+def _by_canonical_name(files: Iterable[TensorFile], family: Family, layout: Layout) -> Found:
     """Every tensor that takes part in the model -> its file, and its name there."""
     found: Found = {}
     for file in files:
@@ -158,9 +162,7 @@ def _by_canonical_name(
     return found
 
 
-def _check(
-    found: Found, family: Family, layout: Mapping[str, tuple[str, ...]], config: GPTConfig, folder: Path
-) -> None:
+def _check(found: Found, family: Family, layout: Layout, config: GPTConfig, folder: Path) -> None:
     """Names, shapes and dtypes against the parameter table; takes a tied head that is there out of `found`."""
     table = parameter_table(config)
     head = family.rename(HEAD)
@@ -181,9 +183,7 @@ def _check(
             raise UserError(f"The tensor {stored} in {file.path} is {entry.dtype}, and must be {' or '.join(FLOATS)}.")
 
 
-def _read(
-    found: Found, family: Family, layout: Mapping[str, tuple[str, ...]], config: GPTConfig
-) -> Iterator[tuple[str, Array]]:
+def _read(found: Found, family: Family, layout: Layout, config: GPTConfig) -> Iterator[tuple[str, Array]]:
     homes = {ours: (theirs, i) for theirs, parts in layout.items() for i, ours in enumerate(parts)}
     whole: dict[str, Array] = {}  # of theirs, until the last part is taken
     for ours in parameter_table(config):
@@ -202,15 +202,13 @@ def write(
     config: GPTConfig,
     parameters: Iterable[tuple[str, Array]],
     end_of_text: int | None = None,
-    copied: Iterable[Path] = (),
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Write a model as a Hugging Face directory, atomically, holding one tensor at a time; the family's name.
 
-    `parameters` come in the order of the parameter table; `copied` are files to put beside them. Raises
-    UserError where `folder` exists, or no family in transformers computes this model.
+    `parameters` come in the order of the parameter table; `texts` are further files, by name. What was at
+    `folder` is replaced. Raises UserError where no family in transformers computes this model.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder, or remove it.")
     family = family_for(config)
     if family is None:
         raise UserError(
@@ -221,18 +219,19 @@ def write(
     content = family.content(config) | {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     try:
         with new_folder(folder) as temporary:
-            write_model(temporary, shapes, _joined(parameters, family, layout, config))
+            write_model(temporary, shapes, joined(parameters, family, layout, config))
             write_synced(temporary / "config.json", json.dumps(content, indent=2).encode())
-            for path in copied:
-                shutil.copyfile(path, temporary / path.name)
+            for name, text in texts.items():
+                write_synced(temporary / name, text.encode())
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}.") from error
     return family.model_type
 
 
-def _joined(
-    parameters: Iterable[tuple[str, Array]], family: Family, layout: Mapping[str, tuple[str, ...]], config: GPTConfig
+def joined(
+    parameters: Iterable[tuple[str, Array]], family: Family, layout: Layout, config: GPTConfig
 ) -> Iterator[tuple[str, Array]]:
+    """Our parameters, in the order of the parameter table -> theirs, in the order of the family's layout."""
     homes = {ours: theirs for theirs, parts in layout.items() for ours in parts}
     waiting: dict[str, list[Array]] = {}
     for ours, array in parameters:
@@ -241,10 +240,3 @@ def _joined(
         parts.append(array)
         if len(parts) == len(layout[theirs]):
             yield theirs, family.joined(waiting.pop(theirs), theirs, config)
-
-
-def export(checkpoint: Checkpoint | HuggingFaceModel, folder: Path) -> str:
-    """Write a checkpoint as a Hugging Face directory, with its tokenizer; as `write`."""
-    copied = [path for name in COPIED if (path := checkpoint.folder / name).is_file()]
-    end_of_text = checkpoint.tokenizer().end_of_text if (checkpoint.folder / "tokenizer.json").exists() else None
-    return write(folder, checkpoint.config, checkpoint.parameters(), end_of_text, copied)

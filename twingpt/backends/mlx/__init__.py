@@ -1,6 +1,6 @@
 """The MLX backend: Metal on Apple silicon, CUDA and CPU on Linux."""
 
-from twingpt.backends.mlx.device import details, devices, free_memory, matmul, memory_errors  # isort: skip  (opens a BLAS before mlx is imported)
+from twingpt.backends.mlx.device import arrays_peak, details, devices, free_memory, matmul, memory_errors  # isort: skip  (opens a BLAS before mlx is imported)
 from twingpt.backends.mlx.decoding import DecodeEngine
 from twingpt.backends.mlx.training import TrainEngine, loss_memory
 
@@ -10,6 +10,7 @@ __all__ = [
     "NAME",
     "DecodeEngine",
     "TrainEngine",
+    "arrays_peak",
     "details",
     "devices",
     "free_memory",

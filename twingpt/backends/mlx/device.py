@@ -1,7 +1,7 @@
 """Devices, dtypes and memory in MLX: the twin of `backends/torch/device.py`. Opens a fast BLAS first.
 
 Two names have no twin: `on_device`, because MLX's arrays belong to no device and its operations do, and
-`keep_resident`, because only Metal wires memory.
+`keep_resident`, because only Metal wires memory; and `return_freed_memory` of the other has none here.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _metal() -> Device:
 def _cuda() -> Device:
     info = mx.device_info(mx.gpu)
     fast = _known(*host.nvidia_fast_dtypes(int(info["compute_capability_major"])))
-    default = "bfloat16" if "bfloat16" in fast else "float32"
+    default = fast[-1]  # float16 where only that is
     return Device("gpu", "cuda", str(info["device_name"]), tuple(DTYPES), fast, default, int(info["total_memory"]))
 
 
@@ -133,6 +133,14 @@ def memory(device: Device) -> Memory:
     if device.kind == "cpu":
         return host.process_memory()
     return Memory(mx.get_active_memory(), mx.get_peak_memory())
+
+
+def arrays_peak(device: Device, run: Callable[[], Any]) -> int:
+    """Bytes at most of the arrays that `run` makes, which on a CPU are less than what the process holds."""
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory() - before
 
 
 def free_memory(device: Device) -> int:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import platform
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,7 +55,7 @@ def _cuda(index: int) -> Device:
         fast = _known("float32", "float16", "bfloat16")
     else:
         fast = _known("float32", "float16")
-    default = "bfloat16" if "bfloat16" in fast else "float32"
+    default = fast[-1]  # float16 where only that is
     return Device(f"cuda:{index}", "cuda", properties.name, fast, fast, default, properties.total_memory)
 
 
@@ -78,6 +84,24 @@ def memory(device: Device) -> Memory:
     return host.process_memory()
 
 
+def arrays_peak(device: Device, run: Callable[[], Any]) -> int:
+    """Bytes at most of the arrays that `run` makes. On a CPU, whose process holds more, by torch's profiler."""
+    if device.kind == "cpu":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as traced:
+            run()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            traced.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+        return max(accumulate((size for _, size in changes), initial=0))
+    before = memory(device).now
+    if device.kind in ("cuda", "xpu"):
+        getattr(torch, device.kind).reset_peak_memory_stats(device.name)
+    run()
+    return memory(device).peak - before
+
+
 def free_memory(device: Device) -> int:
     """Bytes that could still be allocated on the device."""
     if device.kind == "cuda":
@@ -99,6 +123,17 @@ def memory_errors() -> Iterator[None]:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(str(error)):
             raise OutOfMemoryError("PyTorch ran out of memory.") from error
         raise
+
+
+def return_freed_memory(device: Device) -> None:
+    """Let glibc return large freed arrays to the system at once, on a Linux CPU; it takes some time.
+
+    By default its heap keeps them, and their gaps rarely fit torch's aligned arrays: computing activations
+    again would take as much memory as keeping them.
+    """
+    if device.kind == "cpu" and platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        M_MMAP_THRESHOLD = -3  # malloc.h
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:

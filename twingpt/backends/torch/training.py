@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twingpt.backends.torch import model
 from twingpt.backends.torch.decoding import DecodeEngine
-from twingpt.backends.torch.device import DTYPES, memory, to_device, to_numpy
+from twingpt.backends.torch.device import DTYPES, memory, return_freed_memory, to_device, to_numpy
 from twingpt.backends.torch.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
@@ -76,6 +76,8 @@ class TrainEngine:
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.settings = (config, model.Rope(config, torch.device(device.name)), DTYPES[dtype])
         self.again = gradient_checkpointing
+        if gradient_checkpointing:
+            return_freed_memory(device)
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
         self.losses: list[Array] = []

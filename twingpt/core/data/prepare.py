@@ -24,7 +24,8 @@ from twingpt.core.data.shards import SPLITS, TokenDataset
 from twingpt.core.data.sources import Source
 from twingpt.core.data.workers import VAL_FRACTION, Encoded, Work, place, tail
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer import Tokenizer, files, make
+from twingpt.core.tokenizer import TOKENIZERS, Tokenizer, files, make
+from twingpt.core.tokenizer import find as find_tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
 
 FEW = 20  # text files; with so few it is worth counting before encoding
@@ -35,11 +36,16 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
 
 @dataclass(frozen=True)
 class How:
-    """What is made of the sources: the tokenizer's name and size, or the tokenizer itself, and what to note."""
+    """What is made of the sources: by the tokenizer of this name and size, or found at this place, or given."""
 
     kind: str
     vocab_size: int
     tokenizer: Tokenizer | None = None
+
+    def __post_init__(self) -> None:
+        """Find the tokenizer that `kind` is the place of."""
+        if self.tokenizer is None and self.kind not in TOKENIZERS:
+            object.__setattr__(self, "tokenizer", find_tokenizer(self.kind))
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -113,6 +119,8 @@ def learn(specs: Sequence[str], kind: str, vocab_size: int) -> Tokenizer:
 
     It is kept in `paths.home()/tokenizers`, under the digest of all it depends on.
     """
+    if kind not in TOKENIZERS:
+        return find_tokenizer(kind)
     found, how = {spec: sources.load(spec) for spec in specs}, How(kind, vocab_size)
     key = "/".join([str(shards.SCHEMA), how.key, *(source.digest for source in found.values())])
     folder = paths.home() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:12]

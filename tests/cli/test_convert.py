@@ -1,0 +1,238 @@
+"""gpt convert: any format that is read to any that is written, and back to the same bits."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+
+from tests.conftest import needs, write_prose
+from twingpt.core import checkpoint, reference
+from twingpt.core.checkpoint import open_checkpoint, save_model
+from twingpt.core.config import SHAPES, GPTConfig
+from twingpt.core.parameters import initialise, parameter_table
+from twingpt.core.quantize import Quantization
+from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.weights.formats import open_model
+
+SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64, "init_std": 0.1}
+
+
+@pytest.fixture
+def source(tmp_path):
+    def make(**switches):
+        config = GPTConfig.from_dict({**SMALL, **switches})
+        save_model(tmp_path / "source", config, ByteTokenizer(), initialise(config, 1))
+        return tmp_path / "source"
+
+    return make
+
+
+def converted(gpt, *arguments):
+    code, out, err = gpt("convert", *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def refused(gpt, *arguments) -> str:
+    code, _, err = gpt("convert", *arguments)
+    assert code == 2 and err.count("\n") == 1, err
+    return err
+
+
+def same(a, b) -> bool:
+    a, b = dict(a.parameters()), dict(b.parameters())
+    return list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+THERE = [("hf", {"n_kv_head": 2}), ("hf", SHAPES["gpt2"]), ("hf", {"qk_norm": False, "tie_embeddings": False})]
+THERE += [("mlx", {"n_kv_head": 2}), ("twingpt", {"mlp": "relu2", "smear": True})]
+THERE += [pytest.param("torch", {"mlp": "relu2"}, marks=needs("torch"))]
+
+
+@pytest.mark.parametrize(("to", "switches"), THERE)
+def test_there_and_back_is_bit_identical(gpt, source, tmp_path, to, switches):
+    folder = source(**switches)
+    result = converted(gpt, folder, tmp_path / "there", "--to", to)
+    assert result["source_format"] == "twingpt" and result["target_format"] == to and result["unquantized"] == {}
+    assert result["parameters"] == sum(row.size for row in parameter_table(open_checkpoint(folder).config).values())
+    assert result["bytes"] > 4 * result["parameters"]
+    back = converted(gpt, tmp_path / "there", tmp_path / "back", "--to", "twingpt")
+    assert back["source_format"] == {"hf": "huggingface", "mlx": "huggingface"}.get(to, to)
+    first, last = open_checkpoint(folder), open_checkpoint(tmp_path / "back")
+    assert dataclasses.replace(last.config, init_std=0.1) == first.config and same(first, last)
+    assert last.tokenizer().kind == "byte" and last.tokenizer().digest == first.tokenizer().digest
+
+
+def test_a_model_of_ours_becomes_a_hugging_face_directory_unless_told_otherwise(gpt, source, tmp_path):
+    assert converted(gpt, source(), tmp_path / "hf")["target_format"] == "hf"
+    assert converted(gpt, tmp_path / "hf", tmp_path / "ours")["target_format"] == "twingpt"
+
+
+@pytest.mark.parametrize("to", ["twingpt", "mlx"])
+def test_quantized_directories_are_read_back_to_the_bit(gpt, source, tmp_path, to):
+    folder = source(n_kv_head=2, n_inner=200)
+    result = converted(gpt, folder, tmp_path / "q", "--to", to, "--q-bits", 4, "--q-group-size", 32)
+    assert result["bytes"] < 4 * result["parameters"] / 2
+    assert set(result["unquantized"]) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+    assert "width 200 is not a multiple of 32" in next(iter(result["unquantized"].values()))
+    wanted = dict(
+        Quantization(4, 32).apply(initialise(open_checkpoint(folder).config, 1), open_checkpoint(folder).config)
+    )
+    opened = open_model(tmp_path / "q")
+    assert opened.format == {"twingpt": "twingpt", "mlx": "mlx-lm"}[to]
+    assert opened.model.quantization == Quantization(4, 32)
+    stored = dict(opened.model.stored())
+    assert stored.keys() == wanted.keys() and all(np.array_equal(stored[name], wanted[name]) for name in wanted)
+    again = converted(gpt, tmp_path / "q", tmp_path / "again", "--to", "twingpt")  # the very words, not new ones
+    kept = dict(open_checkpoint(tmp_path / "again").stored())
+    assert all(np.array_equal(kept[name], wanted[name]) for name in wanted) and again["unquantized"]
+
+
+@needs("torch")
+def test_what_quantization_costs_is_measured(gpt, source, tmp_path):
+    data = write_prose(tmp_path)
+    options = ("--q-bits", 4, "--data", data, "--backend", "torch")
+    result = converted(gpt, source(), tmp_path / "q", *options)
+    assert result["val_loss"] > 1 and 0 < abs(result["val_loss"] - result["val_loss_quantized"]) < 0.2
+    code, out, _ = gpt("convert", tmp_path / "source", tmp_path / "q", "--force", *options)
+    assert code == 0 and "Held-out loss: " in out
+    assert "give --q-bits too" in refused(gpt, tmp_path / "source", tmp_path / "r", "--data", data)
+
+
+@needs("mlx")
+def test_mlx_lm_reads_and_writes_what_we_do(gpt, source, tmp_path):
+    import twingpt.backends.mlx  # noqa: F401  (opens a fast BLAS before mlx_lm imports mlx)
+
+    mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    import mlx.core as mx
+
+    folder = source(n_kv_head=2)
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 20))
+    converted(gpt, folder, tmp_path / "q", "--to", "mlx", "--q-bits", 4)
+    model, _ = mlx_lm.load(str(tmp_path / "q"))
+    opened = open_model(tmp_path / "q").model
+    expected = reference.forward(dict(opened.parameters()), tokens, opened.config)
+    assert np.abs(np.array(model(mx.array(tokens))) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+    converted(gpt, folder, tmp_path / "hf", "--to", "hf")
+    mlx_lm.convert(str(tmp_path / "hf"), str(tmp_path / "theirs"), quantize=True, q_bits=8, q_group_size=32)
+    found = open_model(tmp_path / "theirs")
+    assert found.format == "mlx-lm" and found.model.quantization == Quantization(8, 32)
+    model, _ = mlx_lm.load(str(tmp_path / "theirs"))
+    expected = reference.forward(dict(found.model.parameters()), tokens, found.model.config)
+    assert np.abs(np.array(model(mx.array(tokens))) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@needs("mlx")
+def test_mlx_lm_directories_keep_gpt2_as_its_models_have_it(gpt, source, tmp_path):
+    import twingpt.backends.mlx  # noqa: F401
+
+    mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    folder = source(**SHAPES["gpt2"])
+    converted(gpt, folder, tmp_path / "hf", "--to", "hf")
+    mlx_lm.convert(str(tmp_path / "hf"), str(tmp_path / "theirs"))
+    found = open_model(tmp_path / "theirs")
+    assert found.format == "mlx-lm" and same(found.model, open_checkpoint(folder))
+    assert "mlx-lm transposes" in refused(gpt, folder, tmp_path / "q", "--to", "mlx", "--q-bits", 4)
+    assert not (tmp_path / "q").exists()
+
+
+def test_inspect(gpt, source):
+    folder = source(n_kv_head=2)
+    described = converted(gpt, folder, "--inspect")
+    assert described["source_format"] == "twingpt" and described["family"] == "qwen3"
+    assert described["dtypes"] == {"F32": len(described["tensors"])} and described["tokenizer"] == "byte, 257 ids"
+    assert described["tensors"]["model.embed_tokens.weight"] == [257, 64]
+    code, out, _ = gpt("convert", folder, "--inspect")
+    assert code == 0 and "2 layers, 4 heads (2 for keys and values) of 16" in out and "257 × 64" in out
+
+
+def test_the_card_says_what_the_model_is(gpt, source, tmp_path):
+    converted(gpt, source(), tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "2 layers, 64 wide" in card
+    converted(gpt, tmp_path / "source", tmp_path / "q", "--q-bits", 8)
+    assert "8 bits in groups of 64" in (tmp_path / "q" / "README.md").read_text()
+    open_checkpoint(tmp_path / "q")  # the card is in its manifest
+
+
+def test_generation_settings_go_along(gpt, source, tmp_path):
+    converted(gpt, source(), tmp_path / "hf")
+    settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 256}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(settings))
+    converted(gpt, tmp_path / "hf", tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "generation_config.json").read_text()) == settings
+
+
+def test_nothing_is_overwritten_without_being_told(gpt, source, tmp_path):
+    folder = source()
+    converted(gpt, folder, tmp_path / "hf")
+    assert "replace it with --force" in refused(gpt, folder, tmp_path / "hf")
+    converted(gpt, folder, tmp_path / "hf", "--force")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for force in ([], ["--force"]):
+        assert "exists and is no model" in refused(gpt, folder, tmp_path / "mine", *force)
+        assert "holds the model that is to be converted" in refused(gpt, folder, folder, *force)
+        assert "holds the model that is to be converted" in refused(gpt, folder, tmp_path, *force)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Where should the result go?"),
+        (["new", "--to", "onnx"], "Unknown format 'onnx'"),
+        (["new", "--to", "hf", "--q-bits", 4], "--q-bits is for --to twingpt or mlx"),
+        (["new", "--q-bits", 5], "bits 5 is not known: choose 4 or 8"),
+        (["new", "--q-bits", 4, "--q-group-size", 48], "group_size 48 is not known"),
+    ],
+)
+def test_mistakes(gpt, source, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(gpt, source(), *arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_that_no_family_computes(gpt, source, tmp_path):
+    folder = source(smear=True)
+    for to in ("hf", "mlx"):
+        assert "No transformers family computes this model" in refused(gpt, folder, tmp_path / "new", "--to", to)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_hub_is_not_reached_without_a_network(gpt, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    message = refused(gpt, "someone/some-model", tmp_path / "new")
+    assert "There is no folder someone/some-model, and the Hugging Face hub did not give it" in message
+
+
+def test_a_disk_that_is_full_leaves_nothing(gpt, source, tmp_path, monkeypatch):
+    folder = source()
+
+    def write(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", write)
+    for to in ("hf", "twingpt"):
+        assert "No space left on device" in refused(gpt, folder, tmp_path / "new", "--to", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("torch", marks=needs("torch")), pytest.param("mlx", marks=needs("mlx"))]
+)
+def test_others_models_and_quantized_ones_generate(gpt, source, tmp_path, backend):
+    folder = source(n_kv_head=2)
+    converted(gpt, folder, tmp_path / "hf")
+    converted(gpt, folder, tmp_path / "q", "--q-bits", 8)
+    texts = []
+    for model in (folder, tmp_path / "hf", tmp_path / "q"):
+        code, out, err = gpt("generate", model, "-p", "a", "-m", 12, "--temp", 0, "--backend", backend, "--json")
+        assert code == 0, err
+        texts.append(json.loads(out)["tokens"])
+    assert texts[0] == texts[1] and len(texts[2]) == len(texts[0])

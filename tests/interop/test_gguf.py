@@ -1,0 +1,255 @@
+"""GGUF files: every tensor comes back bit for bit, and llama.cpp computes the same."""
+
+import json
+
+import numpy as np
+import pytest
+
+from twingpt import GPTConfig, UserError
+from twingpt.core import reference
+from twingpt.core.config import SHAPES
+from twingpt.core.data.sources import load
+from twingpt.core.parameters import initialise, parameter_table
+from twingpt.core.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, train_bpe
+from twingpt.weights import gguf as ours
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+
+# 600 ids of the tokenizer, and 8 more rows, as for a padded vocabulary.
+SMALL = {"vocab_size": 608, "block_size": 128, "n_layer": 2, "n_head": 4, "n_embd": 64, "init_std": 0.15}
+LLAMA = {"qk_norm": False}
+
+SUPPORTED = {
+    "qwen3": {"n_kv_head": 2},
+    "untied": {"tie_embeddings": False},
+    "explicit head_dim": {"head_dim": 32},
+    "linear": {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_block_size": 16}},
+    "llama": {**LLAMA, "n_kv_head": 2},
+    "llama with biases": {**LLAMA, "qkv_bias": True, "attn_out_bias": True, "mlp_bias": True},
+    "llama3": {**LLAMA, "rope_scaling": {"type": "llama3", "factor": 8.0, "original_block_size": 32}},
+    "attention factor": {
+        **LLAMA,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_block_size": 16, "attention_factor": 1.3},
+    },
+    "gpt2": SHAPES["gpt2"],
+    "gpt2 untied": {**SHAPES["gpt2"], "tie_embeddings": False},
+}
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(load("python-docs").documents, 600)
+
+
+def parameters(config):
+    """Random, vectors too."""
+    chance = np.random.default_rng(3)
+    for name, array in initialise(config, 5):
+        noise = 0.2 * chance.standard_normal(array.shape) if array.ndim == 1 else 0
+        yield name, (array + noise).astype(np.float32)
+
+
+def read_back(path, config):
+    """Our tensors, by llama.cpp's conventions undone."""
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    taken, found = set(), {}
+    for name, row in parameter_table(config).items():
+        site, kind = name.removeprefix("model.").rsplit(".", 1)
+        number, part = site.split(".", 2)[1:] if site.startswith("layers.") else (None, site)
+        theirs = ours.NAMES.get(part) or ours.NAMES[f"model.{part}"]
+        third = None
+        if f"blk.{number}.attn_qkv.{kind}" in stored and part in ours.FUSED:
+            theirs, third = "attn_qkv", ours.FUSED.index(part)
+        place = f"blk.{number}.{theirs}.{kind}" if number else f"{theirs}.{kind}"
+        taken.add(place)
+        array = stored[place].data
+        if third is not None:
+            array = array[third * row.shape[0] : (third + 1) * row.shape[0]]
+        if theirs in ("attn_q", "attn_k") and not config.qk_norm:
+            array = array.reshape(-1, config.head_dim // 2, 2, *row.shape[1:]).swapaxes(1, 2).reshape(row.shape)
+        found[name] = array
+    assert set(stored) - taken <= {"rope_freqs.weight"}
+    return found
+
+
+def fields(path):
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+@pytest.mark.parametrize("switches", SUPPORTED.values(), ids=SUPPORTED)
+def test_there_and_back_bit_for_bit(tmp_path, bpe, switches):
+    config = GPTConfig.from_dict({**SMALL, **switches})
+    ours.write(tmp_path / "x.gguf", config, parameters(config), bpe, "x")
+    found = read_back(tmp_path / "x.gguf", config)
+    for name, array in parameters(config):
+        assert found[name].dtype == np.float32 and np.array_equal(found[name], array), name
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_half_precision_is_of_matrices_alone(tmp_path, bpe):
+    config = GPTConfig.from_dict({**SMALL, **SHAPES["gpt2"]})
+    ours.write(tmp_path / "x.gguf", config, parameters(config), bpe, "x", "float16")
+    found = read_back(tmp_path / "x.gguf", config)
+    for name, array in parameters(config):
+        wide = array.ndim == 1 or name == "model.embed_positions.weight"
+        assert found[name].dtype == (np.float32 if wide else np.float16), name
+        assert np.array_equal(found[name], array if wide else array.astype(np.float16))
+
+
+def test_the_tokenizer_is_in_it(tmp_path, bpe):
+    config = GPTConfig(**SMALL)
+    ours.write(tmp_path / "x.gguf", config, parameters(config), bpe, "a name")
+    found = fields(tmp_path / "x.gguf")
+    tokens, content = found["tokenizer.ggml.tokens"], bpe.to_json()["model"]
+    assert len(tokens) == 608 and tokens[bpe.end_of_text] == END_OF_TEXT and tokens[600] == "[PAD600]"
+    assert all(tokens[i] == piece for piece, i in content["vocab"].items())
+    assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in content["merges"]]
+    kinds = found["tokenizer.ggml.token_type"]
+    assert (kinds[0], kinds[599], kinds[600]) == (1, 3, 5)  # ordinary, control, unused
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert found["tokenizer.ggml.eos_token_id"] == found["tokenizer.ggml.bos_token_id"] == bpe.end_of_text
+    assert found["tokenizer.ggml.add_bos_token"] is False and found["general.name"] == "a name"
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        ({"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}, "gpt-2"),
+        ({"type": "ByteLevel", "use_regex": True, "add_prefix_space": True}, None),
+        ({"type": "Sequence", "pretokenizers": []}, None),
+        ({"type": "Split", "pattern": {"Regex": "a"}}, None),
+        (None, None),
+    ],
+)
+def test_splits_are_known_by_name(step, name):
+    assert ours._split(step) == name
+
+
+@pytest.mark.parametrize("pattern", ours.SPLITS)
+def test_patterns_are_known_by_name(pattern):
+    level = {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}
+    steps = [{"type": "Split", "pattern": {"Regex": pattern}}, level]
+    assert ours._split({"type": "Sequence", "pretokenizers": steps}) == ours.SPLITS[pattern]
+    steps[0]["pattern"] = {"Regex": pattern + "|x"}
+    assert ours._split({"type": "Sequence", "pretokenizers": steps}) is None
+
+
+REFUSED = {
+    "llama.cpp computes the llama, qwen3 and gpt2 shapes": {"mlp": "relu2"},
+    "gpt2 shapes, and this": {**SHAPES["gpt2"], "mlp": "gelu"},
+    "qwen3 has no attention biases": {"qkv_bias": True, "attn_out_bias": True},
+    "qwen3 has no rope_scaling of type llama3": {
+        "rope_scaling": {"type": "llama3", "factor": 8.0, "original_block_size": 32}
+    },
+    "llama.cpp's yarn has beta_fast and beta_slow": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_block_size": 16, "beta_slow": 2.0}
+    },
+}
+
+
+@pytest.mark.parametrize(("message", "switches"), REFUSED.items(), ids=REFUSED)
+def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, bpe, message, switches):
+    config = GPTConfig.from_dict({**SMALL, **switches})
+    with pytest.raises(UserError, match=message):
+        ours.write(tmp_path / "x.gguf", config, parameters(config), bpe, "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_of_characters_is_refused(tmp_path):
+    config = GPTConfig(**SMALL)
+    with pytest.raises(UserError, match="no form for a tokenizer of kind char"):
+        ours.write(tmp_path / "x.gguf", config, parameters(config), CharTokenizer("abc"), "x")
+
+
+def test_a_tokenizer_beyond_the_model_is_refused(tmp_path, bpe):
+    config = GPTConfig(**{**SMALL, "vocab_size": 599})
+    with pytest.raises(UserError, match="more ids than the model, whose vocabulary is of 599"):
+        ours.write(tmp_path / "x.gguf", config, parameters(config), bpe, "x")
+
+
+def test_a_folder_that_is_a_file_is_one_sentence(tmp_path, bpe):
+    (tmp_path / "file").write_text("")
+    config = GPTConfig(**SMALL)
+    with pytest.raises(UserError, match=r"x\.gguf can't be written: "):
+        ours.write(tmp_path / "file" / "x.gguf", config, parameters(config), bpe, "x")
+
+
+def test_an_interrupted_file_leaves_the_old_one(tmp_path, bpe):
+    (tmp_path / "x.gguf").write_text("old")
+    config = GPTConfig(**SMALL)
+
+    def broken():
+        yield from list(parameters(config))[:3]
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(UserError, match="Input/output error"):
+        ours.write(tmp_path / "x.gguf", config, broken(), bpe, "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"] and (tmp_path / "x.gguf").read_text() == "old"
+
+
+def server(path):
+    """llama.cpp with a file, in float32 throughout, on one thread."""
+    llama = pytest.importorskip("xllamacpp", reason="xllamacpp, a build of llama.cpp, is not installed")
+    settings = llama.CommonParams()
+    settings.model.path = str(path)
+    settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 128, 1, False, -1
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.cpuparams.n_threads = 1
+    return llama.Server(settings)
+
+
+def llama_cpp_logprobs(path, prompt, size):
+    """The log-probability of each id after a text or ids, by llama.cpp."""
+    options = {"n_predict": 1, "temperature": 0.0, "n_probs": size, "cache_prompt": False}
+    answer = server(path).handle_completions({"prompt": prompt, **options})
+    answer = answer if isinstance(answer, dict) else json.loads(answer)
+    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return {entry["id"]: entry["logprob"] for entry in found}
+
+
+TEXT = "The value of the expression is evaluated once, when 12 functions are called: naïve café"
+
+
+def a_prompt(tensors, config, tokenizer):
+    """Ids after which the likeliest token is text by itself: llama.cpp reports no part of a character."""
+    ids = tokenizer.encode(TEXT)
+    ends = [n for n in range(len(ids), 10, -1) if _logits(tensors, config, ids[:n]).argmax() in _words(tokenizer)]
+    return ids[: ends[0]]
+
+
+def _words(tokenizer):
+    return {i for i in range(tokenizer.end_of_text) if tokenizer.token_bytes(i).isascii()}
+
+
+def _logits(tensors, config, ids):
+    return reference.forward(tensors, np.array([ids]), config)[0, -1]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_llama_cpp_computes_the_same(tmp_path, bpe, name):
+    pytest.importorskip("xllamacpp", reason="xllamacpp, a build of llama.cpp, is not installed")
+    config = GPTConfig.from_dict({**SMALL, **SUPPORTED[name]})
+    tensors = dict(parameters(config))
+    ours.write(tmp_path / "x.gguf", config, tensors.items(), bpe, "x")
+    ids = a_prompt(tensors, config, bpe)
+    wanted = -reference.cross_entropy(_logits(tensors, config, ids)[None].repeat(608, 0), np.arange(608))
+    found = llama_cpp_logprobs(tmp_path / "x.gguf", ids.tolist(), 608)
+    # On CPUs its GELU is looked up in a table of half precision.
+    tolerance = 5e-3 if name.startswith("gpt2") else 2e-5
+    assert len(found) == 608 and max(abs(found[i] - wanted[i]) for i in found) <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte"])
+def test_llama_cpp_tokenizes_the_same(tmp_path, bpe, kind):
+    pytest.importorskip("xllamacpp", reason="xllamacpp, a build of llama.cpp, is not installed")
+    config, tokenizer = GPTConfig(**SMALL), bpe if kind == "bpe" else ByteTokenizer()
+    tensors = dict(parameters(config))
+    ours.write(tmp_path / "x.gguf", config, tensors.items(), tokenizer, "x")
+    text = tokenizer.decode(a_prompt(tensors, config, tokenizer))
+    wanted = -reference.cross_entropy(
+        _logits(tensors, config, tokenizer.encode(text))[None].repeat(608, 0), np.arange(608)
+    )
+    found = llama_cpp_logprobs(tmp_path / "x.gguf", text, 608)
+    assert max(abs(found[i] - wanted[i]) for i in found) <= 2e-5

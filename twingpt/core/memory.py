@@ -1,0 +1,257 @@
+"""How much memory a training step takes, from the configuration alone, and what would fit.
+
+The counts of kept arrays follow the backends' models line by line: what the backward pass of each line
+needs again. tests/spec/test_memory.py holds them to what is measured on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from twingpt.core.backend import Device
+from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig, TrainConfig
+from twingpt.core.console import human_bytes
+from twingpt.core.errors import UserError
+from twingpt.core.parameters import MATRIX, optimizer_plan, parameter_count, parameter_table, state_table
+
+FLOAT = 4  # bytes of a float32
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Arrays of the MLP's hidden width that the backward pass needs, the input of the last product among them.
+HIDDEN = {
+    "torch": {"swiglu": 4, "geglu": 4, "geglu_tanh": 4, "gelu": 2, "gelu_tanh": 2, "relu2": 3},
+    "mlx": {"swiglu": 4, "geglu": 6, "geglu_tanh": 5, "gelu": 4, "gelu_tanh": 3, "relu2": 2},
+}
+
+# What a process on a CPU takes for each byte of arrays: a C library's heap leaves gaps between them. Measured
+# with glibc 2.36: 1.05 to 1.4 with torch, whose arrays are aligned, and 1.04 to 1.14 with MLX.
+HEAP = {"torch": 1.25, "mlx": 1.1}
+SHARED = ("cpu", "mps", "metal")  # kinds of devices that have the host's memory
+
+SPARE = 0.1  # of the free memory, left for what isn't counted
+CHANGES = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")  # what a plan may change
+CLEARLY = 1.5  # times all memory: the estimate is never as wrong
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of the arrays of a training step. The first six are for all of it, the others for a moment.
+
+    `casts` are the parameters in the compute dtype, `activations` what the forward pass keeps for the
+    backward pass, and gradients of micro-batches before. At the loss there are `loss` besides, where the
+    backward pass begins `begin`, where it ends `end` and the gradients, and in the optimizer step
+    `update` and the gradients.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    casts: int
+    activations: int
+    loss: int
+    begin: int
+    end: int
+    update: int
+
+    @property
+    def peak(self) -> int:
+        """The most at one time."""
+        begin = self.activations + max(self.loss, self.begin)
+        passes = self.casts + max(begin, self.gradients + self.end)
+        return self.parameters + self.optimizer + max(passes, self.gradients + self.update)
+
+
+def estimate(config: GPTConfig, train: TrainConfig, backend: str, kind: str) -> Estimate:
+    """What a step takes on a backend's device of a `kind`, uncompiled."""
+    counts = Counts(config, train, backend, kind)
+    parameters = FLOAT * parameter_count(config)
+    inside, again = counts.block(), train.gradient_checkpointing
+    kept = counts.width * config.n_embd if again else inside
+    state = state_table(config, train.optimizer, train.dtype)
+    accumulated = parameters if train.gradient_accumulation_steps > 1 else 0
+    ahead = backend == "mlx"  # it works ahead: the loss's arrays, or those of another block computed again, are there
+    redone = inside if again else 0
+    begin = redone + counts.backward() + (max(counts.loss(), redone) if ahead else 0)
+    return Estimate(
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=FLOAT * sum(math.prod(shape) for shape in state.values()),
+        casts=parameters * counts.width // FLOAT if counts.half else 0,
+        activations=config.n_layer * kept + counts.outside() + accumulated,
+        loss=counts.loss(),
+        begin=begin,
+        end=inside + counts.backward() + counts.table() + (accumulated if ahead else 0),
+        update=counts.update(),
+    )
+
+
+def needed(config: GPTConfig, train: TrainConfig, backend: str, kind: str) -> int:
+    """Bytes that a run takes on a device of a `kind`: for a step, or for a copy of all that is saved, on the host."""
+    step = estimate(config, train, backend, kind)
+    saved = 2 * (step.parameters + step.optimizer) if kind in SHARED else 0
+    return int(max(step.peak, saved) * (HEAP[backend] if kind == "cpu" else 1))
+
+
+class Counts:
+    """The parts of an estimate: bytes for the tokens of a micro-batch, by the lines of the backends' models."""
+
+    def __init__(self, config: GPTConfig, train: TrainConfig, backend: str, kind: str) -> None:
+        self.config, self.train, self.backend, self.kind = config, train, backend, kind
+        self.tokens = train.batch_size * config.block_size
+        self.width = BYTES[train.dtype]  # bytes of a number in the compute dtype
+        self.half = self.width < FLOAT
+        self.queries, self.keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.scores = config.n_head * config.block_size  # of a token
+
+    def block(self) -> int:
+        """What the backward pass of a block needs."""
+        c = self.config
+        projections = self.width * (2 * self.queries + 2 * self.keys)  # queries, keys, values; and the result
+        normed = self.norm("rmsnorm") * (self.queries + self.keys) if c.qk_norm else 0
+        hidden = self.width * HIDDEN[self.backend][c.mlp] * c.n_inner
+        sites = sum(map(bool, chain(*NORM_SITES[c.norm_placement])))
+        norms = sites * (self.norm(c.norm) + self.width) * c.n_embd
+        return self.tokens * (norms + normed + projections + self.attention() + hidden + 2 * self.dropout())
+
+    def norm(self, kind: str) -> int:
+        """Bytes for each number that a norm takes, beside its output: the input, and that scaled."""
+        if self.backend == "torch":
+            return FLOAT if kind == "layernorm" or self.kind != "cpu" else 2 * FLOAT
+        return FLOAT + self.width if self.kind == "cpu" else self.width
+
+    def attention(self) -> int:
+        """Bytes of a token for its scores, where no fused kernel computes them again."""
+        if self.config.attn_softcap:
+            return self.scores * (2 * FLOAT + (self.width if self.half else 0))
+        fused = self.backend == "torch" or self.kind == "cuda"  # MLX has no fused backward pass elsewhere
+        return 0 if fused else self.width * self.scores
+
+    def dropout(self) -> int:
+        """Bytes of a token for the mask of one site, which is in the compute dtype in torch on a CPU."""
+        if not self.config.dropout:
+            return 0
+        return self.config.n_embd * (self.width if self.backend == "torch" and self.kind == "cpu" else 1)
+
+    def outside(self) -> int:
+        """What the backward pass needs before and after the blocks."""
+        c = self.config
+        norms = (1 + c.embed_norm) * (self.norm(c.norm) + self.width) * c.n_embd
+        return self.tokens * (norms + c.smear * self.width * c.n_embd + self.dropout())
+
+    def loss(self) -> int:
+        """The logits of a chunk, as often as they are there at a time; and the gradients that the loss keeps."""
+        c = self.config
+        rows = min(LOSS_ROWS, max(1, LOSS_LOGITS // c.vocab_size))
+        logits = FLOAT * min(self.tokens, rows) * c.vocab_size
+        head, hidden = FLOAT * c.vocab_size * c.n_embd, self.width * self.tokens * c.n_embd
+        if self.backend == "mlx":  # measured: it begins the next chunks while one is under way
+            copies = ((4, 8, 9) if c.logit_softcap else (3, 6, 8))[min(-(-self.tokens // rows), 3) - 1]
+            return copies * logits + 2 * head + hidden
+        before = logits * self.width // FLOAT if self.tokens > rows else 0  # the gradient by the last chunk's
+        return (4 if c.logit_softcap else 2) * logits + before + head + hidden
+
+    def backward(self) -> int:
+        """What the backward pass of a block holds besides at its widest moment, in the MLP or the attention."""
+        c = self.config
+        if self.backend == "mlx":  # measured: it works on several lines at a time
+            wide = 3.3 * c.n_inner + 8.6 * c.n_embd + (2.4 * self.scores if self.attention() else 0)
+        else:
+            wide = (2 if c.gated_mlp or c.mlp == "relu2" else 1) * c.n_inner + 1.9 * c.n_embd
+        return int(self.tokens * self.width * wide)
+
+    def table(self) -> int:
+        """The embedding's own gradient, beside the one that it has as a head."""
+        return FLOAT * self.config.vocab_size * self.config.n_embd if self.config.tie_embeddings else 0
+
+    def update(self) -> int:
+        """What an optimizer step holds besides: the clipped gradients, and what is computed of its largest arrays."""
+        table, plan = parameter_table(self.config), optimizer_plan(self.config, self.train.optimizer)
+        sizes = sorted((table[name].size for name in plan.adamw), reverse=True)
+        batches = max((sum(table[name].size for name in batch) for batch in plan.muon), default=0)
+        if self.backend == "mlx":  # measured: it computes ahead, up to some arrays at a time
+            blocks = sorted((table[name].size for name in plan.adamw if table[name].group == MATRIX), reverse=True)
+            return FLOAT * max(2 * sizes[0], 4 * sum(blocks[:4]), 13 * batches)
+        guarded = self.train.skip_nonfinite or self.train.dtype == "float16"
+        clipped = parameter_count(self.config) * (2 if guarded else 1)
+        return FLOAT * (clipped + max(2 * sizes[0], 4 * batches))
+
+
+def plan(
+    config: GPTConfig, train: TrainConfig, backend: str, device: Device, free: int, chosen: Collection[str]
+) -> tuple[TrainConfig, list[str]]:
+    """`train` as it fits the `free` bytes of a device, and what to tell about that.
+
+    Batch size, accumulation and checkpointing change only where the user has not `chosen` them, and never
+    the windows of a step. Raises UserError for a run that is clearly larger than the whole device.
+    """
+    if _fits(config, train, backend, device, free):
+        return train, []
+    smaller = list(_smaller(train, chosen))
+    for candidate in smaller:
+        if _fits(config, candidate, backend, device, free):
+            return candidate, [_said(train, candidate, free)]
+    least = needed(config, smaller[-1] if smaller else train, backend, device.kind)
+    short = f"Training this takes about {human_bytes(least)} of memory, and {device.name} has"
+    hint = advice(config, train, backend, device, free)
+    if device.memory_bytes and least > CLEARLY * device.memory_bytes:
+        raise UserError(f"{short} {human_bytes(device.memory_bytes)}. {hint}")
+    return train, [f"{short} {human_bytes(free)} free. {hint}"]
+
+
+def advice(config: GPTConfig, train: TrainConfig, backend: str, device: Device, free: int | None) -> str:
+    """A sentence that says which options make a run need less: as little as the `free` bytes, where some do."""
+    now = needed(config, train, backend, device.kind)
+    budget = min(now, free or now)  # it doesn't fit, whatever the estimate says
+    ideas = []
+    for smaller in _smaller(train, {"gradient_checkpointing"}):
+        if _fits(config, smaller, backend, device, budget):
+            parts = smaller.gradient_accumulation_steps
+            ideas.append(f"--batch-size {smaller.batch_size} --gradient-accumulation-steps {parts}")
+            break
+    changes: dict[str, dict[str, Any]] = {"--gradient-checkpointing": {"gradient_checkpointing": True}}
+    changes |= {f"--dtype {dtype}": {"dtype": dtype} for dtype in device.fast_dtypes if dtype != "float32"}
+    for flag, change in changes.items():
+        if needed(config, dataclasses.replace(train, **change), backend, device.kind) < now:
+            ideas.append(flag)
+    return f"Less is needed with {', or with '.join(ideas or ['a smaller model', 'a shorter --block-size'])}."
+
+
+def _fits(config: GPTConfig, train: TrainConfig, backend: str, device: Device, free: int) -> bool:
+    return needed(config, train, backend, device.kind) <= (1 - SPARE) * free
+
+
+def _smaller(train: TrainConfig, chosen: Collection[str]) -> Iterator[TrainConfig]:
+    """The same steps in smaller and smaller micro-batches; then, if need be, with activations computed again."""
+    windows = train.batch_size * train.gradient_accumulation_steps
+    sizes = [train.batch_size]
+    if not {"batch_size", "gradient_accumulation_steps"} & set(chosen):
+        sizes = [size for size in range(train.batch_size, 0, -1) if windows % size == 0]
+    again = [train.gradient_checkpointing]
+    if not train.gradient_checkpointing and "gradient_checkpointing" not in chosen:
+        again.append(True)
+    for checkpointing in again:
+        for size in sizes:
+            if (size, checkpointing) != (train.batch_size, train.gradient_checkpointing):
+                yield dataclasses.replace(
+                    train,
+                    batch_size=size,
+                    gradient_accumulation_steps=windows // size,
+                    gradient_checkpointing=checkpointing,
+                )
+
+
+def _said(train: TrainConfig, fitting: TrainConfig, free: int) -> str:
+    parts = []
+    if fitting.batch_size != train.batch_size:
+        parts.append(
+            f"a step is {fitting.gradient_accumulation_steps} micro-batches of {fitting.batch_size} windows, "
+            f"not {train.gradient_accumulation_steps} of {train.batch_size}"
+        )
+    if fitting.gradient_checkpointing != train.gradient_checkpointing:
+        parts.append("the backward pass computes activations again")
+    return f"To fit the {human_bytes(free)} that are free, {', and '.join(parts)}."

@@ -1,0 +1,200 @@
+"""From any format that is read to any that is written, a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twingpt.core.checkpoint import model_texts, save_model
+from twingpt.core.config import GPTConfig, unknown_choice
+from twingpt.core.errors import UserError
+from twingpt.core.parameters import parameter_count
+from twingpt.core.paths import expand
+from twingpt.core.quantize import Quantization
+from twingpt.core.tokenizer import Tokenizer
+from twingpt.weights import gguf, mlx_lm, torch_state
+from twingpt.weights.families import FAMILIES, Family, family_for
+from twingpt.weights.formats import Found, Model
+from twingpt.weights.huggingface import joined, write
+
+Array = np.ndarray
+Progress = Callable[[int], None]
+
+TARGETS = ("twingpt", "hf", "mlx", "torch", "gguf")
+QUANTIZED = ("twingpt", "mlx")
+GENERATION = "generation_config.json"
+
+
+def convert(
+    found: Found,
+    folder: Path,
+    to: str | None = None,
+    quantization: Quantization | None = None,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> dict[str, Any]:
+    """Write a model in the format `to` at `folder`, atomically; what was written, as `gpt convert --json` prints it.
+
+    Without `to`, a model of ours becomes a Hugging Face directory, and any other one of ours. `progress`
+    is told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a
+    format that can't hold the model, and for a `folder` that exists, unless it holds a model and `force` is given.
+    """
+    model = found.model
+    to = to or ("hf" if found.format == "twingpt" and not quantization else "twingpt")
+    if to not in TARGETS:
+        raise unknown_choice("format", to, TARGETS)
+    if quantization and to not in QUANTIZED:
+        raise UserError(f"--q-bits is for --to {' or '.join(QUANTIZED)}: {to} has no such matrices.")
+    folder = expand(folder)
+    check_place(folder, model.folder, force)
+    tensors, tokenizer = _told(model.parameters(), progress), _tokenizer(model)
+    texts = {**_settings(model), "README.md": card(found, to, quantization)}
+    kept: dict[str, str] = {}
+    try:
+        if to == "torch":
+            torch_state.write(folder, model.config, tensors, tokenizer)
+        elif to == "gguf":
+            gguf.write(folder, model.config, tensors, _needed(tokenizer, model), found.model.folder.name)
+        elif to == "twingpt":
+            _write_ours(folder, model, tensors, tokenizer, quantization, texts)
+            stored = quantization or model.quantization
+            kept = stored.kept(model.config) if stored else {}
+        else:
+            kept = _write_theirs(folder, model.config, tensors, tokenizer, quantization, texts)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror or error}.") from error
+    family = family_for(model.config)
+    return {
+        "source_format": found.format,
+        "target_format": to,
+        "family": family.model_type if family and to != "twingpt" else found.family,
+        "parameters": parameter_count(model.config),
+        "bytes": _size(folder),
+        "unquantized": kept,
+        "source": str(model.folder),
+        "target": str(folder),
+    }
+
+
+def check_place(folder: Path, source: Path, force: bool) -> None:
+    """Raise UserError where nothing may be written at `folder`: there is something else, or the source itself."""
+    if folder.resolve() == source.resolve() or folder.resolve() in source.resolve().parents:
+        raise UserError(f"{folder} holds the model that is to be converted: choose another place.")
+    if not folder.exists() and not folder.is_symlink():
+        return
+    is_model = (folder / "config.json").is_file() if folder.is_dir() else folder.suffix == ".gguf"
+    if not is_model:
+        raise UserError(f"{folder} exists and is no model: choose another place.")
+    if not force:
+        raise UserError(f"{folder} exists already: choose another place, or replace it with --force.")
+
+
+def _told(tensors: Iterable[tuple[str, Array]], progress: Progress) -> Iterator[tuple[str, Array]]:
+    for name, array in tensors:
+        yield name, array
+        progress(array.nbytes)
+
+
+def _tokenizer(model: Model) -> Tokenizer | None:
+    """The model's tokenizer, or None where it has none; UserError where it has one that can't be read."""
+    try:
+        return model.tokenizer()
+    except UserError:
+        if (model.folder / "tokenizer.json").exists():
+            raise
+        return None
+
+
+def _needed(tokenizer: Tokenizer | None, model: Model) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError(f"{model.folder} has no tokenizer, and a GGUF file needs one.")
+    return tokenizer
+
+
+def _settings(model: Model) -> dict[str, str]:
+    """The settings for generation that lie beside the model."""
+    path = model.folder / GENERATION
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text("utf-8")
+        json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read: {error}.") from None
+    return {GENERATION: text}
+
+
+def _write_ours(
+    folder: Path,
+    model: Model,
+    tensors: Iterable[tuple[str, Array]],
+    tokenizer: Tokenizer | None,
+    quantization: Quantization | None,
+    texts: Mapping[str, str],
+) -> None:
+    if quantization is None and model.quantization:  # its very bits
+        save_model(folder, model.config, tokenizer, model.stored(), model.quantization, texts, quantized=True)
+    else:
+        save_model(folder, model.config, tokenizer, tensors, quantization, texts)
+
+
+def _write_theirs(
+    folder: Path,
+    config: GPTConfig,
+    tensors: Iterable[tuple[str, Array]],
+    tokenizer: Tokenizer | None,
+    quantization: Quantization | None,
+    texts: Mapping[str, str],
+) -> dict[str, str]:
+    """A directory under Hugging Face's names; the matrices that a quantized one keeps in float32, and why."""
+    family = _family(config)
+    beside = {name: text for name, text in model_texts(config, tokenizer, None).items() if name != "config.json"}
+    beside |= texts
+    end_of_text = tokenizer.end_of_text if tokenizer else None
+    if quantization is None:
+        write(folder, config, tensors, end_of_text, beside)
+        return {}
+    content = family.content(config) | {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    arrays = joined(tensors, family, family.layout(config), config)
+    return mlx_lm.write_quantized(folder, config, family, content, arrays, quantization, beside)
+
+
+def _family(config: GPTConfig) -> Family:
+    family = family_for(config)
+    if family is None:
+        raise UserError(
+            "No transformers family computes this model (see gpt convert --inspect): "
+            f"only those of {', '.join(FAMILIES)} do."
+        )
+    return family
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def card(found: Found, to: str, quantization: Quantization | None) -> str:
+    """A model card: what the model is, where it came from, and how it is used."""
+    config, name = found.model.config, found.model.folder.name
+    library = {"hf": "transformers", "mlx": "mlx"}.get(to, "twingpt")
+    bits = f", {quantization.bits} bits in groups of {quantization.group_size}" if quantization else ""
+    use = {
+        "hf": 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        "mlx": 'import mlx_lm\n\nmodel, tokenizer = mlx_lm.load("FOLDER")',
+    }.get(to, 'import twingpt\n\nmodel = twingpt.load("FOLDER")\nprint(model.generate("Once"))')
+    return (
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- twingpt\n- {found.family}\n---\n\n"
+        f"# {name}\n\n"
+        f"A language model of the {found.family} family: {parameter_count(config):,} parameters, "
+        f"{config.n_layer} layers, {config.n_embd} wide, a context of {config.block_size:,} tokens, "
+        f"a vocabulary of {config.vocab_size:,}{bits}.\n\n"
+        f"Converted from the {found.format} format by TwinGPT's `gpt convert`.\n\n"
+        f"```python\n{use}\n```\n"
+    )

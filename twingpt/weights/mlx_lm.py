@@ -1,0 +1,209 @@
+"""mlx-lm's directories: Hugging Face's names, matrices as mlx-lm's models keep them, maybe quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twingpt.core.checkpoint import write_model
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
+from twingpt.core.parameters import VECTOR, parameter_table
+from twingpt.core.paths import expand, new_folder, write_synced
+from twingpt.core.quantize import Quantization, dequantize, from_config, quantize
+from twingpt.core.tensors import TensorFile
+from twingpt.core.tokenizer import Tokenizer
+from twingpt.core.tokenizer import load as load_tokenizer
+from twingpt.weights.families import Family, family_of
+from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files, tensors
+
+Array = np.ndarray
+
+QUANTIZATION = ("quantization", "quantization_config")
+
+
+class DequantizedFile(TensorFile):
+    """A file of mlx-lm's whose quantized matrices look like float32 ones."""
+
+    def __init__(self, path: Path, quantization: Quantization) -> None:
+        super().__init__(path)
+        self.parts: dict[str, tuple[str, str]] = {}
+        visible = dict(self.entries)
+        for name, entry in self.entries.items():
+            base = name.removesuffix(".weight")
+            scales, biases = f"{base}.scales", f"{base}.biases"
+            if base == name or entry.dtype != "U32" or not {scales, biases} <= self.entries.keys():
+                continue
+            shape = (*entry.shape[:-1], entry.shape[-1] * 32 // quantization.bits)
+            groups = (*shape[:-1], shape[-1] // quantization.group_size)
+            for part in (scales, biases):
+                if self.entries[part].shape != groups or self.entries[part].dtype not in ("F32", "F16", "BF16"):
+                    raise UserError(f"The tensor {part} in {path} does not fit the matrix that it belongs to.")
+                del visible[part]
+            self.parts[name] = scales, biases
+            visible[name] = dataclasses.replace(entry, dtype="F32", shape=shape)
+        self.stored, self.entries = self.entries, visible
+
+    def read(self, name: str) -> Array:
+        """A tensor as its entry describes it."""
+        if name not in self.parts:
+            return super().read(name)
+        words, scales, biases = self.words(name)
+        return dequantize(words, scales, biases, self.entries[name].shape[-1])
+
+    def words(self, name: str) -> tuple[Array, Array, Array]:
+        """A quantized matrix as it is stored: its words, and its scales and biases in float32."""
+        scales, biases = (
+            self._in_float32(self._read(part, self.stored[part]), part, self.stored[part]) for part in self.parts[name]
+        )
+        return self._read(name, self.stored[name]), scales, biases
+
+
+@dataclass(frozen=True)
+class MLXModel:
+    """A directory that mlx-lm wrote; tensors are read when asked for."""
+
+    folder: Path
+    config: GPTConfig
+    layout: Family
+    source: Quantization | None
+
+    @property
+    def family(self) -> str:
+        """Its `model_type`."""
+        return self.layout.model_type
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """As in the file, where its matrices are ours one by one and those that we would quantize; else None."""
+        if self.source is None or any(len(parts) > 1 for parts in self.layout.layout(self.config).values()):
+            return None
+        theirs = {self._ours(file, name) for file in self._files() for name in file.parts}
+        return self.source if theirs == set(self.source.matrices(self.config)) else None
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in tokenizer.json."""
+        if not (self.folder / "tokenizer.json").exists():
+            raise UserError(f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text.")
+        return load_tokenizer(self.folder)
+
+    def parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) of every parameter, dequantized where need be."""
+        files = self._files() if self.source else tensor_files(self.folder)
+        return tensors(self.folder, self.config, self.layout, files)
+
+    def stored(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, array) of every tensor as `quantization` says; a quantized matrix keeps its very bits."""
+        if self.quantization is None:
+            yield from self.parameters()
+            return
+        homes = {self._ours(file, name): (file, name) for file in self._files() for name in file.parts}
+        for name, array in self.parameters():
+            base = name.removesuffix(".weight")
+            if base not in homes or base == name:
+                yield name, array
+                continue
+            file, theirs = homes[base]
+            yield from zip((name, f"{base}.scales", f"{base}.biases"), file.words(theirs), strict=True)
+
+    def _files(self) -> list[DequantizedFile]:
+        if self.source is None:
+            return []
+        return [DequantizedFile(file.path, self.source) for file in tensor_files(self.folder)]
+
+    def _ours(self, file: DequantizedFile, name: str) -> str:
+        """Our name, without `.weight`, of a quantized matrix."""
+        layout = self.layout.layout(self.config)
+        canonical = self.layout.canonical(name, layout)
+        if canonical not in layout:
+            raise UserError(f"{file.path} has a tensor {name}, which this model has not.")
+        return layout[canonical][0].removesuffix(".weight")
+
+
+def is_mlx_lm(path: str | Path) -> bool:
+    """Whether `path` is a model directory that mlx-lm wrote: by the mark in its files, or their quantization."""
+    folder = expand(path)
+    if not is_huggingface(folder):
+        return False
+    try:
+        content = read_json(folder, "config.json")
+        quantized = isinstance(content.get("quantization"), dict)
+        return quantized or tensor_files(folder)[0].metadata.get("format") == "mlx"
+    except UserError:  # the one who opens it says what is wrong
+        return False
+
+
+def open_mlx_lm(path: str | Path) -> MLXModel:
+    """Open mlx-lm's directory; UserError, naming the file, for a family or an option that isn't supported."""
+    folder = expand(path)
+    content = read_json(folder, "config.json")
+    source = from_config(content, folder / "config.json")
+    plain = {key: value for key, value in content.items() if key not in QUANTIZATION}
+    try:
+        family = family_of(plain)
+        config = family.config(plain)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    if tensor_files(folder)[0].metadata.get("format") == "mlx":  # saved from its models, which transpose when they load
+        prefix = "model." if family.transposed else family.prefix  # of the one such family, GPT-2
+        family = dataclasses.replace(family, transposed=False, prefix=prefix)
+    return MLXModel(folder, config, family, source)
+
+
+def write_quantized(
+    folder: Path,
+    config: GPTConfig,
+    family: Family,
+    content: Mapping[str, Any],
+    arrays: Iterable[tuple[str, Array]],
+    quantization: Quantization,
+    texts: Mapping[str, str],
+) -> dict[str, str]:
+    """Write a quantized directory for mlx-lm, atomically; the matrices that stayed in float32, and why.
+
+    `content` is its config.json, `arrays` are the tensors under the family's names, in the order of its
+    layout; `texts` are further files, by name. Raises UserError for a family whose files mlx-lm turns
+    around when it loads them, which it can't do to a quantized matrix; OSError where it can't be written.
+    """
+    if family.transposed:
+        raise UserError(f"mlx-lm transposes the matrices of {family.model_type} when it loads them, and can't those "
+                        "that are quantized: write --to mlx without --q-bits, or --to twingpt.")  # fmt: skip
+    table = parameter_table(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes, chosen, kept = {}, set(), {}
+    for name, parts in family.layout(config).items():
+        shape = family.shape(name, [table[ours].shape for ours in parts])
+        matrix = table[parts[0]].group != VECTOR and name.endswith(".weight")
+        if not matrix or shape[-1] % quantization.group_size:
+            shapes[name] = shape
+            if matrix:
+                kept[name] = f"its width {shape[-1]} is not a multiple of {quantization.group_size}"
+            continue
+        chosen.add(name)
+        base = name.removesuffix(".weight")
+        shapes[name], dtypes[name] = (*shape[:-1], shape[-1] * quantization.bits // 32), "U32"
+        shapes |= {
+            f"{base}.{part}": (*shape[:-1], shape[-1] // quantization.group_size) for part in ("scales", "biases")
+        }
+
+    def stored() -> Iterator[tuple[str, Array]]:
+        for name, array in arrays:
+            if name not in chosen:
+                yield name, array
+                continue
+            base = name.removesuffix(".weight")
+            parts = quantize(array, quantization.bits, quantization.group_size)
+            yield from zip((name, f"{base}.scales", f"{base}.biases"), parts, strict=True)
+
+    described = {**content, "quantization": quantization.to_json(), "quantization_config": quantization.to_json()}
+    with new_folder(folder) as temporary:
+        write_model(temporary, shapes, stored(), dtypes)
+        for name, text in {**texts, "config.json": json.dumps(described, indent=2)}.items():
+            write_synced(temporary / name, text.encode())
+    return kept
