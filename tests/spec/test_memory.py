@@ -125,7 +125,13 @@ def test_advice_names_what_needs_less():
 def test_more_of_anything_is_estimated_as_more():
     for backend in ("torch", "mlx"):
         base = estimate(MODEL, TRAIN, backend, "cpu").peak
-        for change in ({"n_layer": 13}, {"vocab_size": 60000}, {"dropout": 0.1}, {"attn_softcap": 30.0}):
+        for change in (
+            {"n_layer": 13},
+            {"vocab_size": 60000},
+            {"dropout": 0.1},
+            {"norm_placement": "both"},
+            {"attn_softcap": 30.0},
+        ):
             assert estimate(dataclasses.replace(MODEL, **change), TRAIN, backend, "cpu").peak > base
         half = dataclasses.replace(TRAIN, dtype="bfloat16")
         again = dataclasses.replace(TRAIN, gradient_checkpointing=True)
@@ -174,3 +180,28 @@ def test_a_new_run_is_made_to_fit_and_goes_on_as_it_was(gpt, prose, tmp_path, ba
     code, out, err = gpt("train", "--resume", run, *common, "--max-iters", 5)
     assert code == 0 and "free. Less is needed with" in out, err
     assert json.loads((run / "run.json").read_text())["train"] == {**described, "max_iters": 5}
+
+
+def test_a_run_goes_on_in_other_micro_batches_of_the_same_steps(gpt, prose, tmp_path):
+    run = tmp_path / "run"
+    code, _, err = gpt("train", "--data", prose, "--out", run, *SMALL, "--batch-size", 8, "--stop-after", 2)
+    assert code == 0, err
+    code, _, err = gpt("train", "--resume", run, "--batch-size", 4)
+    assert code == 2 and "A step of the run has 8 windows, and would have 4: give --batch-size and" in err
+    code, _, err = gpt("train", "--resume", run, "--batch-size", 4, "--gradient-accumulation-steps", 2)
+    assert code == 0, err
+    train = json.loads((run / "run.json").read_text())["train"]
+    assert (train["batch_size"], train["gradient_accumulation_steps"]) == (4, 2)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_out_of_memory_is_answered_with_what_to_change(gpt, prose, tmp_path, backend, monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(backends.get(backend).TrainEngine, "micro", fails)
+    code, _, err = gpt(
+        "train", "--data", prose, "--out", tmp_path / "run", *SMALL, "--backend", backend, "--device", "cpu"
+    )
+    assert code == 2 and "cpu ran out of memory after 0 steps; nothing was saved. Less is needed with" in err
+    assert "--batch-size 8 --gradient-accumulation-steps 2, or with --gradient-checkpointing." in " ".join(err.split())

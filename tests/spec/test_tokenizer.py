@@ -96,8 +96,8 @@ def test_bpe_training_is_deterministic():
 
 
 def test_merges_rebuild_every_token():
-    ranks = {piece: i for i, piece in enumerate(BPE.pieces)}
-    for piece, (left, right) in zip(BPE.pieces[256:], tokenizers.merges(BPE.pieces), strict=True):
+    ranks = {piece: i for i, piece in enumerate(BPE.ranked)}
+    for piece, (left, right) in zip(BPE.ranked[256:], BPE.merges, strict=True):
         assert left + right == piece and ranks[left] < ranks[piece] > ranks[right]
 
 
@@ -153,5 +153,5 @@ def test_a_damaged_tokenizer_is_refused(tmp_path, damage):
 
 
 def test_pattern_is_kept():
-    other = BPETokenizer(BPE.pieces, pattern=r"\s+|\S+")
+    other = BPETokenizer(BPE.ranked, pattern=r"\s+|\S+")
     assert other.digest != BPE.digest

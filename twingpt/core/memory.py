@@ -10,10 +10,11 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from twingpt.core.backend import Device
-from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, GPTConfig, TrainConfig
+from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig, TrainConfig
 from twingpt.core.console import human_bytes
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import MATRIX, optimizer_plan, parameter_count, parameter_table, state_table
@@ -23,8 +24,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Arrays of the MLP's hidden width that the backward pass needs, the input of the last product among them.
 HIDDEN = {
-    "torch": {"swiglu": 4, "geglu": 4, "gelu": 2, "gelu_tanh": 2, "relu2": 3},
-    "mlx": {"swiglu": 4, "geglu": 6, "gelu": 4, "gelu_tanh": 3, "relu2": 2},
+    "torch": {"swiglu": 4, "geglu": 4, "geglu_tanh": 4, "gelu": 2, "gelu_tanh": 2, "relu2": 3},
+    "mlx": {"swiglu": 4, "geglu": 6, "geglu_tanh": 5, "gelu": 4, "gelu_tanh": 3, "relu2": 2},
 }
 
 # What a process on a CPU takes for each byte of arrays: a C library's heap leaves gaps between them. Measured
@@ -113,7 +114,8 @@ class Counts:
         projections = self.width * (2 * self.queries + 2 * self.keys)  # queries, keys, values; and the result
         normed = self.norm("rmsnorm") * (self.queries + self.keys) if c.qk_norm else 0
         hidden = self.width * HIDDEN[self.backend][c.mlp] * c.n_inner
-        norms = 2 * (self.norm(c.norm) + self.width) * c.n_embd
+        sites = sum(map(bool, chain(*NORM_SITES[c.norm_placement])))
+        norms = sites * (self.norm(c.norm) + self.width) * c.n_embd
         return self.tokens * (norms + normed + projections + self.attention() + hidden + 2 * self.dropout())
 
     def norm(self, kind: str) -> int:

@@ -53,6 +53,8 @@ ACTIVATIONS = {
 }
 
 DERIVED = ("n_kv_head", "head_dim", "n_inner")  # null leaves these to GPTConfig
+UNWRITTEN = ("init_std", "zero_init", "dropout")  # of training, not of what is computed
+# Buffers that old files have, and that follow from the configuration.
 TENSORS_BESIDE = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
 
 
@@ -97,16 +99,17 @@ class Family:
                     continue
                 check_type(key, annotations[name], values[key])
                 fields[name] = values[key]
+        for name in ("n_layer", "n_embd", "n_head"):
+            values[name] = fields[name]
+            _positive(values, name, "int")
         if fields["n_layer"] > MAX_LAYERS:
-            raise UserError(f"{fields['n_layer']} layers are more than the {MAX_LAYERS} that are read.")
-        values["n_layer"], values["n_embd"], values["n_head"] = (fields[key] for key in ("n_layer", "n_embd", "n_head"))
+            raise UserError(f"{_short(fields['n_layer'])} layers are more than the {MAX_LAYERS} that are read.")
         return GPTConfig.from_dict(fields | self.read(values))
 
     def content(self, config: GPTConfig) -> Values:
         """config.json for a model of this family, less what its tokenizer says."""
-        written = {
-            key: getattr(config, names if isinstance(names, str) else names[0]) for key, names in self.keys.items()
-        }
+        first = {key: names if isinstance(names, str) else names[0] for key, names in self.keys.items()}
+        written = {key: getattr(config, name) for key, name in first.items()}
         return {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -114,6 +117,7 @@ class Family:
             **self.write(config),
             "attention_dropout": 0.0,
             "initializer_range": config.init_std,
+            "pad_token_id": None,  # some families' own is beyond a small vocabulary
             "dtype": "float32",
             "torch_dtype": "float32",
         }
@@ -124,8 +128,7 @@ class Family:
             again = self.config(self.content(config))
         except UserError:
             return False
-        beside = {"init_std": config.init_std, "zero_init": config.zero_init, "dropout": config.dropout}
-        return dataclasses.replace(again, **beside) == config
+        return all(getattr(again, key) == value for key, value in vars(config).items() if key not in UNWRITTEN)
 
     def layout(self, config: GPTConfig) -> dict[str, tuple[str, ...]]:
         """Their tensors -> those of ours that each holds, in the order in which the last of these comes."""
@@ -189,6 +192,13 @@ def _short(value: Any) -> str:
 def _typed(values: Values, key: str, annotation: str) -> Any:
     check_type(key, annotation, values.get(key))
     return values.get(key)
+
+
+def _positive(values: Values, key: str, annotation: str) -> Any:
+    number = _typed(values, key, annotation)
+    if number <= 0:
+        raise UserError(f"{key} must be positive, and is {_short(number)}.")
+    return number
 
 
 # Rotary embeddings: transformers 5 has all of it in rope_parameters, older ones in rope_theta and rope_scaling.
@@ -360,11 +370,9 @@ def _write_mistral(config: GPTConfig) -> Values:
 
 
 def _read_smollm3(values: Values) -> Values:
-    every, n_layer = _typed(values, "no_rope_layer_interval", "int"), values["n_layer"]
+    every, n_layer = _positive(values, "no_rope_layer_interval", "int"), values["n_layer"]
     rope = values["no_rope_layers"]
     if rope is None:
-        if every < 1:
-            raise UserError(f"no_rope_layer_interval must be positive, and is {every}.")
         rope = [int((i + 1) % every != 0) for i in range(n_layer)]
     if not isinstance(rope, list) or len(rope) < n_layer or any(flag not in (0, 1) for flag in rope):
         raise UserError(f"no_rope_layers must have a 0 or 1 for each of the {n_layer} layers.")
@@ -385,10 +393,7 @@ def _read_scale(values: Values, scale: float) -> Values:
 
 
 def _read_granite(values: Values) -> Values:
-    scale = _typed(values, "attention_multiplier", "float")
-    if scale <= 0:
-        raise UserError(f"attention_multiplier must be positive, and is {scale}.")
-    return _read_llama(values) | _read_scale(values, scale)
+    return _read_llama(values) | _read_scale(values, _positive(values, "attention_multiplier", "float"))
 
 
 def _write_granite(config: GPTConfig) -> Values:
@@ -396,28 +401,24 @@ def _write_granite(config: GPTConfig) -> Values:
 
 
 def _read_gemma(values: Values) -> Values:
+    if "sliding_window_pattern" in values:  # as it was called once
+        values = values | {"_sliding_window_pattern": values["sliding_window_pattern"]}
     nested, old = _mapping(values, "rope_parameters"), _mapping(values, "rope_scaling")
     if nested and not {"full_attention", "sliding_attention"} & nested.keys():
         raise UserError("rope_parameters must have full_attention and sliding_attention.")
     local = _rope(_mapping(nested, "sliding_attention"), values, values["rope_local_base_freq"])
     if "rope_scaling" in local:
         raise UserError("A scaled rope_type of sliding_attention is not supported.")
-    every = values.get("sliding_window_pattern", values.get("_sliding_window_pattern", 6))
-    check_type("sliding_window_pattern", "int", every)
-    if every < 1:
-        raise UserError(f"sliding_window_pattern must be positive, and is {every}.")
+    every = _positive({"_sliding_window_pattern": 6, **values}, "_sliding_window_pattern", "int")
     usual = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(values["n_layer"])]
     windows = read_windows(values, layer_kinds(values, usual), values["sliding_window"])
-    scalar = _typed(values, "query_pre_attn_scalar", "int")
-    if scalar < 1:
-        raise UserError(f"query_pre_attn_scalar must be positive, and is {scalar}.")
     return {
         **_rope({**_mapping(nested, "full_attention"), **old}, values, values["rope_theta"]),
         **windows,
         **read_activation(values, "hidden_activation", gated=True),
         "local_rope_theta": local["rope_theta"] if windows else 0.0,
         "embed_scale": math.sqrt(values["n_embd"]),
-        **_read_scale(values, scalar**-0.5),
+        **_read_scale(values, _positive(values, "query_pre_attn_scalar", "int") ** -0.5),
         "logit_softcap": _typed(values, "final_logit_softcapping", "float | None") or 0.0,
     }
 
@@ -434,6 +435,7 @@ def _write_gemma(config: GPTConfig) -> Values:
         **write_activation(config, "hidden_activation"),
         "rope_parameters": nested,
         "rope_local_base_freq": local,
+        "sliding_window": config.sliding_window or 4096,  # it must have one, even where no layer uses it
         "query_pre_attn_scalar": round(config.score_scale**-2),
         "final_logit_softcapping": config.logit_softcap or None,
     }
@@ -494,7 +496,14 @@ FAMILIES: dict[str, Family] = {
             "Qwen3ForCausalLM",
             SIZES | ATTENTION_BIAS,
             {"qk_norm": True},
-            USUAL | {"head_dim": 128, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+            USUAL
+            | {
+                "num_key_value_heads": 32,
+                "head_dim": 128,
+                "use_sliding_window": False,
+                "sliding_window": 4096,
+                "max_window_layers": 28,
+            },
             _read_qwen,
             _write_windowed,
         ),
@@ -503,7 +512,8 @@ FAMILIES: dict[str, Family] = {
             "Qwen2ForCausalLM",
             SIZES,
             {"qk_norm": False, "qkv_bias": True},
-            USUAL | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+            USUAL
+            | {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
             _read_qwen,
             _write_windowed,
         ),

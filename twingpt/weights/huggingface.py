@@ -27,6 +27,9 @@ INDEX = f"{MODEL}.index.json"
 FLOATS = ("F32", "F16", "BF16")
 HEAD = "lm_head.weight"
 
+Layout = Mapping[str, tuple[str, ...]]  # a tensor of theirs -> those of ours that it holds
+Found = dict[str, tuple[TensorFile, str]]  # a tensor of theirs -> where it is, and its name there
+
 
 def is_huggingface(path: str | Path) -> bool:
     """Whether `path` is a model directory of someone else's: a config.json, and nothing of ours in or beside it."""
@@ -49,6 +52,8 @@ def read_config(folder: Path) -> GPTConfig:
         return family_of(content).config(content)
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
+    except OverflowError:
+        raise UserError(f"{folder / 'config.json'}: a number in it is too large.") from None
 
 
 def tensors(
@@ -61,7 +66,7 @@ def tensors(
     """
     family = family or family_of(read_json(folder, "config.json"))
     layout = family.layout(config)
-    found = _by_canonical_name(files or tensor_files(folder), family, layout, config)
+    found = _by_canonical_name(files or tensor_files(folder), family, layout)
     _check(found, family, layout, config, folder)
     return _read(found, family, layout, config)
 
@@ -144,12 +149,7 @@ def tensor_files(folder: Path) -> list[TensorFile]:
     return list(files.values())
 
 
-Found = dict[str, tuple[TensorFile, str]]
-
-
-def _by_canonical_name(
-    files: Iterable[TensorFile], family: Family, layout: Mapping[str, Any], config: GPTConfig
-) -> Found:
+def _by_canonical_name(files: Iterable[TensorFile], family: Family, layout: Layout) -> Found:
     """Every tensor that takes part in the model -> its file, and its name there."""
     found: Found = {}
     for file in files:
@@ -162,9 +162,7 @@ def _by_canonical_name(
     return found
 
 
-def _check(
-    found: Found, family: Family, layout: Mapping[str, tuple[str, ...]], config: GPTConfig, folder: Path
-) -> None:
+def _check(found: Found, family: Family, layout: Layout, config: GPTConfig, folder: Path) -> None:
     """Names, shapes and dtypes against the parameter table; takes a tied head that is there out of `found`."""
     table = parameter_table(config)
     head = family.rename(HEAD)
@@ -185,9 +183,7 @@ def _check(
             raise UserError(f"The tensor {stored} in {file.path} is {entry.dtype}, and must be {' or '.join(FLOATS)}.")
 
 
-def _read(
-    found: Found, family: Family, layout: Mapping[str, tuple[str, ...]], config: GPTConfig
-) -> Iterator[tuple[str, Array]]:
+def _read(found: Found, family: Family, layout: Layout, config: GPTConfig) -> Iterator[tuple[str, Array]]:
     homes = {ours: (theirs, i) for theirs, parts in layout.items() for i, ours in enumerate(parts)}
     whole: dict[str, Array] = {}  # of theirs, until the last part is taken
     for ours in parameter_table(config):
@@ -233,7 +229,7 @@ def write(
 
 
 def joined(
-    parameters: Iterable[tuple[str, Array]], family: Family, layout: Mapping[str, tuple[str, ...]], config: GPTConfig
+    parameters: Iterable[tuple[str, Array]], family: Family, layout: Layout, config: GPTConfig
 ) -> Iterator[tuple[str, Array]]:
     """Our parameters, in the order of the parameter table -> theirs, in the order of the family's layout."""
     homes = {ours: theirs for theirs, parts in layout.items() for ours in parts}

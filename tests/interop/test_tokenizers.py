@@ -1,0 +1,177 @@
+"""Our tokenizers as transformers and mlx-lm open them: the same ids on 20,000 strings and on a megabyte."""
+
+import argparse
+import os
+import random
+import typing
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import foreign
+from tests.conftest import needs
+from tests.foreign import fuzzed
+from twingpt.core.data.sources import load
+from twingpt.core.tokenizer import (
+    CHAT,
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    files,
+    tiktoken_gpt2,
+    tiktoken_named,
+    train_bpe,
+)
+from twingpt.core.tokenizer import load as load_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+DOCUMENTS = load("python-docs").documents
+MEGABYTE = ("\n".join(DOCUMENTS) * 2 + Path(argparse.__file__).read_text() + Path(typing.__file__).read_text())[
+    :1_000_000
+]
+FUZZED = [*fuzzed(20_000, seed=1), "\n  ", "a\n \n", "x  ", "'ſ don'T", "\r\n\r\n  a"]
+
+
+def ids_of(theirs, texts):
+    """transformers' ids without what its own call makes beside them, which takes as long again."""
+    theirs.backend_tokenizer.no_truncation()
+    theirs.backend_tokenizer.no_padding()
+    return [it.ids for it in theirs.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def keep(tokenizer, folder):
+    folder.mkdir()
+    for name, text in files(tokenizer, 1024).items():
+        (folder / name).write_text(text, "utf-8")
+    return folder
+
+
+@cache
+def bpe(pattern, chat=False):
+    return train_bpe([text[:3000] for text in DOCUMENTS], 600, pattern, chat)
+
+
+def like_tiktokens(name):
+    """The encoding's pattern and special tokens, gaps in their ids included, over tokens learned here."""
+
+    def make(monkeypatch):
+        import tiktoken
+        from tiktoken_ext import openai_public
+
+        ranks = {piece: i for i, piece in enumerate(bpe("gpt2").ranked)}
+        monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+        monkeypatch.setattr(
+            tiktoken, "get_encoding", lambda name: tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[name]())
+        )
+        tokenizer = tiktoken_named(name)
+        theirs = tiktoken.get_encoding(name)
+        for text in FUZZED[::5] + FUZZED[-5:]:
+            assert tokenizer.encode(text).tolist() == theirs.encode_ordinary(text), repr(text)
+        assert tokenizer.specials == theirs._special_tokens
+        return tokenizer
+
+    return make
+
+
+def gpt2(monkeypatch):
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("../shared/tiktoken is not here")
+    return tiktoken_gpt2()
+
+
+KINDS = {
+    "byte": lambda _: ByteTokenizer(),
+    "gpt2 pattern": lambda _: bpe("gpt2"),
+    "llama3 pattern": lambda _: bpe("llama3"),
+    "qwen2 pattern": lambda _: bpe("qwen2", chat=True),
+    "gpt2": gpt2,
+    "cl100k_base": like_tiktokens("cl100k_base"),
+    "o200k_base": like_tiktokens("o200k_base"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_ids_on_20_000_strings_and_a_megabyte(tmp_path, monkeypatch, kind):
+    tokenizer = KINDS[kind](monkeypatch)
+    folder = keep(tokenizer, tmp_path / "kept")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [*FUZZED, MEGABYTE]
+    for text, ids in zip(texts, ids_of(theirs, texts), strict=True):
+        assert tokenizer.encode(text).tolist() == ids, repr(text[:200])
+    for text in [*FUZZED[::4], MEGABYTE]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert theirs.decode(ids[:5000]) == tokenizer.decode(ids[:5000])
+    assert theirs(FUZZED[:500])["input_ids"] == [tokenizer.encode(text).tolist() for text in FUZZED[:500]]
+    again = load_tokenizer(folder)
+    assert again.digest == tokenizer.digest and np.array_equal(again.encode(MEGABYTE), ids)
+    for spelling, token in tokenizer.specials.items():
+        assert theirs(f"a {spelling} b")["input_ids"] == tokenizer.encode(f"a {spelling} b", special=True).tolist()
+        assert token in theirs(f"a {spelling} b")["input_ids"] and token not in tokenizer.encode(f"a {spelling} b")
+    assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == tokenizer.end_of_text
+    assert theirs.decode([*tokenizer.encode("a b"), tokenizer.end_of_text], skip_special_tokens=True) == "a b"
+
+
+def test_characters(tmp_path):
+    tokenizer = CharTokenizer(MEGABYTE)
+    theirs = transformers.AutoTokenizer.from_pretrained(keep(tokenizer, tmp_path / "kept"))
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(tokenizer.alphabet, k=rng.randrange(40))) for _ in range(20_000)]
+    for text, ids in zip([*texts, MEGABYTE], ids_of(theirs, [*texts, MEGABYTE]), strict=True):
+        assert tokenizer.encode(text).tolist() == ids, repr(text[:200])
+    assert tokenizer.decode(ids) == MEGABYTE and theirs.decode(ids[:500]) == MEGABYTE[:500]
+    with pytest.raises(Exception, match="UNK"):  # as here: no character is taken for another
+        theirs("東")
+
+
+@pytest.mark.parametrize("name", [*foreign.BYTE_LEVEL, *foreign.OTHERS])
+def test_a_foreign_tokenizer_comes_out_as_it_went_in(tmp_path, name):
+    theirs = {**foreign.BYTE_LEVEL, **foreign.OTHERS}[name]()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    opened = transformers.AutoTokenizer.from_pretrained(keep(ours, tmp_path / "kept"))
+    texts = FUZZED[:500]
+    for text, ids in zip(texts, ids_of(opened, texts), strict=True):
+        assert ours.encode(text).tolist() == ids, repr(text)
+    assert opened.eos_token_id in ours.specials.values()
+    assert load_tokenizer(tmp_path / "kept").digest == ours.digest
+
+
+def test_chat(tmp_path):
+    tokenizer = bpe("gpt2", chat=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(keep(tokenizer, tmp_path / "kept"))
+    messages = [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "A mark."}]
+    text = theirs.apply_chat_template(messages[1:], tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>assistant\nA mark.<|im_end|>\n<|im_start|>assistant\n"
+    start, end = (tokenizer.specials[spelling] for spelling in CHAT)
+    ids = tokenizer.encode(text, special=True).tolist()
+    assert ids == theirs.apply_chat_template(messages[1:], add_generation_prompt=True)["input_ids"]
+    assert ids.count(start) == 2 and ids.count(end) == 1
+    assert not {start, end} & set(tokenizer.encode(messages[0]["content"]).tolist())
+    assert list(tokenizer.specials) == [END_OF_TEXT, *CHAT] and tokenizer.vocab_size <= 600
+
+
+@needs("mlx")
+@pytest.mark.parametrize("name", ["own", "llama2", "qwen2"])
+def test_mlx_lm_reads_the_same(tmp_path, name):
+    import twingpt.backends.mlx  # noqa: F401
+
+    utils = pytest.importorskip("mlx_lm.tokenizer_utils", reason="mlx-lm is not installed")
+    if name == "own":
+        tokenizer = bpe("llama3")
+    else:
+        {**foreign.BYTE_LEVEL, **foreign.OTHERS}[name]().save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(tmp_path)
+    theirs = utils.load(keep(tokenizer, tmp_path / "kept"))
+    texts = [*FUZZED, MEGABYTE] if name == "own" else FUZZED[:2000]
+    for text, ids in zip(texts, ids_of(theirs._tokenizer, texts), strict=True):
+        assert tokenizer.encode(text).tolist() == ids, repr(text[:200])
+    for text in FUZZED[:200]:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text).tolist()
+    detokenizer = theirs.detokenizer
+    for token in tokenizer.encode("naïve 東京 x"):
+        detokenizer.add_token(int(token))
+    detokenizer.finalize()
+    assert detokenizer.text == tokenizer.decode(tokenizer.encode("naïve 東京 x"))

@@ -1,0 +1,40 @@
+"""Text to token ids and back: characters, bytes, byte-level BPE, and any tokenizer.json that others wrote."""
+
+from twingpt.core.tokenizer.base import END_OF_TEXT, Tokenizer
+from twingpt.core.tokenizer.bpe import (
+    CHAT,
+    LONGEST_TOKEN,
+    PATTERNS,
+    BPETokenizer,
+    merges,
+    split_runs,
+    tiktoken_gpt2,
+    tiktoken_named,
+    train_bpe,
+)
+from twingpt.core.tokenizer.foreign import ForeignTokenizer
+from twingpt.core.tokenizer.kept import LEARNED, TOKENIZERS, files, find, load, make
+from twingpt.core.tokenizer.plain import ByteTokenizer, CharTokenizer
+
+__all__ = [
+    "CHAT",
+    "END_OF_TEXT",
+    "LEARNED",
+    "LONGEST_TOKEN",
+    "PATTERNS",
+    "TOKENIZERS",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "ForeignTokenizer",
+    "Tokenizer",
+    "files",
+    "find",
+    "load",
+    "make",
+    "merges",
+    "split_runs",
+    "tiktoken_gpt2",
+    "tiktoken_named",
+    "train_bpe",
+]

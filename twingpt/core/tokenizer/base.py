@@ -1,0 +1,129 @@
+"""What every tokenizer is: token ids for text, text for token ids, and special tokens apart from both."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from twingpt.core.errors import UserError
+
+Array = np.ndarray
+
+END_OF_TEXT = "<|endoftext|>"
+ROLES = ("bos", "eos", "pad", "unk")
+
+
+class Tokenizer(ABC):
+    """Token ids for text. No text encodes to a special token, whose spelling is data, unless that is asked for."""
+
+    kind: str
+    specials: Mapping[str, int]  # spelling -> id
+    roles: Mapping[str, int]  # of ROLES those that the scheme has -> id
+    end_of_text: int  # the id that ends a document
+
+    @property
+    @abstractmethod
+    def pieces(self) -> list[bytes]:
+        """The bytes of every id; none for a special token, or for an id that stands for nothing."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> Array:
+        """The ids of `text`, all of it data, (n,) int32."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """The tokenizer.json of Hugging Face's `tokenizers`."""
+
+    def encode(self, text: str, special: bool = False) -> Array:
+        """The ids of `text`, (n,) int32; with `special`, the spelling of a special token is that token.
+
+        Raises UserError for text that the scheme, or Unicode, has no place for.
+        """
+        try:
+            return self._encode_special(text) if special else self._encode(text)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"The text is not valid Unicode: character {error.start} is half a surrogate pair, "
+                "which stands for no character."
+            ) from None
+
+    def _encode_special(self, text: str) -> Array:
+        parts = self._spellings.split(text)
+        ids = [np.array([self.specials[p]], np.int32) if p in self.specials else self._encode(p) for p in parts if p]
+        return np.concatenate([np.empty(0, np.int32), *ids])
+
+    @cached_property
+    def _spellings(self) -> re.Pattern[str]:
+        return alternatives(self.specials)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, special tokens included."""
+        return len(self.pieces)
+
+    @cached_property
+    def byte_lengths(self) -> Array:
+        """How many bytes of text each id stands for, (vocab_size,); none for a special token."""
+        return np.fromiter(map(len, self.pieces), np.int64, self.vocab_size)
+
+    def _check_id(self, token: int) -> int:
+        if not 0 <= token < self.vocab_size:
+            raise UserError(f"Token id {token} is outside the vocabulary, 0 to {self.vocab_size - 1}.")
+        return token
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id; none for a special token."""
+        return self.pieces[self._check_id(token)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", errors="replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `ids` as they come, in whole UTF-8 characters; empty while one is incomplete."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in ids:
+            yield decoder.decode(self.token_bytes(int(token)))
+        yield decoder.decode(b"", final=True)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the tokenizer does."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json says beside what is the same for all."""
+        spelled = {token: spelling for spelling, token in self.specials.items()}
+        return {f"{role}_token": spelled[token] for role, token in self.roles.items()}
+
+
+def alternatives(spellings: Iterable[str]) -> re.Pattern[str]:
+    """A pattern with one group that finds any of `spellings`, the longest first; nothing where there are none."""
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def whole_json(
+    model: Mapping[str, Any], pre_tokenizer: Mapping[str, Any], decoder: Mapping[str, Any], specials: Mapping[str, int]
+) -> dict[str, Any]:
+    """A tokenizer.json without normalizer and post-processor."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token, "content": spelling, **flags} for spelling, token in specials.items()],
+        "normalizer": None,
+        "pre_tokenizer": dict(pre_tokenizer),
+        "post_processor": None,
+        "decoder": dict(decoder),
+        "model": dict(model),
+    }

@@ -1,0 +1,253 @@
+"""Byte-level BPE: learned by `tokenizers`, encoded by tiktoken, kept as a tokenizer.json that says the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from twingpt.core.config import unknown_choice
+from twingpt.core.errors import UserError
+from twingpt.core.tokenizer.base import END_OF_TEXT, Array, Tokenizer, whole_json
+
+if TYPE_CHECKING:
+    import tiktoken
+
+# How text is split into words before BPE, each in what both tiktoken's and `tokenizers`' engine understand.
+# llama.cpp and others know the first three by their text.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {"gpt2": GPT2_PATTERN, "llama3": LLAMA3_PATTERN, "qwen2": LLAMA3_PATTERN.replace("{1,3}", "")}
+
+# tiktoken's cl100k_base takes spaces at the end of the text as one word, and its {1,3}+ means something
+# else to `tokenizers`; the rest of its possessive marks are for speed.
+CL100K_PATTERN = LLAMA3_PATTERN.replace(r"|\s*[\r\n]+", r"|\s+\z|\s*[\r\n]+")
+_MARK, _SMALL, _LARGE = r"[^\r\n\p{L}\p{N}]?", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K_PATTERN = (
+    rf"{_MARK}{_LARGE}*{_SMALL}+{_SHORT}|{_MARK}{_LARGE}+{_SMALL}*{_SHORT}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TIKTOKEN_PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k_base": CL100K_PATTERN, "o200k_base": O200K_PATTERN}
+
+CHAT = ("<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), encoded by tiktoken.
+
+    A token's id is its rank: the order in which its merge was learned. `specials` come after them,
+    END_OF_TEXT alone by default; `merge_list` spares working it out where it is known.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[bytes],
+        pattern: str = GPT2_PATTERN,
+        kind: str = "bpe",
+        specials: Mapping[str, int] | None = None,
+        merge_list: list[tuple[bytes, bytes]] | None = None,
+    ) -> None:
+        self.kind, self.pattern, self.ranked = kind, pattern, list(pieces)
+        self.specials = dict(specials or {END_OF_TEXT: len(self.ranked)})
+        self.end_of_text = self.specials[END_OF_TEXT]
+        self.roles = dict.fromkeys(("bos", "eos", "pad"), self.end_of_text)
+        if merge_list is not None:
+            self.merges = merge_list
+        self._encoding = encoding(self.ranked, pattern)
+
+    @cached_property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pair that each token of two bytes and more joins, by rank."""
+        return merges(self.ranked)
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of every id; none for a special token, or for an id that stands for nothing."""
+        size = max(len(self.ranked), *(token + 1 for token in self.specials.values()))
+        return self.ranked + [b""] * (size - len(self.ranked))
+
+    def _encode(self, text: str) -> Array:
+        return encode_ordinary(self._encoding, text)
+
+    def to_json(self) -> dict[str, Any]:
+        """A byte-level BPE. `tokenizers` counts on from the vocabulary: specials that lie elsewhere are put into it."""
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        model = bpe_model(self.ranked, self.merges)
+        if sorted(self.specials.values()) != list(range(len(self.ranked), self.vocab_size)):
+            model["vocab"] |= self.specials
+        return whole_json(model, {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}, BYTE_LEVEL, self.specials)
+
+    def settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json says of this tokenizer, the template of a chat included where it has one."""
+        chat = {"chat_template": CHAT_TEMPLATE} if set(CHAT) <= set(self.specials) else {}
+        return super().settings() | chat
+
+
+def encoding(ranked: Sequence[bytes], pattern: str) -> tiktoken.Encoding:
+    """tiktoken's encoder for tokens in the order in which they merge; its ids are their ranks."""
+    import tiktoken
+
+    ranks = {piece: i for i, piece in enumerate(ranked)}
+    return tiktoken.Encoding(
+        "twingpt", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+
+
+def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> Array:
+    """The ranks of `text`, (n,) int32; the spelling of a special token is ordinary text."""
+    parts = [encoding.encode_to_numpy(part, disallowed_special=()) for part in split_runs(text, LONG_RUN_TO_ENCODE)]
+    return np.concatenate(parts).astype(np.int32)
+
+
+# The pattern's engine overflows its stack on a run of a million spaces, and learning merges over one
+# word of 100,000 letters takes minutes. No text that people wrote has such runs.
+LONG_RUN_TO_ENCODE, LONG_RUN_TO_LEARN = 100_000, 1_000
+LONGEST_TOKEN, LARGEST_VOCABULARY = 64, 1_000_000
+
+_RUN = re.compile(r"\s+|\S+")
+
+
+def split_runs(text: str, length: int) -> list[str]:
+    """The text in parts, cut only within runs of `length` and more spaces or non-spaces; none is left twice as long.
+
+    A run of twice the length covers a whole block from a multiple of `length` to the next.
+    """
+    cuts = [0]
+    for start in range(0, len(text) - length + 1, length):
+        run = _RUN.match(text, start, start + length)
+        if run and run.end() == start + length:
+            cuts += [start, start + length]
+    return [text[start:end] for start, end in pairwise([*cuts, len(text)]) if start < end] or [text]
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable character for each byte, which tokenizer.json is written in."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+BYTE_TO_CHARACTER = _byte_characters()
+CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
+
+
+_TO_LATIN = dict.fromkeys(range(256), 65535) | {ord(c): byte for c, byte in CHARACTER_TO_BYTE.items()}
+
+
+def printable(piece: bytes) -> str:
+    """A token as tokenizer.json spells it."""
+    return piece.decode("latin-1").translate(BYTE_TO_CHARACTER)
+
+
+def unprintable(piece: str) -> bytes:
+    """The bytes of what `printable` spelled; ValueError for another spelling."""
+    return piece.translate(_TO_LATIN).encode("latin-1")
+
+
+def bpe_model(pieces: Sequence[bytes], merge_list: Sequence[tuple[bytes, bytes]]) -> dict[str, Any]:
+    """The model of a tokenizer.json."""
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+        "vocab": {printable(piece): i for i, piece in enumerate(pieces)},
+        "merges": [[printable(left), printable(right)] for left, right in merge_list],
+    }
+
+
+def merges(pieces: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    """The pair that each multi-byte token joins: what BPE with only the lower ranks splits it into."""
+    ranks = {piece: i for i, piece in enumerate(pieces)}
+    pairs = []
+    for piece in pieces:
+        if len(piece) < 2:
+            continue
+        parts = [piece[i : i + 1] for i in range(len(piece))]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+            i = min(range(len(joined)), key=joined.__getitem__)
+            if joined[i] >= ranks[piece]:
+                raise UserError(f"The token {piece!r} can't be reached by merges of lower-ranked tokens.")
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", chat: bool = False) -> BPETokenizer:
+    """Learn a byte-level BPE of at most `vocab_size` ids with a split of PATTERNS; `chat` adds the CHAT tokens.
+
+    END_OF_TEXT and the CHAT tokens are among the ids, and come last.
+    """
+    if pattern not in PATTERNS:
+        raise unknown_choice("pattern", pattern, PATTERNS)
+    names = [END_OF_TEXT, *CHAT] if chat else [END_OF_TEXT]
+    least = 256 + len(names)
+    if vocab_size < least:
+        raise UserError(
+            f"vocab_size {vocab_size} is too small for BPE: 256 bytes and {' and '.join(names)} need {least}."
+        )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"vocab_size {vocab_size} is too large: at most {LARGEST_VOCABULARY} ids are learned.")
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Trainee
+
+    trainee = Trainee(models.BPE())
+    trainee.decoder = decoders.ByteLevel()
+    trainee.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(names),
+        show_progress=False,
+        initial_alphabet=sorted(CHARACTER_TO_BYTE),
+        max_token_length=LONGEST_TOKEN,
+    )
+    trainee.train_from_iterator((part for text in texts for part in split_runs(text, LONG_RUN_TO_LEARN)), trainer)
+    by_id = sorted(trainee.get_vocab().items(), key=lambda item: item[1])
+    pieces = [unprintable(piece) for piece, _ in by_id]
+    return BPETokenizer(pieces, PATTERNS[pattern], "bpe", {name: len(pieces) + i for i, name in enumerate(names)})
+
+
+def tiktoken_named(name: str) -> BPETokenizer:
+    """OpenAI's encoding of that name in TIKTOKEN_PATTERNS, from tiktoken's cache or the network."""
+    import tiktoken
+
+    try:
+        theirs = tiktoken.get_encoding(name)
+    except Exception as error:  # requests' and tiktoken's own, whatever the network did
+        raise UserError(
+            f"tiktoken could not fetch its {name} vocabulary: connect once, or set TIKTOKEN_CACHE_DIR to a "
+            f"folder that has it ({type(error).__name__})."
+        ) from error
+    specials = {spelling: theirs.encode_single_token(spelling) for spelling in theirs.special_tokens_set}
+    pieces = [theirs.decode_single_token_bytes(i) for i in range(len(theirs.token_byte_values()))]
+    by_id = dict(sorted(specials.items(), key=lambda item: item[1]))
+    return BPETokenizer(pieces, TIKTOKEN_PATTERNS[name], name, by_id)
+
+
+def tiktoken_gpt2() -> BPETokenizer:
+    """OpenAI's `gpt2` encoding."""
+    return tiktoken_named("gpt2")

@@ -1,0 +1,120 @@
+"""`gpt tokenize`: learn a tokenizer, look at what one does to a text, compare several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twingpt.core.data import sources
+from twingpt.core.errors import UserError
+from twingpt.core.paths import expand, new_folder, write_synced
+from twingpt.core.tokenizer.base import Tokenizer
+from twingpt.core.tokenizer.bpe import train_bpe
+from twingpt.core.tokenizer.kept import files, find
+from twingpt.core.tokenizer.plain import CharTokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+UNLIMITED = 2**30  # a tokenizer alone knows no longest text
+COLORS = ("blue", "dark_orange3", "dark_green", "purple4", "dark_red", "deep_sky_blue4")
+
+
+def learn(specs: Sequence[str], vocab_size: int, pattern: str, chat: bool, out: Path) -> dict[str, Any]:
+    """Learn a BPE from data sources and write it to the new folder `out`; what was learned, with the seconds it took.
+
+    Raises UserError where `out` exists or can't be written, or for what `train_bpe` refuses.
+    """
+    folder = expand(out)
+    if folder.exists():
+        raise UserError(f"{out} exists already: choose another folder, or remove it.")
+    start, counts = time.perf_counter(), {"documents": 0, "bytes": 0}
+
+    def texts() -> Iterator[str]:
+        for spec in specs:
+            for document in sources.load(spec).documents:
+                counts["documents"] += 1
+                counts["bytes"] += len(document.encode())
+                yield document
+
+    tokenizer = train_bpe(texts(), vocab_size, pattern, chat)
+    try:
+        with new_folder(folder) as temporary:
+            for name, text in files(tokenizer, UNLIMITED).items():
+                write_synced(temporary / name, text.encode())
+    except OSError as error:
+        raise UserError(f"The tokenizer can't be written to {out}: {error.strerror}.") from error
+    seconds = time.perf_counter() - start
+    return {"path": str(out), "vocab_size": tokenizer.vocab_size, "pattern": pattern, **counts, "seconds": seconds}
+
+
+def tokens(tokenizer: Tokenizer, text: str, special: bool = False) -> list[dict[str, Any]]:
+    """A row for each token of `text`: its id, its text, its bytes in hexadecimal, and whether it is special."""
+    spelled = {token: spelling for spelling, token in tokenizer.specials.items()}
+    rows = []
+    for token in map(int, tokenizer.encode(text, special)):
+        content = tokenizer.token_bytes(token)
+        shown = spelled.get(token) or content.decode("utf-8", errors="backslashreplace")
+        rows.append({"id": token, "text": shown, "bytes": content.hex(" "), "special": token in spelled})
+    return rows
+
+
+def compare(names: Sequence[str], spec: str) -> dict[str, Any]:
+    """What tokenizers make of a data source: a row for each with tokens, bytes per token, and MB encoded a second.
+
+    `char` knows the characters of the source itself.
+    """
+    source = sources.load(spec)
+    size = sum(len(document.encode()) for document in source.documents)
+    rows = []
+    for name in names:
+        tokenizer = CharTokenizer(set().union(*map(set, source.documents))) if name == "char" else find(name)
+        tokenizer.encode(source.documents[0][:1000])  # what is set up at the first use
+        start = time.perf_counter()
+        count = sum(len(tokenizer.encode(document)) for document in source.documents)
+        speed = size / 1e6 / max(time.perf_counter() - start, 1e-9)
+        row = {"tokenizer": name, "vocab_size": tokenizer.vocab_size, "tokens": count}
+        rows.append({**row, "bytes_per_token": size / max(1, count), "mb_per_second": speed})
+    return {"source": spec, "documents": len(source.documents), "bytes": size, "rows": rows}
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would not show, or would obey, written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_tokens(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The text with a colour for each token, then a table of them."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    line = Text()
+    table = Table("", "id", "text", "bytes", box=box.SIMPLE_HEAD)
+    for i, row in enumerate(rows):
+        style = "bold reverse" if row["special"] else f"white on {COLORS[i % len(COLORS)]}"
+        line.append(visible(row["text"]), style)
+        line.append("\n" if row["text"].endswith("\n") and not row["special"] else "")
+        table.add_row(str(i), str(row["id"]), Text(visible(row["text"]), style), row["bytes"])
+    if console.color_system:  # without colours it would be the text as it was given
+        console.print(line)
+    console.print(table)
+    console.print(f"{len(rows)} token{'s' * (len(rows) != 1)}")
+
+
+def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
+    """A table of the tokenizers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("tokenizer", box=box.SIMPLE_HEAD)
+    for name in ("vocabulary", "tokens", "bytes per token", "MB/s"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        figures = (f"{row['vocab_size']:,}", f"{row['tokens']:,}", f"{row['bytes_per_token']:.2f}")
+        table.add_row(Text(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
+    console.print(f"{result['source']}: {result['bytes']:,} bytes in {result['documents']:,} documents", markup=False)
+    console.print(table)

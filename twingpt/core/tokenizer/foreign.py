@@ -1,0 +1,372 @@
+"""Anyone's tokenizer.json: byte-level BPE through tiktoken where that gives the same ids, else `tokenizers` itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from twingpt.core.errors import UserError
+from twingpt.core.tokenizer.base import END_OF_TEXT, ROLES, Array, Tokenizer, alternatives
+from twingpt.core.tokenizer.bpe import (
+    CHARACTER_TO_BYTE,
+    GPT2_PATTERN,
+    LARGEST_VOCABULARY,
+    encode_ordinary,
+    encoding,
+    unprintable,
+)
+
+if TYPE_CHECKING:
+    import tiktoken
+    import tokenizers
+
+Json = Mapping[str, Any]
+
+# The spelling of each role where tokenizer_config.json names none. A document's end is not always the end
+# of a turn: models for chat have both.
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+SPELLINGS = {
+    "bos": ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]", END_OF_TEXT),
+    "eos": DOCUMENT_ENDS,
+    "pad": ("<pad>", "[PAD]", "<|padding|>", "<|pad|>", "<|finetune_right_pad_id|>"),
+    "unk": ("<unk>", "[UNK]"),
+}
+KEPT_SETTINGS = ("chat_template", "add_prefix_space")
+
+
+def check(content: Any, name: str) -> Json:
+    """Raise UserError unless `content` has the parts of a tokenizer.json, of the right types and sizes."""
+
+    def fail(what: str) -> UserError:
+        return UserError(f"{name} is not a tokenizer.json that can be read: {what}.")
+
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise fail("it has no model")
+    vocab, added = model.get("vocab"), content.get("added_tokens") or []
+    if isinstance(vocab, list):  # Unigram: pairs of a piece and its score
+        if not all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) for entry in vocab):
+            raise fail("an entry of its vocabulary is not a piece and its score")
+        vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+    if not isinstance(vocab, dict) or not vocab:
+        raise fail("its model has no vocabulary")
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
+    ):
+        raise fail("its added tokens are not a list of tokens")
+    ids = [*vocab.values(), *(token.get("id") for token in added)]
+    if wrong := [repr(i)[:40] for i in ids if type(i) is not int or not 0 <= i < LARGEST_VOCABULARY]:
+        raise fail(f"{wrong[0]} is no token id, which is a whole number from 0 to {LARGEST_VOCABULARY - 1}")
+    if len(set(vocab.values())) < len(vocab):
+        raise fail("two tokens have the same id")
+    if (prefix := model.get("continuing_subword_prefix")) and not _joins(model.get("merges"), prefix):
+        raise fail("its merges have not the prefix that it names")  # `tokenizers` would cut letters in two
+    return dict(content)
+
+
+def _joins(merges: Any, prefix: Any) -> bool:
+    """Whether the right part of every merge begins with `prefix`."""
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges or []]
+    return all(isinstance(pair[-1], str) and pair[-1].startswith(str(prefix)) for pair in pairs)
+
+
+class ForeignTokenizer(Tokenizer):
+    """A tokenizer.json that was written elsewhere, its ids as `tokenizers` reads them, without special tokens around.
+
+    `settings` is the tokenizer_config.json beside it, which names the roles of its special tokens. One
+    without an end-of-text token is given END_OF_TEXT as its last id.
+    """
+
+    kind = "foreign"
+
+    def __init__(self, content: Json, settings: Json, name: str) -> None:
+        self._content = content
+        self._library = read(self._content, name)
+        named = {role: self._library.token_to_id(_spelling(settings.get(f"{role}_token"))) for role in ROLES}
+        ends = [self._library.token_to_id(spelling) for spelling in DOCUMENT_ENDS]
+        end = next((token for token in [*ends, named["eos"]] if token is not None), None)
+        if end is None:
+            self._content, end = with_end_of_text(self._content, self._library)
+            self._library = read(self._content, name)
+        self.end_of_text = end
+        self.roles = {}
+        for role in ROLES:
+            guesses = [named[role], *(self._library.token_to_id(spelling) for spelling in SPELLINGS[role])]
+            if (token := next((guess for guess in guesses if guess is not None), None)) is not None:
+                self.roles[role] = token
+        added = self._library.get_added_tokens_decoder()
+        self.specials = {added[token].content: token for token in sorted(added) if added[token].special}
+        self.specials |= {self._library.id_to_token(token) or "": token for token in (end, *self.roles.values())}
+        self._kept = {key: settings[key] for key in KEPT_SETTINGS if key in settings}
+        self._fast = fast(self._content, self._library, self.specials)
+        # Some models, such as Unigram, find a special token's spelling in their vocabulary.
+        self._control = np.array([token for token in self.specials.values() if token != self.roles.get("unk")])
+
+    @cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        library = read(self._content, "")
+        library.encode_special_tokens = False
+        return library
+
+    @property
+    def through_tiktoken(self) -> bool:
+        """Whether tiktoken encodes, and not the slower `tokenizers`."""
+        return self._fast is not None
+
+    def _encode(self, text: str) -> Array:
+        if self._fast is not None:
+            return self._fast.encode(text)
+        ids = library_ids(self._library, text)
+        if not np.isin(ids, self._control).any():
+            return ids
+        halves = [half for part in self._spellings.split(text) for half in (part[:1], part[1:]) if half]
+        return np.concatenate([library_ids(self._library, half) for half in halves])
+
+    def _encode_special(self, text: str) -> Array:
+        return library_ids(self._with_specials, text)
+
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether tokens are spelled in bytes, so that any sequence of them is bytes one after the other."""
+        return '"type": "ByteLevel"' in json.dumps(self._content.get("decoder"))
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of every id; none for a special token, or for an id that stands for nothing."""
+        added = {token.content for token in self._library.get_added_tokens_decoder().values()}
+        vocab = self._library.get_vocab()
+        pieces = [b""] * (max(vocab.values()) + 1)
+        for spelling, token in vocab.items():
+            if spelling not in self.specials:
+                pieces[token] = spelling.encode() if spelling in added else self._bytes(spelling)
+        return pieces
+
+    def _bytes(self, spelling: str) -> bytes:
+        """What one token of the model adds to a text that it isn't the first of."""
+        if self.byte_level:
+            with suppress(ValueError):
+                return unprintable(spelling)
+        if fallback := re.fullmatch("<0x([0-9A-Fa-f]{2})>", spelling):
+            return bytes.fromhex(fallback[1])
+        decoder = self._library.decoder
+        return (decoder.decode(["a", spelling])[1:] if decoder else f" {spelling}").encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        if self.byte_level:
+            return super().decode(ids)
+        return str(self._library.decode([self._check_id(int(token)) for token in ids]))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `ids` as they come, in whole characters; empty while one is incomplete."""
+        if self.byte_level:
+            yield from super().stream(ids)
+            return
+        seen: list[int] = []
+        start = shown = 0  # what a token adds shows only beside the tokens before it
+        for token in ids:
+            seen.append(int(token))
+            before, now = self.decode(seen[start:shown]), self.decode(seen[start:])
+            whole = len(now) > len(before) and not now.endswith("\ufffd")
+            yield now[len(before) :] if whole else ""
+            if whole:
+                start, shown = shown, len(seen)
+        yield self.decode(seen[start:])[len(self.decode(seen[start:shown])) :]
+
+    def to_json(self) -> dict[str, Any]:
+        """The tokenizer.json as it was read."""
+        return dict(self._content)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the tokenizer does, the end of a document included."""
+        return hashlib.sha256(f"{super().digest}/{self.end_of_text}".encode()).hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json says beside what is the same for all: the roles, and what chat needs."""
+        return super().settings() | self._kept
+
+
+def _spelling(value: Any) -> str:
+    """A special token of tokenizer_config.json: a text, or an object with its text."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def read(content: Json, name: str) -> tokenizers.Tokenizer:
+    """The tokenizer as `tokenizers` reads it, set for data: special tokens are text, nothing is cut or random."""
+    import tokenizers
+
+    try:
+        library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} is not a tokenizer.json that can be read: {reason.rstrip('.')}.") from None
+    for token in content.get("added_tokens") or []:
+        if (real := library.token_to_id(token["content"])) != token["id"]:
+            raise UserError(
+                f"{name} is not a tokenizer.json that can be read: it gives {token['content']!r} the id {token['id']}, "
+                f"and `tokenizers` reads it as {real}, the next that is free."
+            )
+    library.no_truncation()
+    library.no_padding()
+    library.encode_special_tokens = True
+    if isinstance(library.model, tokenizers.models.BPE):
+        library.model.dropout = None
+    return library
+
+
+def with_end_of_text(content: Json, library: tokenizers.Tokenizer) -> tuple[Json, int]:
+    """The tokenizer.json with END_OF_TEXT as its last id, and that id."""
+    vocab = library.get_vocab()
+    token = max(vocab.values()) + 1
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = {"id": token, "content": END_OF_TEXT, **flags}
+    content = {**content, "added_tokens": [*(content.get("added_tokens") or []), special]}
+    if token > len(vocab):  # after a gap it keeps its id within the vocabulary alone
+        content["model"] = {**content["model"], "vocab": {**content["model"]["vocab"], END_OF_TEXT: token}}
+    return content, token
+
+
+def library_ids(library: tokenizers.Tokenizer, text: str) -> Array:
+    """The ids that `tokenizers` gives, (n,) int32; UserError where the scheme has none for a part of the text."""
+    text.encode()  # half a surrogate pair is a TypeError there
+    try:
+        return np.array(library.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+    except Exception as error:
+        raise UserError(f"The tokenizer has no ids for this text: {' '.join(str(error).split())[:200]}.") from None
+
+
+@dataclass(frozen=True)
+class Fast:
+    """Byte-level BPE by tiktoken, between the tokens that are taken from the text as they stand."""
+
+    encoding: tiktoken.Encoding
+    ids: Array  # rank -> id
+    added: Mapping[str, int]
+    normalizer: tokenizers.normalizers.Normalizer | None
+
+    @cached_property
+    def _added(self) -> re.Pattern[str]:
+        return alternatives(self.added)
+
+    def encode(self, text: str) -> Array:
+        """The ids of `text`, (n,) int32."""
+        parts = self._added.split(text) if self.added else [text]
+        return np.concatenate([self._part(part) for part in parts])
+
+    def _part(self, text: str) -> Array:
+        if text in self.added:
+            return np.array([self.added[text]], np.int32)
+        if self.normalizer is not None and not text.isascii():
+            text = self.normalizer.normalize_str(text)
+        return self.ids[encode_ordinary(self.encoding, text)]
+
+
+def fast(content: Json, library: tokenizers.Tokenizer, specials: Mapping[str, int]) -> Fast | None:
+    """The same by tiktoken; None where it can't be the same, by its structure or on `probes`."""
+    model, pattern = content["model"], split_pattern(content.get("pre_tokenizer"))
+    added = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    if pattern is None or type(library.model).__name__ != "BPE" or not _is_plain(content, added):
+        return None
+    ranked = ranks(model, {*specials, *(token["content"] for token in added)})
+    if ranked is None:
+        return None
+    try:
+        encoder = encoding([unprintable(piece) for piece in ranked], pattern)
+    except ValueError:  # a pattern that its engine doesn't know
+        return None
+    ids = np.array([model["vocab"][piece] for piece in ranked], np.int32)
+    result = Fast(encoder, ids, {token["content"]: token["id"] for token in added}, library.normalizer)
+    theirs = library.encode_batch_fast(probes(), add_special_tokens=False)
+    same = all(result.encode(text).tolist() == it.ids for text, it in zip(probes(), theirs, strict=True))
+    return result if same else None
+
+
+def _is_plain(content: Json, added: list[Json]) -> bool:
+    """Whether the model and what is done to the text before it are such that tiktoken can be given the same."""
+    model, normalizer = content["model"], content.get("normalizer")
+    if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
+        return False
+    if any(token.get(key) for token in added for key in ("single_word", "lstrip", "rstrip")):
+        return False
+    # added tokens are found before the normalizer, unless they say otherwise
+    forms = isinstance(normalizer, dict) and normalizer.get("type") in ("NFC", "NFD", "NFKC", "NFKD")
+    return normalizer is None or (forms and not any(token.get("normalized", True) for token in added))
+
+
+def split_pattern(pre_tokenizer: Any) -> str | None:
+    """The pattern that splits text as a byte-level `pre_tokenizer` does; None where no single one is known."""
+    if not isinstance(pre_tokenizer, dict):
+        return None
+    *steps, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
+        return None
+    own = last.get("use_regex", True)
+    if not steps:
+        return GPT2_PATTERN if own else None
+    first = steps[0]
+    if len(steps) == 1 and first.get("type") == "Digits" and first.get("individual_digits") and own:
+        # each digit is cut off first, so spaces before one are all spaces at an end
+        return GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
+    whole = (first.get("behavior"), first.get("invert")) in (("Isolated", False), ("Removed", True))
+    if len(steps) == 1 and first.get("type") == "Split" and whole and not own:
+        return first["pattern"].get("Regex") or None
+    return None
+
+
+def ranks(model: Json, apart: set[str]) -> list[str] | None:
+    """The tokens of a byte-level BPE in the order in which they merge, if tiktoken's rule gives the same ids.
+
+    tiktoken joins any two neighbours that make a token, `tokenizers` those that `merges` lists. It is the
+    same where each token is reached by its own merges: then no other pair of parts ever stands there.
+    """
+    vocab = {piece: token for piece, token in model["vocab"].items() if piece not in apart}
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    joined = [left + right for left, right in pairs]
+    order = list(dict.fromkeys(joined))
+    changes = sum(a != b for a, b in pairwise(joined)) + bool(joined)
+    if changes != len(order) or not vocab.keys() >= {*CHARACTER_TO_BYTE, *order}:
+        return None
+    unreached = [*unreachable(vocab, pairs), *(vocab.keys() - set(order) - CHARACTER_TO_BYTE.keys())]
+    if not all(set(piece) <= CHARACTER_TO_BYTE.keys() for piece in unreached):
+        return None
+    known, listed = set(vocab), set(pairs)
+    if not model.get("ignore_merges"):
+        known -= set(unreached)
+        unreached = []
+    for piece in unreached:  # a whole word alone is such a token: it must not come of parts
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        if not all(pair in listed for pair in splits if pair[0] in known and pair[1] in known):
+            return None
+    return [piece for piece in dict.fromkeys([*sorted(CHARACTER_TO_BYTE), *order, *unreached]) if piece in known]
+
+
+def unreachable(vocab: Mapping[str, int], pairs: list[tuple[str, str]]) -> list[str]:
+    """The tokens of more than one character that their own spelling doesn't merge to."""
+    from tokenizers.models import BPE
+
+    model = BPE(vocab=dict(vocab), merges=pairs)
+    return [piece for piece in {left + right for left, right in pairs} if len(model.tokenize(piece)) != 1]
+
+
+def probes() -> list[str]:
+    """Texts of all scripts with spaces, digits and marks: what two tokenizers may differ on."""
+    spaced = [
+        "I'll can't WE'VE 'S 's x'\u017f don't''re", "1 22 333 4444 12345678901234 3.14 1,000 ½ ² Ⅳ ٣", "a  b   c\t\td",
+        "\n\n \n  \n\r\n\r x\n ", "  leading", "trailing  ", "a \n", "\x0b\x0c\x1c\x85\xa0\u2003\u3000 x\u200b\ufeff",
+        "!!! ...--- ==>{}[] $1 #x @y\n\n", "\0\x01\x7f", "e\u0301 A\u030a ﬁ Å 각 각 が", "🙂👩‍👩‍👧 🇩🇪✈️", "", " ", "\n",
+    ]  # fmt: skip
+    letters = [chr(i) for i in (*range(0x20, 0x3100, 3), *range(0x3100, 0xD800, 61), *range(0xE000, 0x20000, 97))]
+    runs = ["".join(letters[i : i + 24]) for i in range(0, len(letters), 24)]
+    return [*spaced, *runs, *(" ".join(run) for run in runs), *("1".join(run[:8]) + "'s" for run in runs)]
