@@ -32,8 +32,12 @@ def measured(gpt, *arguments) -> list[dict]:
 
 
 def write_data(folder, train: bytes, val: bytes) -> TokenDataset:
-    splits = {name: np.frombuffer(text, np.uint8).astype(np.int32) for name, text in (("train", train), ("val", val))}
-    shards.write(folder, folder.name, ByteTokenizer(), splits, {"source": "none"})
+    folder.mkdir()
+    writers = {}
+    for name, text in (("train", train), ("val", val)):
+        with shards.Writer(folder / f"{name}.bin", np.dtype("<u2")) as writers[name]:
+            writers[name].append(np.frombuffer(text, np.uint8).astype("<u2").tobytes(), len(text))
+    shards.finish(folder, ByteTokenizer(), {"name": folder.name}, writers)
     return TokenDataset(folder)
 
 

@@ -1,18 +1,16 @@
 """Sources, preparation and token data sets."""
 
 import json
-import os
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from twingpt import GPTConfig, UserError
-from twingpt.core.data.prepare import prepare, split
-from twingpt.core.data.shards import TokenDataset, token_dtype, write
+from twingpt.core.data import shards
+from twingpt.core.data.prepare import _lock, prepare
+from twingpt.core.data.shards import TokenDataset, token_dtype
 from twingpt.core.data.sources import load
-from twingpt.core.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +46,8 @@ def test_folder_of_notes(tmp_path):
 def test_unreadable_file(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        load(str(tmp_path / name))
+        prepare(str(tmp_path / name), "byte", 0)
+    assert not any((tmp_path / "home" / "data").iterdir())
 
 
 def test_missing_file_empty_folder_and_unknown_name(tmp_path):
@@ -60,17 +59,30 @@ def test_missing_file_empty_folder_and_unknown_name(tmp_path):
         load("shakespear")
 
 
-def test_split_of_many_documents_is_by_hash_and_stable():
-    documents = [f"document number {i} " * 20 for i in range(1000)]
-    train, val = split(documents)
-    assert 60 < len(val) < 140 and not set(train) & set(val)
-    more_train, more_val = split([*documents, "one more"])
-    assert set(train) <= set(more_train) and set(val) <= set(more_val)
+def documents_of(data, split):
+    text = data.tokenizer.decode
+    ends = np.flatnonzero(data.splits[split] == data.tokenizer.end_of_text)
+    return [text(data.splits[split][start:end]) for start, end in zip([0, *ends + 1], ends, strict=False)]
 
 
-def test_split_of_one_document_holds_out_its_end():
-    train, val = split(["0123456789" * 10])
-    assert train == ["0123456789" * 9] and val == ["0123456789"]
+def test_split_of_many_documents_is_by_hash_and_stable(tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for i in range(500):
+        (notes / f"{i}.txt").write_text(f"document number {i} " * 5)
+    data = prepare(str(notes), "byte", 0)
+    train, val = documents_of(data, "train"), documents_of(data, "val")
+    assert 30 < len(val) < 70 and len(train) + len(val) == 500 and not set(train) & set(val)
+    (notes / "000.txt").write_text("one more")
+    more = prepare(str(notes), "byte", 0)
+    assert set(train) < set(documents_of(more, "train")) or set(val) < set(documents_of(more, "val"))
+    assert set(train) <= set(documents_of(more, "train")) and set(val) <= set(documents_of(more, "val"))
+
+
+def test_split_of_one_document_holds_out_its_end(tmp_path):
+    (tmp_path / "digits.txt").write_text("0123456789" * 10)
+    data = prepare(str(tmp_path / "digits.txt"), "byte", 0)
+    assert documents_of(data, "train") == ["0123456789" * 9] and documents_of(data, "val") == ["0123456789"]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
@@ -159,24 +171,25 @@ def test_a_broken_manifest(prose, content):
         TokenDataset(data.folder)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    def full(path, content):
+@pytest.mark.parametrize("where", ["append", "finish"])
+def test_a_full_disk_leaves_nothing(prose, tmp_path, monkeypatch, where):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("twingpt.core.data.shards.write_synced", full)
-    with pytest.raises(OSError, match="No space"):
-        write(tmp_path / "set", "set", ByteTokenizer(), {"train": np.zeros(9, np.int32)}, {})
-    assert [p.name for p in tmp_path.iterdir() if "set" in p.name] == []
+    monkeypatch.setattr({"append": shards.Writer, "finish": shards}[where], where, full)
+    with pytest.raises(UserError, match=r"can.t be written to .*No space left on device"):
+        prepare(str(prose), "byte", 0)
+    assert list((tmp_path / "home" / "data").iterdir()) == []
 
 
-def test_a_preparation_removes_what_a_killed_one_left_a_day_ago(prose, tmp_path):
-    old, new = (tmp_path / "home" / "data" / name for name in (".prose-1.x1y2.tmp", ".prose-2.x1y2.tmp"))
-    for leftover in (old, new):
+def test_a_preparation_removes_what_a_killed_one_left_and_nothing_else(prose, tmp_path):
+    dead, alive = (tmp_path / "home" / "data" / name for name in (".prose-1.x1y2.tmp", ".prose-2.x1y2.tmp"))
+    for leftover in (dead, alive):
         leftover.mkdir(parents=True)
         (leftover / "train.bin").write_bytes(b"half")
-    os.utime(old, (time.time() - 25 * 3600,) * 2)
-    prepare(str(prose), "byte", 0)
-    assert new.exists() and not old.exists()
+    with _lock(alive):
+        prepare(str(prose), "byte", 0)
+    assert alive.exists() and not dead.exists()
 
 
 def test_python_without_its_topics(monkeypatch):

@@ -172,6 +172,7 @@ def new_run(
         raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
     check_untrained(run)
     data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, init.tokenizer() if init else None)
+    options = _as_prepared(options, data)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
     config = model if init else config
     train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), chosen)
@@ -182,6 +183,19 @@ def new_run(
     _write_run(trainer, [], None)
     _write_config(trainer, compile)
     return trainer
+
+
+def _as_prepared(options: Options, data: Data) -> Options:
+    """The options with the tokenizer of data that were prepared under a name; UserError where they ask for another."""
+    asked: dict[str, Any] = data.manifest.get("asked", {})
+    for key, value in asked.items():
+        if options.get(key, value) != value:
+            flag = f"--{key.replace('_', '-')}"
+            raise UserError(
+                f"{data.manifest['name']} is prepared with {flag} {value}: leave out {flag} {options[key]}, or prepare "
+                "the text again under another name."
+            )
+    return {**options, **asked}
 
 
 def adapted(config: GPTConfig, options: Options) -> GPTConfig:

@@ -18,7 +18,7 @@ import numpy as np
 from twingpt.core import paths
 from twingpt.core.config import GPTConfig
 from twingpt.core.data.order import interleave, source_counts
-from twingpt.core.data.prepare import learn, prepare
+from twingpt.core.data.prepare import find, learn, prepare
 from twingpt.core.data.shards import SPLITS, TokenDataset
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import Tokenizer
@@ -181,13 +181,15 @@ def parts(data: Data) -> list[Part]:
 def prepare_all(data: str | Sequence[str], kind: str, vocab_size: int, tokenizer: Tokenizer | None = None) -> Data:
     """What --data names, prepared under the tokenizer called `kind`, or under the one given.
 
-    A kind that is learned is learned from the training texts of all sources.
+    A kind that is learned is learned from the training texts of all sources; where one of them was
+    prepared by name, its tokenizer is that of all.
     """
     sources = parse(data)
     specs = [spec for spec, _ in sources]
     if len(sources) == 1:
         return prepare(specs[0], kind, vocab_size, tokenizer)
-    tokenizer = tokenizer or learn(specs, kind, vocab_size)
+    prepared = [TokenDataset(folder) for spec in specs if (folder := find(spec))]
+    tokenizer = tokenizer or (prepared[0].tokenizer if prepared else learn(specs, kind, vocab_size))
     datasets = [prepare(spec, kind, vocab_size, tokenizer) for spec in specs]
     return Mixture(datasets, [weight for _, weight in sources], specs)
 

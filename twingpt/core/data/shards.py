@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,13 @@ import numpy as np
 from twingpt.core.config import GPTConfig
 from twingpt.core.data.order import window_count, window_starts
 from twingpt.core.errors import UserError
-from twingpt.core.paths import new_folder, write_synced
+from twingpt.core.paths import write_synced
 from twingpt.core.tokenizer import Tokenizer, files
 from twingpt.core.tokenizer import load as load_tokenizer
 
 Array = np.ndarray
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no account of its sources
 SPLITS = ("train", "val")
 
 
@@ -28,23 +30,44 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def write(folder: Path, name: str, tokenizer: Tokenizer, splits: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
-    """Write a data set in one atomic step; `facts` go into the manifest."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    manifest: dict[str, Any] = {"schema": SCHEMA, "name": name, **facts}
-    manifest |= {"dtype": dtype.str, "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.digest, "splits": {}}
-    with new_folder(folder) as temporary:
-        for split, tokens in splits.items():
-            content = tokens.astype(dtype).tobytes()
-            write_synced(temporary / f"{split}.bin", content)
-            manifest["splits"][split] = {
-                "tokens": len(tokens),
-                "bytes": int(tokenizer.byte_lengths[tokens].sum()),
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
-        for file, text in files(tokenizer, block_size=2**30).items():
-            write_synced(temporary / file, text.encode())
-        write_synced(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
+class Writer:
+    """One split's tokens, appended to a file and counted; synced when the block ends."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.file = path.open("wb")
+        self.itemsize = dtype.itemsize
+        self.sha = hashlib.sha256()
+        self.tokens = self.bytes = 0
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self.file:
+            if not any(error):
+                self.file.flush()
+                os.fsync(self.file.fileno())
+
+    def append(self, content: bytes, n_bytes: int) -> None:
+        """Append tokens as they lie in the file, which stand for so many bytes of text."""
+        self.file.write(content)
+        self.sha.update(content)
+        self.tokens += len(content) // self.itemsize
+        self.bytes += n_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """The split's entry in the manifest."""
+        return {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha.hexdigest()}
+
+
+def finish(folder: Path, tokenizer: Tokenizer, facts: Mapping[str, Any], writers: Mapping[str, Writer]) -> None:
+    """Write the tokenizer and, last of all, the manifest of a folder whose shards are written."""
+    manifest = {"schema": SCHEMA, **facts, "twingpt": importlib.metadata.version("twingpt")}
+    manifest |= {"dtype": token_dtype(tokenizer.vocab_size).str, "vocab_size": tokenizer.vocab_size}
+    manifest |= {"tokenizer": tokenizer.digest, "splits": {split: writer.facts() for split, writer in writers.items()}}
+    for file, text in files(tokenizer, block_size=2**30).items():
+        write_synced(folder / file, text.encode())
+    write_synced(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
 
 
 class TokenDataset:
@@ -56,7 +79,9 @@ class TokenDataset:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.manifest = json.loads((folder / "manifest.json").read_text())
+            self.manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+            if self.manifest["schema"] > SCHEMA:
+                raise UserError(f"{folder} was prepared by a newer version of twingpt: install that.")
             self.splits = {split: self._map(split) for split in SPLITS}
         except FileNotFoundError as error:
             raise UserError(f"{folder} is not a prepared data set: {Path(error.filename).name} is missing.") from None
@@ -68,6 +93,8 @@ class TokenDataset:
         path, facts = self.folder / f"{split}.bin", self.manifest["splits"][split]
         dtype = np.dtype(self.manifest["dtype"])
         size = path.stat().st_size
+        if type(facts["tokens"]) is not int or dtype not in (token_dtype(0), token_dtype(2**32)):
+            raise ValueError(f"the {split} split has {facts['tokens']!r} tokens of {dtype}")
         if size != facts["tokens"] * dtype.itemsize:
             raise UserError(
                 f"{path} has {size} bytes where its manifest says {facts['tokens'] * dtype.itemsize}: "

@@ -1,62 +1,143 @@
-"""Where text comes from: the embedded default, a known download, or the user's own files."""
+"""Where text comes from: the embedded default, a known download, the user's own files, a copy of a hub's data."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
 import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from twingpt.core.config import unknown_choice
-from twingpt.core.data import named
+from twingpt.core.data import named, readers
+from twingpt.core.data.readers import Advance, File, Given, Item, Text
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Some documents under a short name."""
+    """Documents under a short name, in files or in memory; nothing is read before it is asked for."""
 
     name: str
-    documents: list[str]
+    inputs: Sequence[File | Given]
+    licence: str | None = None
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the documents, in order."""
+        """SHA-256 over the inputs' digests, and over how they are read."""
         sha = hashlib.sha256()
-        for document in self.documents:
-            content = document.encode()
-            sha.update(len(content).to_bytes(8, "little") + content)
+        for one in self.inputs:
+            how = f"{one.kind}/{one.field}/{one.errors}/{one.separator}" if isinstance(one, File) else one.kind
+            sha.update(f"{how}/{one.digest()}/".encode())
         return sha.hexdigest()
 
+    @property
+    def size(self) -> int:
+        """Bytes to read."""
+        return sum(one.size for one in self.inputs)
 
-def load(spec: str) -> Source:
-    """The source called `spec`: a name in named.TABLE, or the path of a text file or of a folder of them.
+    def stamp(self) -> list[tuple[int, int]]:
+        """What changes when somebody writes to a file."""
+        found = (one.path.stat() for one in self.inputs if isinstance(one, File))
+        return [(stat.st_size, stat.st_mtime_ns) for stat in found]
 
-    Raises UserError where there is nothing to read, or what there is is not UTF-8 text.
+    def items(self, advance: Advance = lambda count: None) -> Iterator[Item]:
+        """All documents in order, long ones in pieces."""
+        for one in self.inputs:
+            yield from one.items(advance)
+
+    @property
+    def documents(self) -> list[str]:
+        """All documents, for a source that fits in memory."""
+        whole: list[str] = []
+        for item in self.items():
+            if isinstance(item, Text) and not item.begins:
+                whole[-1] += item.text
+            else:
+                whole += item.documents()
+        return whole
+
+
+def load(spec: str, field: str = "text", errors: str = "strict") -> Source:
+    """The source called `spec`: a name in named.TABLE, the path of a file or of a folder of them, or a glob.
+
+    Tables and JSON lines have their text in `field`; `errors` is "strict" or "replace", for what is not
+    UTF-8. Raises UserError where there is nothing to read.
     """
+    if errors not in ("strict", "replace"):
+        raise unknown_choice("way with errors", errors, ("strict", "replace"))
     if row := named.parse(spec):
-        name, shards = row
-        files, separator = named.fetch(name, shards), named.ROWS[name].separator
-        if not files:
-            return Source(spec, _python_docs())
-        texts = map(_text_file, files)
-        return Source(spec, list(texts if separator is None else named.documents(texts, separator)))
+        return _named(spec, *row)
     if not spec:
         raise UserError(f"--data is empty: give a file, a folder, or one of {', '.join(named.NAMES)}.")
     path = expand(spec)
     if path.is_dir():
-        return Source(path.resolve().name, _folder(path))
+        files = _copy_of_hub(path) or _folder(path)
+        return Source(path.resolve().name, [File(file, field, errors) for file in files])
     if path.is_file():
-        return Source(path.stem, [_text_file(path)])
+        return Source(_stem(path), [File(path, field, errors)])
     if path.exists():
         raise UserError(f"{spec} is neither a regular file nor a folder: save its text to a file first.")
+    if glob.has_magic(spec):
+        return Source(_word(path.name), [File(file, field, errors) for file in _glob(spec)])
     if path.suffix or os.sep in spec:
         raise UserError(f"There is no file or folder {spec}: check the path given to --data.")
     raise unknown_choice("data source", spec, named.NAMES)
+
+
+def _named(spec: str, name: str, shards: int | None) -> Source:
+    row, files = named.ROWS[name], named.fetch(name, shards)
+    if not files:
+        return Source(spec, [Given(tuple(_python_docs()))], row.licence)
+    return Source(spec, [File(file, separator=row.separator) for file in files], row.licence)
+
+
+def load_hub(spec: str, field: str, errors: str) -> Source:
+    """The training split of the Hugging Face data set `org/name` or `org/name:config`, downloaded by `datasets`."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"There is no file or folder {spec}; to fetch it as a Hugging Face data set: pip install 'twingpt[hf]'."
+        ) from None
+    name, _, config = spec.partition(":")
+    try:
+        table = datasets.load_dataset(name, config or None, split="train")
+    except Exception as error:  # the hub's, the network's, and those of every format's reader
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"There is no file or folder {spec}, and it can't be fetched as a Hugging Face data set: {reason}"
+        ) from None
+    files = [File(Path(file["filename"]), field, errors) for file in table.cache_files]
+    return Source(_word(spec.rpartition("/")[2]), files)
+
+
+def spool(folder: Path, errors: str) -> Source:
+    """What comes in on stdin, kept as a file in `folder`, because it is read more than once."""
+    path = folder / "stdin"
+    if sys.stdin is None:
+        raise UserError("There is no stdin to read from.")
+    with path.open("wb") as file:
+        while block := sys.stdin.buffer.read(readers.BLOCK):
+            file.write(block)
+    return Source("stdin", [File(path, errors=errors)])
+
+
+def _stem(path: Path) -> str:
+    return Path(path.stem).stem if path.suffix.lower() in readers.COMPRESSED else path.stem
+
+
+def _word(text: str) -> str:
+    """What of `text` can stand in a name."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "data"
 
 
 def _python_docs() -> list[str]:
@@ -70,26 +151,34 @@ def _python_docs() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _text_file(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from None
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}.") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty: give --data a file with text.")
-    return text
+def _folder(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if readers.known(path) and path.is_file())
+    if not files:
+        raise UserError(f"{folder} has no text files ({', '.join(readers.KINDS)}, {' or '.join(readers.COMPRESSED)}).")
+    return files
 
 
-def _folder(folder: Path) -> list[str]:
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in TEXT_SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
-    if not paths:
-        raise UserError(f"{folder} has no text files ({', '.join(TEXT_SUFFIXES)}).")
-    return [_text_file(path) for path in paths]
+def _glob(pattern: str) -> list[Path]:
+    """What the pattern matches, folders' files included."""
+    found = [Path(name) for name in sorted(glob.glob(str(expand(pattern)), recursive=True))]  # noqa: PTH207, it may be absolute
+    files = [file for path in found for file in (_folder(path) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"No file matches {pattern}.")
+    return list(dict.fromkeys(files))
+
+
+def _copy_of_hub(folder: Path) -> list[Path] | None:
+    """The tables that `save_to_disk` of `datasets` wrote to a folder; of several splits, the training one."""
+    splits = folder / "dataset_dict.json"
+    try:
+        if splits.is_file():
+            names = json.loads(splits.read_text("utf-8"))["splits"]
+            if "train" not in names:
+                raise UserError(f"{folder} has no split called train: give the folder of one of {', '.join(names)}.")
+            return _copy_of_hub(folder / "train")
+        if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+            state = json.loads((folder / "state.json").read_text("utf-8"))
+            return [folder / file["filename"] for file in state["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} is a damaged copy of a Hugging Face data set: save it again.") from None
+    return None

@@ -146,14 +146,17 @@ BYTE_TO_CHARACTER = _byte_characters()
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
+_TO_LATIN = dict.fromkeys(range(256), 65535) | {ord(c): byte for c, byte in CHARACTER_TO_BYTE.items()}
+
+
 def printable(piece: bytes) -> str:
     """A token as tokenizer.json spells it."""
-    return "".join(BYTE_TO_CHARACTER[b] for b in piece)
+    return piece.decode("latin-1").translate(BYTE_TO_CHARACTER)
 
 
 def unprintable(piece: str) -> bytes:
-    """The bytes of what `printable` spelled; KeyError for another spelling."""
-    return bytes(CHARACTER_TO_BYTE[c] for c in piece)
+    """The bytes of what `printable` spelled; ValueError for another spelling."""
+    return piece.translate(_TO_LATIN).encode("latin-1")
 
 
 def bpe_model(pieces: Sequence[bytes], merge_list: Sequence[tuple[bytes, bytes]]) -> dict[str, Any]:

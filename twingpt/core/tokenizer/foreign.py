@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -151,8 +152,9 @@ class ForeignTokenizer(Tokenizer):
 
     def _bytes(self, spelling: str) -> bytes:
         """What one token of the model adds to a text that it isn't the first of."""
-        if self.byte_level and set(spelling) <= CHARACTER_TO_BYTE.keys():
-            return unprintable(spelling)
+        if self.byte_level:
+            with suppress(ValueError):
+                return unprintable(spelling)
         if fallback := re.fullmatch("<0x([0-9A-Fa-f]{2})>", spelling):
             return bytes.fromhex(fallback[1])
         decoder = self._library.decoder

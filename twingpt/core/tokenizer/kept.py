@@ -13,7 +13,14 @@ from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand
 from twingpt.core.tokenizer.base import END_OF_TEXT, Tokenizer
-from twingpt.core.tokenizer.bpe import TIKTOKEN_PATTERNS, BPETokenizer, tiktoken_named, train_bpe, unprintable
+from twingpt.core.tokenizer.bpe import (
+    TIKTOKEN_PATTERNS,
+    BPETokenizer,
+    bpe_model,
+    tiktoken_named,
+    train_bpe,
+    unprintable,
+)
 from twingpt.core.tokenizer.foreign import ForeignTokenizer, check, unreachable
 from twingpt.core.tokenizer.plain import ByteTokenizer, CharTokenizer
 
@@ -118,20 +125,26 @@ def _own(content: Any, kind: str) -> Tokenizer:
     """A tokenizer of ours, whose ids mean what they meant; ValueError and the like where the file was altered."""
     specials = {token["content"]: token["id"] for token in content["added_tokens"]}
     vocab = {piece: token for piece, token in content["model"]["vocab"].items() if piece not in specials}
-    if kind == "char":
-        tokenizer: Tokenizer = CharTokenizer(vocab)
-    elif kind == "byte":
-        tokenizer = ByteTokenizer()
-    else:
-        ranked = sorted(vocab, key=vocab.__getitem__)
-        pairs = [(left, right) for left, right in content["model"]["merges"]]
-        if [piece for piece in ranked if len(piece) > 1] != [left + right for left, right in pairs]:
-            raise ValueError
-        if not vocab.keys() >= {part for pair in pairs for part in pair} or unreachable(vocab, pairs):
-            raise ValueError
-        pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        merge_list = [(unprintable(left), unprintable(right)) for left, right in pairs]
-        tokenizer = BPETokenizer([*map(unprintable, ranked)], pattern, kind, specials, merge_list)
-    if tokenizer.to_json()["model"] != content["model"] or END_OF_TEXT not in specials:
+    if END_OF_TEXT not in specials:
+        raise ValueError
+    if kind not in ("char", "byte"):
+        return _own_bpe(content, kind, vocab, specials)
+    tokenizer = CharTokenizer(vocab) if kind == "char" else ByteTokenizer()
+    if tokenizer.to_json()["model"] != content["model"]:
         raise ValueError
     return tokenizer
+
+
+def _own_bpe(content: Any, kind: str, vocab: dict[str, int], specials: dict[str, int]) -> Tokenizer:
+    """A byte-level BPE of ours; its merges are checked, since working them out again takes far longer."""
+    model, ranked = content["model"], sorted(vocab, key=vocab.__getitem__)
+    pairs = [(left, right) for left, right in model["merges"]]
+    if {**model, "vocab": {}, "merges": []} != bpe_model([], []) or [*map(vocab.get, ranked)] != [*range(len(ranked))]:
+        raise ValueError
+    if [piece for piece in ranked if len(piece) > 1] != [left + right for left, right in pairs]:
+        raise ValueError
+    if not vocab.keys() >= {part for pair in pairs for part in pair} or unreachable(vocab, pairs):
+        raise ValueError
+    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    merge_list = [(unprintable(left), unprintable(right)) for left, right in pairs]
+    return BPETokenizer([*map(unprintable, ranked)], pattern, kind, specials, merge_list)

@@ -1,0 +1,104 @@
+"""Prepared data sets on the terminal: the bar of a preparation, the list, and what one is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from twingpt.core.console import human_bytes, human_count, human_time
+from twingpt.core.data.library import Row
+from twingpt.core.data.prepare import Progress
+
+WIDTH = 40  # of the histogram's longest bar
+SAMPLE_LINES = 4
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar with what is done, how fast, and the time left, while the block runs."""
+    bar = Bar(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        expand=True,
+        transient=True,
+    )
+    task = bar.add_task("reading", total=None, counts="")
+    now = ""
+
+    def show(progress: Progress) -> None:
+        nonlocal now
+        if progress.task != now:
+            now = progress.task
+            bar.reset(task, total=progress.total or None, description=now)
+        counts = f"{human_count(progress.documents)} documents" if progress.documents else ""
+        counts += f", {human_count(progress.tokens)} tokens" if progress.tokens else ""
+        bar.update(task, completed=progress.done, counts=counts)
+
+    with bar:
+        yield Progress(show)
+
+
+def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
+    """What a preparation made, and what to do with it; `word` is the name as a shell takes it."""
+    console.print(
+        f"[bold]{escape(result['name'])}[/]: {human_count(result['documents'])} documents, "
+        f"{human_bytes(result['bytes'])} of text; {human_count(result['tokens'])} tokens to train on, "
+        f"{human_count(result['val_tokens'])} held out; {human_time(result['seconds'])}, "
+        f"{human_bytes(result['peak_rss_bytes'])} of memory at most"
+    )
+    console.print(f"{escape(result['path'])}\nTrain on it: [bold]gpt train --data {escape(word)}[/]", soft_wrap=True)
+
+
+def print_list(console: Console, rows: list[Row]) -> None:
+    """A line a data set; a broken one has its error, in red."""
+    table = Table("name", "documents", "text", "tokens", "held out", "tokenizer", "on disk", box=box.SIMPLE_HEAD)
+    for row in rows:
+        facts = ("", "", "", "", "[red]broken[/]")
+        if row.error is None:
+            counts = (human_count(row.documents), human_bytes(row.bytes), human_count(row.tokens))
+            facts = (*counts, human_count(row.val_tokens), f"{escape(row.tokenizer)} {row.vocab_size:,}")
+        table.add_row(escape(row.name), *facts, human_bytes(row.size_bytes))
+    console.print(table)
+    for row in rows:
+        if row.error:
+            console.print(f"[red]{escape(row.name)}: {escape(row.error)}[/]", soft_wrap=True)
+
+
+def print_info(console: Console, info: dict[str, Any]) -> None:
+    """A data set's facts, where it comes from, how long its documents are, and how some begin."""
+    per_token = info["bytes"] / max(1, info["tokens"] + info["val_tokens"])
+    console.print(
+        f"[bold]{escape(info['name'])}[/]: {info['documents']:,} documents, {human_bytes(info['bytes'])} of text, "
+        f"{human_bytes(info['size_bytes'])} on disk\n"
+        f"{info['tokens']:,} tokens to train on, {info['val_tokens']:,} held out ({escape(info['split'])})\n"
+        f"tokenizer {escape(info['tokenizer'])} of {info['vocab_size']:,} ids, {per_token:.2f} bytes per token"
+    )
+    console.print(f"[dim]{escape(info['path'])}[/]", soft_wrap=True)
+    for row in info["sources"]:
+        licence = f", {row['licence']}" if row["licence"] else ""
+        files = f"{row['files']} file{'s' * (row['files'] != 1)}, {human_bytes(row['bytes'])}"
+        console.print(escape(f"from {row['source']}: {files}, SHA-256 {row['sha256'][:12]}…{licence}"), soft_wrap=True)
+    console.print("\n[bold]Tokens of a document[/]")
+    most = max((row["documents"] for row in info["histogram"]), default=1)
+    for row in info["histogram"]:
+        bar = "█" * round(WIDTH * row["documents"] / most) or "▏" * bool(row["documents"])
+        span = f"{row['least']:,}–{row['most']:,}"
+        console.print(f"{span:>25}  [cyan]{bar:{WIDTH}}[/]  {row['documents']:,}")
+    for text in info["samples"]:
+        lines = [line for line in text.splitlines() if line.strip()][:SAMPLE_LINES]
+        console.print(f"\n[bold]A document[/] [dim]{escape(json.dumps(text[:20], ensure_ascii=False))}…[/]")
+        console.print(escape("\n".join(lines)), overflow="ellipsis", no_wrap=True)
