@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from tests.conftest import cpu, needs
+from twingpt import UserError
 from twingpt.core import backend as backends
 from twingpt.core import reference
 from twingpt.core.generator import generate_tokens
 from twingpt.core.sampler import Sampling
 from twingpt.core.tensors import TensorFile
-from twingpt.weights import huggingface
+from twingpt.weights import huggingface, mlx_lm
 from twingpt.weights.families import FAMILIES, family_for
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -163,6 +164,41 @@ def test_it_goes_back_to_transformers(variant, tmp_path):
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"])
     assert relative(their_logits(loaded, TOKENS), their_logits(model, TOKENS)) <= 1e-6
+
+
+# What mlx-lm leaves out of some models, saying nothing or failing.
+NOT_IN_MLX_LM = {
+    "gpt2, untied, exact GELU": "the activation of gelu",
+    "gpt2, unscaled scores": "unscaled scores",
+    "llama, head_dim and biases": "the activation of geglu",
+    "qwen2, windows": "sliding windows",
+    "qwen3, tied, biases, windows": "biases in attention",
+    "gemma3_text, scaled, softcap": "biases in attention",
+    "gemma3_text, no windows, untied": "the activation of geglu",
+    "mistral": "sliding windows",
+    "gpt_neox": "the activation of gelu",
+    "gpt_neox, sequential, tied, no bias": "leaving out attention's biases",
+    "gpt_neox, linear": "the activation of gelu",
+}
+
+
+@needs("mlx")
+def test_mlx_lm_computes_the_same_or_is_not_written_for(variant, tmp_path):
+    import twingpt.backends.mlx  # noqa: F401  (opens a fast BLAS before mlx_lm imports mlx)
+
+    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    import mlx.core as mx
+
+    name, model, folder = variant
+    config = huggingface.read_config(folder)
+    if name in NOT_IN_MLX_LM:
+        with pytest.raises(UserError, match=f"mlx-lm computes .* models without {NOT_IN_MLX_LM[name]}: write --to hf"):
+            mlx_lm.check(config)
+        return
+    mlx_lm.check(config)
+    huggingface.write(tmp_path / "back", config, huggingface.tensors(folder, config), end_of_text=0)
+    theirs, _ = utils.load_model(tmp_path / "back")
+    assert relative(np.array(theirs(mx.array(TOKENS)).tolist()), their_logits(model, TOKENS)) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
