@@ -122,6 +122,24 @@ def test_a_mixture_that_moved(gpt, prose, digits, tmp_path, monkeypatch):
 
 
 @needs("torch")
+def test_data_sets_prepared_by_name_in_a_mixture(gpt, prose, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TWINGPT_HOME", str(tmp_path / "home"))
+    text = tmp_path / "some.txt"
+    text.write_text(prose.read_text()[:5000] + digits.read_text()[:5000])
+    for name, kind in (("chars", "char"), ("bytes", "byte")):
+        code, _, err = gpt("data", "prepare", text, "--tokenizer", kind, "--name", name)
+        assert code == 0, err
+    small = [*SMALL[2:], "--backend", "torch", "--max-iters", 2]
+    result = train(gpt, "--data", digits, "--data", "chars:2", *small, "--out", tmp_path / "run")
+    assert set(result["sources"]) == {"digits", "chars"} and result["settings"]["tokenizer"] == "char"
+    train(gpt, "--resume", tmp_path / "run", "--backend", "torch", "--max-iters", 4)
+    message = mistake(gpt, "train", "--data", "chars", "--data", "bytes:0.5", *small, "--out", tmp_path / "other")
+    assert "chars and bytes have different tokenizers, char of " in message and "byte of 257 ids" in message
+    message = mistake(gpt, "train", "--data", digits, "--data", "chars", *small, "--tokenizer", "byte")
+    assert "is prepared with --tokenizer char: leave out --tokenizer byte" in message
+
+
+@needs("torch")
 @pytest.mark.parametrize(
     ("second", "message"),
     [

@@ -133,22 +133,50 @@ def test_unknown_kind():
         tokenizers.make("bytes", [], [], 0)
 
 
-@pytest.mark.parametrize("damage", ["missing", "not json", "foreign", "altered"])
+@pytest.mark.parametrize("damage", ["missing", "not json", "foreign", "settings"])
 def test_a_damaged_tokenizer_is_refused(tmp_path, damage):
     for name, text in tokenizers.files(BPE, 64).items():
         (tmp_path / name).write_text(text, "utf-8")
-    path = tmp_path / "tokenizer.json"
+    path = tmp_path / ("tokenizer_config.json" if damage == "settings" else "tokenizer.json")
     if damage == "missing":
         path.unlink()
-    elif damage == "not json":
-        path.write_text("{")
-    elif damage == "foreign":
-        path.write_text('{"model": {}}')
     else:
-        content = json.loads(path.read_text("utf-8"))
-        content["model"]["merges"].reverse()
-        path.write_text(json.dumps(content), "utf-8")
+        path.write_text({"not json": "{", "foreign": '{"model": {}}', "settings": "[]"}[damage])
     with pytest.raises(UserError, match="tokenizer"):
+        tokenizers.load(tmp_path)
+
+
+def split_otherwise(model):
+    """The same token of other parts, of which one is never there when they would be joined."""
+    vocab = model["vocab"]
+    for i, (left, right) in enumerate(model["merges"]):
+        joined = left + right
+        for cut in range(1, len(joined)):
+            if cut != len(left) and joined[:cut] in vocab and joined[cut:] in vocab:
+                model["merges"][i] = [joined[:cut], joined[cut:]]
+                return
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda model: model["merges"].reverse(),
+        lambda model: model["merges"].pop(),
+        lambda model: model.update(merges=[["a"]]),
+        lambda model: model.update(ignore_merges=False),
+        lambda model: model["vocab"].pop("a"),
+        lambda model: model["vocab"].update({" ": 298}),
+        split_otherwise,
+    ],
+)
+def test_an_altered_tokenizer_is_refused(tmp_path, alter):
+    for name, text in tokenizers.files(BPE, 64).items():
+        (tmp_path / name).write_text(text, "utf-8")
+    content = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    alter(content["model"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(UserError, match=r"has been altered|no token id|same id"):
         tokenizers.load(tmp_path)
 
 

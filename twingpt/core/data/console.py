@@ -35,6 +35,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         console=console,
         expand=True,
         transient=True,
+        disable=not console.is_terminal,
     )
     task = bar.add_task("reading", total=None, counts="")
     now = ""

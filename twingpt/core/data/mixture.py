@@ -7,10 +7,11 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -91,20 +92,23 @@ class Part:
 class Mixture:
     """Prepared data sets of one tokenizer, trained on in the proportions of their weights; used as a TokenDataset is.
 
-    `specs` are their names to tell them apart by, where they are called the same. Raises UserError where
-    two have different tokenizers, or are the same.
+    `specs` are their names to tell them apart by, where they are called the same, and `asked` the options of a
+    run that one of them decides, being prepared by name. Raises UserError where two have different tokenizers,
+    or are the same.
     """
 
-    def __init__(self, datasets: Sequence[TokenDataset], weights: Sequence[float], specs: Sequence[str]) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[TokenDataset],
+        weights: Sequence[float],
+        specs: Sequence[str],
+        asked: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         names = [str(data.manifest["name"]) for data in datasets]
         names = names if len(set(names)) == len(names) else list(specs)
         first = datasets[0]
+        _check_tokenizers(names, datasets)
         for i, data in enumerate(datasets):
-            if data.manifest["tokenizer"] != first.manifest["tokenizer"]:
-                raise UserError(
-                    f"{names[0]} and {names[i]} have different tokenizers, {_described(first)} and {_described(data)}: "
-                    "prepare both with the same one."
-                )
             if same := [names[j] for j in range(i) if datasets[j].folder == data.folder]:
                 raise UserError(
                     f"{same[0]} and {names[i]} are the same data: give it once, with the sum of the weights."
@@ -114,7 +118,7 @@ class Mixture:
             Part(name, share / sum(self.shares), data)
             for name, share, data in zip(names, self.shares, datasets, strict=True)
         ]
-        self.tokenizer = first.tokenizer
+        self.tokenizer, self.asked = first.tokenizer, dict(asked)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -125,7 +129,8 @@ class Mixture:
             for split in SPLITS
         }
         name = " + ".join(f"{part.name} {part.share:.3g}" for part in self.parts)
-        return {"name": name, **{key: parts[0][key] for key in ("vocab_size", "tokenizer")}, "splits": sizes}
+        same = {key: parts[0][key] for key in ("vocab_size", "tokenizer")}
+        return {"name": name, "asked": self.asked, **same, "splits": sizes}
 
     @property
     def fingerprint(self) -> str:
@@ -166,6 +171,15 @@ class Mixture:
         return windows / sum(1 / part.data.epochs(1, block_size) for part in self.parts)
 
 
+def _check_tokenizers(names: Sequence[str], datasets: Sequence[TokenDataset]) -> None:
+    for name, data in zip(names, datasets, strict=True):
+        if data.manifest["tokenizer"] != datasets[0].manifest["tokenizer"]:
+            raise UserError(
+                f"{names[0]} and {name} have different tokenizers, {_described(datasets[0])} and {_described(data)}: "
+                "prepare both with the same one."
+            )
+
+
 def _described(data: TokenDataset) -> str:
     return f"{data.tokenizer.kind} of {data.tokenizer.vocab_size:,} ids ({data.manifest['tokenizer'][:8]})"
 
@@ -188,10 +202,14 @@ def prepare_all(data: str | Sequence[str], kind: str, vocab_size: int, tokenizer
     specs = [spec for spec, _ in sources]
     if len(sources) == 1:
         return prepare(specs[0], kind, vocab_size, tokenizer)
-    prepared = [TokenDataset(folder) for spec in specs if (folder := find(spec))]
-    tokenizer = tokenizer or (prepared[0].tokenizer if prepared else learn(specs, kind, vocab_size))
+    named = {spec: TokenDataset(folder) for spec in specs if (folder := find(spec))}
+    first = next(iter(named.values()), None)
+    if not tokenizer:
+        _check_tokenizers(list(named), list(named.values()))
+        tokenizer = first.tokenizer if first else learn(specs, kind, vocab_size)
     datasets = [prepare(spec, kind, vocab_size, tokenizer) for spec in specs]
-    return Mixture(datasets, [weight for _, weight in sources], specs)
+    asked = first.manifest.get("asked", {}) if first else {}
+    return Mixture(datasets, [weight for _, weight in sources], specs, asked)
 
 
 def folders(data: Data) -> str | list[str]:

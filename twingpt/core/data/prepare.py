@@ -171,7 +171,9 @@ def prepare_named(
     n_cores: int | None = None,
 ) -> TokenDataset:
     """Prepare sources under a name, on all cores unless told otherwise; the same again is found, another is refused."""
-    if not NAME.fullmatch(name) or named.parse(name):
+    if named.parse(name):
+        raise UserError(f"{name} is the name of a source: choose another --name.")
+    if not NAME.fullmatch(name):
         raise UserError(f"A data set can't be called {name!r}: give a --name of letters, digits, - _ and . alone.")
     folder = folder_of(name)
     if folder.exists():

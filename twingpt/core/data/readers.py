@@ -145,9 +145,11 @@ def safe_cut(text: str) -> int:
 
     A text without such a point, which nobody wrote, is cut after PIECE characters.
     """
-    end, reach = PIECE + 1, 2**12  # a point needs the character after it
-    while end - reach // 8 > PIECE // 2:
-        for found in reversed(list(SAFE.finditer(text, max(PIECE // 2, end - reach), end))):
+    least, end, reach = PIECE // 2, PIECE + 1, 2**12  # a point needs the character after it
+    start = end
+    while start > least:
+        start = max(least, end - reach)
+        for found in reversed(list(SAFE.finditer(text, start, end))):
             if found[0] == "\n" or found[0].isalpha():  # \w has numbers that are no digits, as ²
                 return found.end()
         reach *= 8

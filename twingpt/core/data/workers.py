@@ -196,7 +196,7 @@ def _work_on(batch: list[list[Item]]) -> list[Encoded]:
 
 
 class PeakMemory:
-    """Resident bytes of this process and its children together, at their highest; looked at ten times a second."""
+    """Resident bytes of this process and its children together, at their highest; looked at twice a second."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -209,7 +209,7 @@ class PeakMemory:
         def look() -> None:
             while True:
                 self._look()
-                if done.wait(0.1):
+                if done.wait(0.5):
                     return
 
         thread = threading.Thread(target=look, daemon=True)

@@ -1,0 +1,375 @@
+"""gpt data prepare, list, info, verify and rm; trouble on the way, and training on what was prepared."""
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli.test_commands import mistake
+from tests.cli.test_train import SMALL, train
+from tests.conftest import needs
+from twingpt.core.data import prepare, readers
+from twingpt.core.data.prepare import How, Reading, prepare_named
+from twingpt.core.data.shards import TokenDataset, Writer
+from twingpt.core.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("TWINGPT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "data"
+
+
+@pytest.fixture
+def dump(tmp_path):
+    """200 documents as JSON lines."""
+    path = tmp_path / "dump.jsonl"
+    texts = [f"document {i}: {'it has some words, ' * (1 + i % 9)}and an end." for i in range(200)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def prepared(gpt, *arguments) -> dict:
+    code, out, err = gpt("data", "prepare", *arguments, "--json")
+    assert (code, err) == (0, ""), err
+    return json.loads(out)
+
+
+def texts_of(data, split) -> list[str]:
+    tokens, end = np.asarray(data.splits[split]), data.tokenizer.end_of_text
+    return [data.tokenizer.decode(part[part != end]) for part in np.split(tokens, np.flatnonzero(tokens == end) + 1)][
+        :-1
+    ]
+
+
+# Sources ----------------------------------------------------------------------------------------------------
+
+
+def test_prepare_says_what_it_made(gpt, dump, home):
+    result = prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
+    lines = [json.loads(line)["text"] for line in dump.read_text().splitlines()]
+    assert set(result) == {
+        "name", "path", "documents", "bytes", "tokens", "val_tokens", "seconds", "peak_rss_bytes",
+    }  # fmt: skip
+    assert result["path"] == str(home / "docs") and result["documents"] == 200
+    assert result["bytes"] == sum(map(len, lines)) == result["tokens"] + result["val_tokens"] - 200
+    assert result["peak_rss_bytes"] > 10**7
+    data = TokenDataset(home / "docs")
+    assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted(lines)
+    assert texts_of(data, "train") == [line for line in lines if line in texts_of(data, "train")]  # in order
+    [source] = data.manifest["sources"]
+    assert source["source"] == str(dump) and source["bytes"] == dump.stat().st_size and source["licence"] is None
+    again = prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
+    assert again | {"seconds": 0, "peak_rss_bytes": 0} == result | {"seconds": 0, "peak_rss_bytes": 0}
+    dump.write_text(dump.read_text() * 2)
+    error = mistake(gpt, "data", "prepare", dump, "--tokenizer", "byte", "--name", "docs")
+    assert "docs is prepared already, from something else: gpt data rm docs" in error
+
+
+def test_several_sources_in_their_order(gpt, tmp_path, dump, home, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    for name in ("b.txt", "a.md", "empty.txt"):
+        (tmp_path / "notes" / name).write_text(name * (name != "empty.txt"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from stdin")))
+    specs = ["-", tmp_path / "notes", tmp_path / "note*" / "*.md", dump]
+    result = prepared(gpt, *specs, "--tokenizer", "char", "--name", "all", "--licence", "MIT")
+    manifest = TokenDataset(home / "all").manifest
+    assert result["documents"] == 204 and manifest["empty_documents"] == 1
+    assert [row["files"] for row in manifest["sources"]] == [1, 3, 1, 1]
+    assert {row["licence"] for row in manifest["sources"]} == {"MIT"}
+    assert {path.name for path in (home / "all").iterdir()} == {
+        "train.bin", "val.bin", "manifest.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_a_local_copy_of_a_hubs_data_set(gpt, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"body": [f"text {i}" for i in range(50)]})
+    table.save_to_disk(tmp_path / "copy")
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "both")
+    for name in ("copy", "both"):
+        assert (
+            prepared(gpt, tmp_path / name, "--field", "body", "--tokenizer", "byte", "--name", name)["documents"] == 50
+        )
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    error = mistake(gpt, "data", "prepare", tmp_path / "both", "--name", "x")
+    assert "no split called train: give the folder of one of test" in error
+    (tmp_path / "copy" / "state.json").write_text("{}")
+    assert "is a damaged copy" in mistake(gpt, "data", "prepare", tmp_path / "copy", "--name", "x")
+
+
+def test_a_hubs_data_set_without_a_network_or_without_datasets(gpt, monkeypatch):
+    pytest.importorskip("datasets")  # the suite runs with HF_HUB_OFFLINE
+    error = mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
+    assert "no file or folder nobody/nothing, and it can't be fetched as a Hugging Face data set: " in error
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'twingpt[hf]'" in mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
+
+
+@pytest.mark.parametrize(("suffix", "library"), [("parquet", "pyarrow.parquet"), ("txt.zst", "zstandard")])
+def test_formats_without_their_library(gpt, tmp_path, monkeypatch, suffix, library):
+    (tmp_path / f"a.{suffix}").write_bytes(b"something")
+    monkeypatch.setitem(sys.modules, library, None)
+    error = mistake(gpt, "data", "prepare", tmp_path / f"a.{suffix}", "--name", "x")
+    assert "pip install 'twingpt[data]'" in error
+
+
+# Splits -----------------------------------------------------------------------------------------------------
+
+
+def test_held_out_documents_stay_held_out(gpt, dump, home):
+    prepared(gpt, dump, "--tokenizer", "byte", "--name", "some")
+    lines = dump.read_text().splitlines(keepends=True)
+    dump.write_text("".join([*lines[100:], *lines[:100], '{"text": "more"}\n']))
+    prepared(gpt, dump, "--tokenizer", "byte", "--name", "more")
+    some, more = (TokenDataset(home / name) for name in ("some", "more"))
+    assert set(texts_of(some, "val")) <= set(texts_of(more, "val")) and len(texts_of(some, "val")) > 10
+    assert set(texts_of(some, "train")) <= set(texts_of(more, "train"))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
+def test_a_long_document_in_pieces_is_the_same_as_in_one(gpt, prose, home, monkeypatch, kind):
+    text = prose.read_text() + "é " + "1" * 40
+    prose.write_text(text)
+    prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "whole")
+    monkeypatch.setattr(readers, "PIECE", 500)
+    monkeypatch.setattr(readers, "BLOCK", 300)
+    prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "pieces")
+    whole, pieces = (TokenDataset(home / name) for name in ("whole", "pieces"))
+    assert whole.fingerprint == pieces.fingerprint
+    assert texts_of(pieces, "train") + texts_of(pieces, "val") == [
+        text[: int(len(text) * 0.9)],
+        text[int(len(text) * 0.9) :],
+    ]
+
+
+def test_one_long_document_among_others_by_hash(gpt, dump, tmp_path, home, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE", 100)
+    (tmp_path / "long.txt").write_text("a word " * 100)
+    prepared(gpt, dump, tmp_path / "long.txt", "--tokenizer", "byte", "--name", "all")
+    data = TokenDataset(home / "all")
+    assert ["a word " * 100] in (texts_of(data, "train")[-1:], texts_of(data, "val")[-1:])
+    assert data.manifest["split"] == "documents by hash"
+
+
+def test_bpe_learns_from_a_part_of_much_text(gpt, dump, home, monkeypatch):
+    monkeypatch.setattr(prepare, "SAMPLE", 2000)
+    prepared(gpt, dump, "--vocab-size", 300, "--name", "docs")
+    learned = TokenDataset(home / "docs").manifest["learned_from"]
+    assert 1800 < learned["characters"] <= 2000 < learned["of"]
+    first = TokenDataset(home / "docs").fingerprint
+    assert gpt("data", "rm", "docs", "--yes")[0] == 0
+    prepared(gpt, dump, "--vocab-size", 300, "--name", "docs")
+    assert TokenDataset(home / "docs").fingerprint == first
+
+
+# Trouble ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"", [], "bad.txt is empty"),
+        (b"caf\xe9", [], "bad.txt is not UTF-8 text: byte 3 is 0xe9"),
+        (b"a\0b", [], "bad.txt is not text: byte 1 is NUL"),
+        (b"text", ["--errors", "ignore"], "Unknown way with errors 'ignore'"),
+        (b"text", ["--name", "a/b"], "A data set can't be called 'a/b'"),
+        (b"text", ["--name", "shakespeare"], "shakespeare is the name of a source"),
+        (b"text", ["--tokenizer", "bte"], "bte"),
+    ],
+)
+def test_bad_input_leaves_nothing(gpt, tmp_path, home, content, options, message):
+    (tmp_path / "bad.txt").write_bytes(content)
+    assert message in mistake(gpt, "data", "prepare", tmp_path / "bad.txt", "--name", "bad", *options)
+    assert not home.exists() or not list(home.iterdir())
+
+
+def test_replaced_errors(gpt, tmp_path, home):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9 and \0 and more of it")
+    prepared(gpt, tmp_path / "bad.txt", "--errors", "replace", "--tokenizer", "byte", "--name", "bad")
+    data = TokenDataset(home / "bad")
+    assert "".join(texts_of(data, "train") + texts_of(data, "val")) == "caf\ufffd and \ufffd and more of it"
+
+
+def test_a_full_disk(gpt, dump, home, monkeypatch):
+    real, written = Writer.append, []
+
+    def append(self, content, n_bytes):
+        written.append(content)
+        if len(written) > 1:
+            raise OSError(28, "No space left on device")
+        real(self, content, n_bytes)
+
+    monkeypatch.setattr(Writer, "append", append)
+    error = mistake(gpt, "data", "prepare", dump, "--tokenizer", "byte", "--name", "docs")
+    assert "can't be written to" in error and "No space left on device" in error
+    assert not list(home.iterdir())
+
+
+def test_a_file_that_changes_meanwhile(gpt, dump, home, monkeypatch):
+    real = readers.File.items
+
+    def items(self, advance):
+        yield from real(self, advance)
+        dump.write_text(dump.read_text() + '{"text": "more"}\n')
+
+    monkeypatch.setattr(readers.File, "items", items)
+    error = mistake(gpt, "data", "prepare", dump, "--tokenizer", "byte", "--name", "docs")
+    assert "A file of docs changed while it was read" in error and not list(home.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from twingpt.core import paths
+from twingpt.core.data import prepare, shards, workers
+
+module, name, count = {where!r}
+owner = {{"Writer": shards.Writer, "shards": shards, "paths": paths, "workers": workers}}[module]
+real, calls = getattr(owner, name), 0
+
+def deadly(*arguments, **named):
+    global calls
+    calls += 1
+    if calls == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **named)
+
+setattr(owner, name, deadly)
+prepare.prepare_named([sys.argv[1]], "docs", prepare.How("byte", 0), prepare.Reading())
+"""
+
+
+@pytest.mark.parametrize(
+    "where",
+    [("Writer", "append", 1), ("Writer", "facts", 2), ("shards", "finish", 1), ("shards", "write_synced", 3),
+     ("paths", "sync_folder", 1)],
+)  # fmt: skip
+def test_killed_anywhere_it_starts_again(dump, home, where):
+    script = KILLED.format(where=where)
+    killed = subprocess.run([sys.executable, "-c", script, str(dump)], check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name[0] for path in home.iterdir()] == ["."] and not prepare.find("docs")
+    data = prepare_named([str(dump)], "docs", How("byte", 0), Reading())
+    assert len(texts_of(data, "train")) + len(texts_of(data, "val")) == 200
+    assert [path.name for path in home.iterdir()] == ["docs"]
+
+
+def test_killed_with_workers_none_is_left(tmp_path, home):
+    line = json.dumps({"text": "some words " * 1000}) + "\n"
+    (tmp_path / "large.jsonl").write_text(line * 4000)
+    code = "from twingpt.core.data import workers; workers.cores = lambda: 2; from twingpt.cli import main\n"
+    (tmp_path / "main.py").write_text(f"{code}if __name__ == '__main__': main()")
+    command = [sys.executable, tmp_path / "main.py", "data", "prepare", tmp_path / "large.jsonl", "--tokenizer", "char"]
+    running = subprocess.Popen([*command, "--name", "large"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    psutil = pytest.importorskip("psutil")
+    me, deadline = psutil.Process(running.pid), time.monotonic() + 120
+    while running.poll() is None and time.monotonic() < deadline:
+        children = me.children()
+        if len(children) >= 2 and [path for path in home.glob(".*/train.bin") if path.stat().st_size]:
+            break
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    gone, alive = psutil.wait_procs(children, timeout=60)
+    assert len(gone) >= 2 and not alive
+    assert not prepare.find("large")
+
+
+def test_two_at_once_under_one_name(dump, home):
+    with pytest.raises(KeyboardInterrupt), prepare._new_folder(home / "docs", alone=True):
+        with pytest.raises(UserError, match="docs is being prepared by another process"):
+            prepare_named([str(dump)], "docs", How("byte", 0), Reading())
+        raise KeyboardInterrupt
+    assert len(texts_of(prepare_named([str(dump)], "docs", How("byte", 0), Reading()), "train")) > 100
+
+
+# What is there ----------------------------------------------------------------------------------------------
+
+
+def test_list_info_verify_and_rm(gpt, dump, home, monkeypatch):
+    assert "No data set is prepared yet" in gpt("data", "list")[1]
+    prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
+    [row] = json.loads(gpt("data", "list", "--json")[1])["data_sets"]
+    assert (
+        row["name"] == "docs" and row["documents"] == 200 and row["error"] is None and row["size_bytes"] > row["bytes"]
+    )
+    info = json.loads(gpt("data", "info", "docs", "--json")[1])
+    lengths = [len(json.loads(line)["text"]) + 1 for line in dump.read_text().splitlines()]
+    for bin_ in info["histogram"]:
+        assert bin_["documents"] == sum(bin_["least"] <= length <= bin_["most"] for length in lengths)
+    assert sum(bin_["documents"] for bin_ in info["histogram"]) == 200
+    assert len(info["samples"]) == 3 and all(text.startswith("document ") for text in info["samples"])
+    out = gpt("data", "info", "docs")[1]
+    assert "200 documents" in out and "bytes per token" in out and "█" in out and "dump.jsonl: 1 file" in out
+    assert "docs is as it was prepared" in gpt("data", "verify", "docs")[1]
+    assert json.loads(gpt("data", "verify", "docs", "--json")[1])["ok"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"n\n")))
+    assert gpt("data", "rm", "docs")[0] == 1 and (home / "docs").exists()
+    assert json.loads(gpt("data", "rm", "docs", "--yes", "--json")[1]) == {"removed": str(home / "docs")}
+    assert not list(home.iterdir())
+    for command in ("info", "verify", "rm"):
+        assert "no prepared data set docs: gpt data list" in mistake(gpt, "data", command, "docs")
+
+
+def change(path, **facts):
+    manifest = json.loads(path.read_text())
+    for key, value in facts.items():
+        target, (*parents, last) = manifest, key.split("__")
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+    path.write_text(json.dumps(manifest))
+
+
+def flip(path: Path, content: bytes) -> None:
+    path.write_bytes(content + path.read_bytes()[len(content) :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "train.bin").write_bytes(b"ab"), "train.bin has 2 bytes where its manifest says"),
+        (lambda folder: flip(folder / "val.bin", b"a\0"), "val.bin is not what was written"),
+        (lambda folder: flip(folder / "val.bin", b"\xff\xff"), "holds the token id 65535, outside its vocabulary"),
+        (lambda folder: change(folder / "manifest.json", documents__val=1), "documents where its manifest says 1"),
+        (lambda folder: change(folder / "manifest.json", splits__train__bytes=7), "where its manifest says 7"),
+        (lambda folder: change(folder / "manifest.json", vocab_size=99), "tokenizer is another than its manifest"),
+        (lambda folder: change(folder / "manifest.json", splits__train__tokens="many"), "manifest of .* is broken"),
+        (lambda folder: change(folder / "manifest.json", dtype="<f8"), "manifest of .* is broken"),
+        (lambda folder: change(folder / "manifest.json", schema=99), "prepared by a newer version of twingpt"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest of .* is broken"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    ],
+)
+def test_verify_finds_what_is_damaged(gpt, dump, home, damage, message):
+    prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
+    damage(home / "docs")
+    error = mistake(gpt, "data", "verify", "docs")
+    assert re.search(message, error), error
+    assert gpt("data", "list")[0] == 0
+    assert gpt("data", "rm", "docs", "--yes")[0] == 0 and not list(home.iterdir())
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+
+@needs("torch")
+def test_train_finds_a_data_set_by_its_name(gpt, dump, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
+    (tmp_path / "docs").mkdir()  # a folder of that name, without text
+    small = [part for part in SMALL if part not in ("--tokenizer", "byte", "--vocab-size")]
+    train(gpt, "--data", "docs", "--out", "run", "--backend", "torch", *small)
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["data"]["folder"] == str(home / "docs") and described["train"]["tokenizer"] == "byte"
+    train(gpt, "--config", "run/config.toml", "--out", "again", "--backend", "torch")
+    error = mistake(gpt, "train", "--data", "docs", "--tokenizer", "char", "--out", "other")
+    assert "docs is prepared with --tokenizer byte: leave out --tokenizer char" in error
+    assert "no text files" in mistake(gpt, "train", "--data", "./docs", "--out", "other")

@@ -1,0 +1,249 @@
+"""nanochat's models as our tensors: its own model_STEP.pt with meta_STEP.json, and transformers' nanochat family.
+
+https://github.com/karpathy/nanochat. Its RoPE rotates by minus theta, which is ours once the halves of each
+head's query and key rows change places. Its norms have no weights: ones. It normalises queries and keys
+after rotating them, which leaves their lengths as they are, so that before is the same.
+
+Models of 2026 scale the residual stream by layer, mix embeddings into values, and more; those are refused
+by the name of the first tensor that has no place here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twingpt.core.config import GPTConfig, unknown_choice
+from twingpt.core.errors import UserError
+from twingpt.core.parameters import parameter_table
+from twingpt.core.tensors import TensorFile
+from twingpt.core.tokenizer import Tokenizer
+from twingpt.core.tokenizer import load as load_tokenizer
+from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files
+from twingpt.weights.pickles import Stored, check_layers, check_state, is_torch_file, read_pickle, state_of
+
+Array = np.ndarray
+
+# model_config of meta_STEP.json -> GPTConfig
+OPTIONS = {
+    "sequence_len": "block_size",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_kv_head": "n_kv_head",
+    "n_embd": "n_embd",
+}
+KEYS = {
+    "max_position_embeddings": "block_size",
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+}
+# All models that are read: RoPE's theta in nanochat's own was 10,000 as long as it had no more tensors than these.
+FIXED: dict[str, Any] = {
+    "embed_norm": True, "mlp": "relu2", "qk_norm": True, "tie_embeddings": False, "logit_softcap": 15.0,
+}  # fmt: skip
+WINDOWS = "window_pattern"  # newer ones have it; all of it "L" is no window
+PADDED = 64  # newer ones round the vocabulary up to a multiple, and leave the rest out of the logits
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of one way to store the model: of sites outside the blocks and within, and of a block."""
+
+    sites: Mapping[str, str]
+    block: str
+
+
+OWN = Layout(
+    {
+        "model.embed_tokens": "transformer.wte",
+        "lm_head": "lm_head",
+        "self_attn.q_proj": "attn.c_q",
+        "self_attn.k_proj": "attn.c_k",
+        "self_attn.v_proj": "attn.c_v",
+        "self_attn.o_proj": "attn.c_proj",
+        "mlp.up_proj": "mlp.c_fc",
+        "mlp.down_proj": "mlp.c_proj",
+    },
+    "transformer.h",
+)
+TRANSFORMERS = Layout(
+    {**{site: site for site in OWN.sites}, "mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}, "model.layers"
+)
+ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
+VOCABULARIES = ("model.embed_tokens", "lm_head")
+
+
+def is_nanochat(path: Path) -> bool:
+    """Whether `path` is a model_STEP.pt of nanochat, a folder with one, or a folder of transformers' nanochat."""
+    file = _file(path)
+    if file is not None:
+        return is_torch_file(file) and _meta(file).is_file()
+    return is_huggingface(path) and _family(path) == "nanochat"
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The model's configuration; UserError, by name, for what can't be expressed here. Reads no weights."""
+    return _open(path)[0]
+
+
+def tensors(path: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
+    """Yield (our name, float32 array) in the order of the parameter table."""
+    _, state, layout = _open(path)
+    for name, row in parameter_table(config).items():
+        theirs, part = _source(name, layout)
+        if theirs is None:
+            yield name, np.ones(row.shape, np.float32)
+            continue
+        array = state[theirs].read(slice(row.shape[0]))
+        yield name, _halves_exchanged(array, config.head_dim) if part in ROTATED else array
+
+
+def tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer.json beside the checkpoint, if there is one: nanochat's own, tokenizer.pkl, is code."""
+    folder = path if path.is_dir() else path.parent
+    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def _file(path: Path) -> Path | None:
+    """The checkpoint at `path`; of those in a folder the last."""
+    if not path.is_dir():
+        return path if _step(path) is not None else None
+    found = [file for file in path.iterdir() if _step(file) is not None]
+    return max(found, key=lambda file: int(_step(file) or 0), default=None)
+
+
+def _step(file: Path) -> str | None:
+    match = re.fullmatch(r"model_(\d{1,12})\.pt", file.name)
+    return match[1] if match else None
+
+
+def _meta(file: Path) -> Path:
+    return file.with_name(f"meta_{_step(file)}.json")
+
+
+def _family(folder: Path) -> Any:
+    try:
+        return read_json(folder, "config.json").get("model_type")
+    except UserError:  # the one who opens it says what is wrong
+        return None
+
+
+def _open(path: Path) -> tuple[GPTConfig, Mapping[str, Stored], Layout]:
+    """The configuration and the tensors, which fit each other."""
+    file = _file(path)
+    if file is None:
+        config, layout = _transformers_config(read_json(path, "config.json"), path), TRANSFORMERS
+        state: dict[str, Stored] = {
+            name: SafeTensor(source, name) for source in tensor_files(path) for name in source.entries
+        }
+    else:
+        meta, layout = _meta(file), OWN
+        config = _config(read_json(meta.parent, meta.name).get("model_config"), meta)
+        state = state_of(read_pickle(file), file)
+    check_layers(config.n_layer, state, path)
+    check_state(state, _shapes(config, state, layout), path)
+    return config, state, layout
+
+
+@dataclass(frozen=True)
+class SafeTensor:
+    """A tensor of a safetensors file, as those of torch's files are."""
+
+    file: TensorFile
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.file.entries[self.name].shape
+
+    def read(self, rows: slice = slice(None)) -> Array:
+        """A float32 copy, of some of its rows."""
+        return self.file.read_float(self.name)[rows]
+
+    def same_memory(self, other: Any) -> bool:
+        """Whether both are one."""
+        return self == other
+
+
+def _config(options: Any, meta: Path) -> GPTConfig:
+    if not isinstance(options, dict):
+        raise UserError(f"{meta} has no model_config.")
+    for key in options:
+        if key not in (*OPTIONS, WINDOWS):
+            raise unknown_choice(f"option of nanochat in {meta}", key, (*OPTIONS, WINDOWS))
+    missing = [key for key in OPTIONS if key not in options]
+    if missing:
+        raise UserError(f"The model_config of {meta} has no {missing[0]}.")
+    if set(str(options.get(WINDOWS, "L")).upper()) != {"L"}:
+        raise UserError(f"{WINDOWS} {str(options[WINDOWS])[:40]!r} in {meta}: sliding windows by layer are not read.")
+    eps = float(np.finfo(np.float32).eps)  # what torch takes where none is given
+    return GPTConfig(**{ours: options[theirs] for theirs, ours in OPTIONS.items()}, **FIXED, norm_eps=eps)
+
+
+def _transformers_config(content: Mapping[str, Any], folder: Path) -> GPTConfig:
+    """What a config.json of the nanochat family describes."""
+    rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta", 10000.0)}
+    scaling = content.get("rope_scaling") or rope
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise UserError(f"rope_parameters and rope_scaling in {folder / 'config.json'} must be objects.")
+    fixed = {
+        "hidden_act": (content.get("hidden_act", "relu2"), "relu2"),
+        "attention_bias": (content.get("attention_bias", False), False),
+        "tie_word_embeddings": (content.get("tie_word_embeddings", False), False),
+        "rope_type": (scaling.get("rope_type", "default"), "default"),
+    }
+    for key, (value, wanted) in fixed.items():
+        if value != wanted:
+            raise UserError(f"{key} = {str(value)[:40]!r} in {folder / 'config.json'} is not read: only {wanted!r} is.")
+    missing = [key for key in KEYS if key not in content]
+    if missing:
+        raise UserError(f"{folder / 'config.json'} has no {missing[0]}.")
+    return GPTConfig(
+        **{ours: content[theirs] for theirs, ours in KEYS.items()},
+        **FIXED | {"logit_softcap": content.get("final_logit_softcapping", 15.0) or 0.0},
+        n_kv_head=content.get("num_key_value_heads") or 0,
+        head_dim=content.get("head_dim") or 0,
+        norm_eps=content.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta", 10000.0),
+    )
+
+
+def _source(name: str, layout: Layout) -> tuple[str | None, str]:
+    """Where one of our parameters is, None for a norm's weights; and its site."""
+    site, kind = name.rsplit(".", 1)
+    block = re.match(r"model\.layers\.(\d+)\.(.+)", site)
+    part = block[2] if block else site
+    if part not in layout.sites:
+        return None, part
+    theirs = f"{layout.sites[part]}.{kind}"
+    return f"{layout.block}.{block[1]}.{theirs}" if block else theirs, part
+
+
+def _shapes(config: GPTConfig, state: Mapping[str, Stored], layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Their name -> shape of every tensor; the vocabulary's with its padding, if it has one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, row in parameter_table(config).items():
+        theirs, part = _source(name, layout)
+        if theirs is not None:
+            padded = part in VOCABULARIES and _padded(state, theirs, row.shape)
+            shapes[theirs] = state[theirs].shape if padded else row.shape
+    return shapes
+
+
+def _padded(state: Mapping[str, Stored], name: str, shape: tuple[int, ...]) -> bool:
+    return name in state and state[name].shape == (-(-shape[0] // PADDED) * PADDED, *shape[1:])
+
+
+def _halves_exchanged(array: Array, head_dim: int) -> Array:
+    """The two halves of each head's rows in each other's place."""
+    return array.reshape(-1, 2, head_dim // 2, *array.shape[1:])[:, ::-1].reshape(array.shape)
