@@ -165,13 +165,13 @@ def check(config: GPTConfig) -> None:
     family = family_for(config)
     if family is None:
         return
-    problem = _problem(config, family.model_type)
-    if problem:
-        raise UserError(f"mlx-lm computes {family.model_type} models without {problem}: write --to hf or twingpt.")
+    lacking = lacks(config, family.model_type)
+    if lacking:
+        raise UserError(f"mlx-lm computes {family.model_type} models without {lacking}: write --to hf or twingpt.")
 
 
-def _problem(config: GPTConfig, family: str) -> str | None:
-    """What of this model mlx-lm 0.32 leaves out."""
+def lacks(config: GPTConfig, family: str) -> str | None:
+    """What of a model of this family mlx-lm 0.32 leaves out when it computes it, or None."""
     mlp = MLPS.get(family, "swiglu")
     old = family in ("gpt2", "gpt_neox")
     problems = {

@@ -109,3 +109,9 @@ class DecodeEngine:
     def read(self, handle: Step) -> np.ndarray:
         """(B,) token ids that a step sampled; waits."""
         return handle.tokens.cpu().numpy()
+
+
+def module_logits(module: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """(B, T) ids -> (B, T, V) float32 logits of a model of transformers', computed in float32 on the CPU."""
+    with torch.inference_mode():
+        return to_numpy(module.to("cpu", torch.float32)(torch.from_numpy(tokens.astype(np.int64))).logits)
