@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from twingpt.core.checkpoint import check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.tokenizer import CharTokenizer, Tokenizer, tiktoken_gpt2
 from twingpt.weights.pickles import (
     State,
-    check_layers,
     check_state,
     is_torch_file,
     read_pickle,
@@ -123,7 +123,7 @@ def _open(path: Path) -> tuple[GPTConfig, State]:
     if tied:
         state.pop(HEAD, None)
     config = _config(content["model_args"], tied, file)
-    check_layers(config.n_layer, state, file)
+    check_layers(config.n_layer, len(state), file)
     check_state(state, _shapes(config), file)
     return config, state
 
