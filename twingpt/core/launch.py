@@ -77,7 +77,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpu": {"preset": "tiny", "batch_size": 32, "max_iters": 2000, "dropout": 0.1},
 }
 
-# What fine-tuning is without flags; docs/experiments.md has the figures.
+# What fine-tuning is without flags; docs/experiments.md has what other rates gave.
 FINE_TUNING: dict[str, Any] = {
     "optimizer": "adamw",
     "lr_schedule": "cosine",
