@@ -2,10 +2,55 @@
 
 import json
 import random
+import re
+import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-NUMBERS = ["NaN", "Infinity", "-1", "0", "1.5", "1e999", str(2**31), str(2**63), str(2**64 + 1), "9" * 5000, "true"]
+from twingpt import UserError
+
+NUMBERS = [
+    "NaN", "Infinity", "-1", "0", "1.5", "1e999", "1e300", "1000000", str(2**31), str(2**63), str(2**64 + 1),
+    "9" * 400, "9" * 5000, "true",
+]  # fmt: skip
+ROOM = 2**24  # bytes: what allocators take at a time, and a module that is imported
 OTHERS = ["null", '""', "[]", "{}", '"../../etc/passwd"', '"\\ud800"', "[" * 30_000, '{"a":' * 30_000, '"' + "x" * 9999]
+
+
+class Judge:
+    """Tells of each mutated file whether it was read; fails unless it was, or was refused in one sentence.
+
+    It fails too where that took more than a second of work, or more memory than the file has bytes:
+    but for a constant, and for Python's objects, which are larger than their text. Memory is known on Linux alone.
+    """
+
+    def __init__(self) -> None:
+        self.read = self.refused = 0
+        self._peak = Path("/proc/self/clear_refs") if sys.platform == "linux" else None
+
+    def __call__(self, read: Callable[[], object], size: int) -> bool:
+        begin, before = time.process_time(), self._memory()
+        try:
+            read()
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600, f"{str(error)[:2000]!r} is not one sentence"
+            self.refused += 1
+            return False
+        finally:
+            took, taken = time.process_time() - begin, self._memory() - before
+            assert took < 1, f"{took} s of work"
+            assert taken < ROOM + 30 * size, f"{taken} bytes taken to read {size}"
+        self.read += 1
+        return True
+
+    def _memory(self) -> int:
+        """The most resident memory since the last call, in bytes."""
+        if self._peak is None:
+            return 0
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        self._peak.write_bytes(b"5")  # begins again
+        return int(found[1]) * 1024 if found else 0
 
 
 def mutations(content: bytes, seed: int, n: int, text: Callable[[bytes], tuple[int, int]]) -> Iterator[bytes]:

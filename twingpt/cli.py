@@ -567,7 +567,10 @@ def prepare_data(
         typer.Argument(metavar="SOURCE…", help="Files, folders, globs, - for stdin, a hub's org/name[:config]."),
     ],
     name: Annotated[str, typer.Option(help="What --data of gpt train will call it.")],
-    tokenizer: Annotated[str, typer.Option(help="bpe, char, byte or gpt2.")] = "bpe",
+    tokenizer: Annotated[
+        str,
+        typer.Option(help="bpe, char, byte, gpt2, cl100k_base, o200k_base, or a tokenizer.json, its folder, or a run."),
+    ] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Ids of a BPE that is trained on the data.")] = 2048,
     field: Annotated[str, typer.Option(help="What has the text in JSON lines and tables.")] = "text",
     errors: Annotated[str, typer.Option(help="What is not UTF-8: strict stops, replace takes U+FFFD.")] = "strict",
@@ -577,7 +580,8 @@ def prepare_data(
     """Tokenize text of any size on all cores, and keep it under a name.
 
     A document is a file of text, a line of JSON, or a row of a table. A tenth of them is held out, by
-    hash; of few documents the last tenth of each. A name that --data also finds as a file goes first.
+    hash; of few documents the last tenth of each. For --data a NAME goes before a file or folder
+    of that name, which ./NAME names.
     """
     import time
 
@@ -588,7 +592,7 @@ def prepare_data(
     from twingpt.core.data.prepare import How, Progress, Reading, prepare_named
     from twingpt.core.data.workers import PeakMemory
 
-    how, reading = How(tokenizer, vocab_size), Reading(field, errors, licence)
+    how, reading = How.of(tokenizer, vocab_size), Reading(field, errors, licence)
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
     start, memory = time.perf_counter(), PeakMemory()
     with memory.watch(), bar as progress:

@@ -1,5 +1,7 @@
 """Tiny random models of each family, built by transformers: the same logits here, the same text, and back again."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -221,3 +223,30 @@ def test_what_llama_computes_is_written_as_llama():
     """A family with nothing of its own: the file is then one that more programs read."""
     config = FAMILIES["mistral"].config({**SIZES, "num_key_value_heads": 4, "sliding_window": None})
     assert family_for(config).model_type == "llama"
+
+
+def test_text_from_a_directory_as_transformers_goes_on(gpt, tmp_path):
+    """The command on a directory of transformers' own, with its tokenizer, and on what it is converted to."""
+    import tokenizers
+
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["the cat sat on the mat and the dog ran over the hill"] * 9, 300, min_frequency=2)
+    bpe.add_special_tokens(["<|endoftext|>"])
+    whole = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(bpe.to_str()), eos_token="<|endoftext|>"
+    )
+    model, folder = build("llama, llama3", vocab_size=len(whole), eos_token_id=whole.eos_token_id), tmp_path / "hf"
+    model.save_pretrained(folder)
+    whole.save_pretrained(folder)
+    prompt = whole("the dog sat", return_tensors="pt").input_ids
+    theirs = model.generate(prompt, max_new_tokens=30, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
+    theirs = theirs[: theirs.index(whole.eos_token_id)] if whole.eos_token_id in theirs else theirs
+    assert len(theirs) > 10
+    assert gpt("convert", folder, tmp_path / "ours")[0] == 0
+    for source in (folder, tmp_path / "ours"):
+        for name in filter(backends.installed, backends.BACKENDS):
+            options = ("-p", "the dog sat", "-m", 30, "--temp", 0, "--backend", name, "--json")
+            code, out, err = gpt("generate", source, *options)
+            assert code == 0, err
+            said = json.loads(out)
+            assert (said["prompt_tokens"], said["tokens"]) == (prompt[0].tolist(), theirs)

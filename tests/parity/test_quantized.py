@@ -134,9 +134,14 @@ def test_a_quantized_file_with_other_tensors_is_refused(tmp_path):
         open_checkpoint(opened.folder)
     from twingpt.core.checkpoint import read_tensors
     from twingpt.core.quantize import stored_shapes
+    from twingpt.core.tensors import TensorFile
 
     with pytest.raises(UserError, match=r"embed_tokens.weight in .* has shape \(257, 16\), and the model needs"):
-        list(read_tensors([opened.folder / "model.safetensors"], *stored_shapes(opened.config, Quantization(8, 64))))
+        list(
+            read_tensors(
+                [TensorFile(opened.folder / "model.safetensors")], *stored_shapes(opened.config, Quantization(8, 64))
+            )
+        )
 
 
 @needs("mlx")

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from twingpt.core.parameters import parameter_table, state_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.portable import portable_config
 from twingpt.core.quantize import Quantization, dequantized, from_config, stored_shapes
+from twingpt.core.reading import inside, read_json, short
 from twingpt.core.runs import resolve
 from twingpt.core.tensors import DTYPES, Entry, Shapes, TensorFile, write_safetensors
 from twingpt.core.tokenizer import Tokenizer, files
@@ -170,9 +171,9 @@ class Checkpoint:
         """training_state.json, or UserError where the checkpoint holds only a model."""
         if "training_state.json" not in self.manifest["files"]:
             raise UserError(f"{self.folder} holds a model without its training state: it can't be resumed.")
-        path = self.folder / "training_state.json"
-        state = _read_json(path)
+        state = _read_json(self.folder, "training_state.json")
         if not _is_training_state(state):
+            path = self.folder / "training_state.json"
             raise UserError(f"{path} is not what this version of twingpt writes: the run can't be resumed from it.")
         TrainConfig.from_dict(state["train"])
         return dict(state)
@@ -184,13 +185,21 @@ class Checkpoint:
     def stored(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) of every tensor of the model as it is stored (see `Quantization`)."""
         names = [name for name in self.manifest["files"] if name.startswith("model") and name.endswith(".safetensors")]
-        yield from read_tensors([self.folder / name for name in names], *stored_shapes(self.config, self.quantization))
+        files = [TensorFile(self.folder / name) for name in names]
+        check_layers(self.config.n_layer, sum(len(file.entries) for file in files), self.folder)
+        yield from read_tensors(files, *stored_shapes(self.config, self.quantization))
 
     def optimizer_state(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of the optimizer's state."""
         train = self.training()["train"]
         table = state_table(self.config, train["optimizer"], train["dtype"])
-        yield from read_tensors([self.folder / OPTIMIZER], table)
+        yield from read_tensors([TensorFile(self.folder / OPTIMIZER)], table)
+
+
+def check_layers(n_layer: int, n_tensors: int, path: Path) -> None:
+    """Raise UserError for more layers than there are tensors, before anything is made for each of them."""
+    if n_layer > n_tensors:
+        raise UserError(f"{path} says that the model has {n_layer} layers, and has {n_tensors} tensors.")
 
 
 def _is_training_state(state: Any) -> bool:
@@ -211,14 +220,13 @@ def _is_training_state(state: Any) -> bool:
 
 
 def read_tensors(
-    paths: Iterable[Path], table: Shapes, dtypes: Mapping[str, str] = MappingProxyType({})
+    files: Sequence[TensorFile], table: Shapes, dtypes: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[tuple[str, Array]]:
     """Yield (name, array) of safetensors files that together hold exactly the tensors of `table`.
 
     They are float32 but where `dtypes` says otherwise, and come in the order of `table`, one at a time.
-    Every header is checked before any tensor is read; UserError names the tensor and the file.
+    Every entry is checked before any tensor is read; UserError names the tensor and the file.
     """
-    files = [TensorFile(path) for path in paths]
     homes = {}
     for file in files:
         for name, entry in file.entries.items():
@@ -240,13 +248,8 @@ def _check_tensor(name: str, entry: Entry, table: Shapes, dtype: str, path: Path
         raise UserError(f"The tensor {name} in {path} is {entry.dtype}, and must be {dtype}.")
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not a whole checkpoint: {path.name} is missing.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}.") from None
+def _read_json(folder: Path, name: str) -> Any:
+    return read_json(inside(folder, name, "checkpoint"))
 
 
 def _sha256(path: Path) -> str:
@@ -280,12 +283,12 @@ def _damaged_tensor(path: Path, checks: Mapping[str, str]) -> str | None:
 def verify(folder: Path, files: Mapping[str, Any]) -> None:
     """Raise UserError unless every file of the manifest is there, of its size and of its SHA-256."""
     for name, entry in files.items():
-        path = folder / name
-        if path.name != name or not path.is_file():
-            raise UserError(f"{folder} is not a whole checkpoint: {name} is missing.")
+        path = inside(folder, name, "checkpoint")
         size = path.stat().st_size
         if size != entry["size"]:
-            raise UserError(f"{path} has {size} bytes, and its manifest says {entry['size']}: it was cut or altered.")
+            raise UserError(
+                f"{path} has {size} bytes, and its manifest says {short(entry['size'])}: it was cut or altered."
+            )
         if _sha256(path) != entry["sha256"]:
             tensor = _damaged_tensor(path, entry.get("crc32", {}))
             where = f"the tensor {tensor} in {path}" if tensor else str(path)
@@ -299,16 +302,18 @@ def verify(folder: Path, files: Mapping[str, Any]) -> None:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Find, read and verify the checkpoint that `path` names (see `resolve`)."""
     folder = resolve(path)
-    manifest = _read_json(folder / "manifest.json")
+    manifest = _read_json(folder, "manifest.json")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{folder / 'manifest.json'} is not a manifest.")
     if manifest.get("schema") != SCHEMA:
-        raise UserError(f"{folder} has checkpoint schema {manifest.get('schema')}, and this version reads {SCHEMA}.")
+        raise UserError(
+            f"{folder} has checkpoint schema {short(manifest.get('schema'))}, and this version reads {SCHEMA}."
+        )
     try:
         verify(folder, manifest["files"])
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / 'manifest.json'} is not a manifest.") from None
-    content = _read_json(folder / "config.json")
+    content = _read_json(folder, "config.json")
     if not isinstance(content, dict) or not isinstance(content.get("twingpt"), dict):
         raise UserError(f"{folder / 'config.json'} has no twingpt section.")
     quantization = from_config(content, folder / "config.json")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from twingpt.core.errors import UserError
+from twingpt.core.reading import short
 
 POSITIONS = ("rope", "learned", "none")
 NORMS = ("rmsnorm", "layernorm")
@@ -34,6 +35,11 @@ LAYER_LISTS = ("no_rope_layers", "full_attention_layers")
 # more could overflow.
 LOSS_LOGITS, LOSS_ROWS = 2**25, 4096
 
+# Whole numbers are below this, which no size or count comes near: 10^400 would fail in any formula with a float.
+LARGEST = 2**63
+# More than any model has: a file may claim millions, and all that is done by layer would take for ever.
+MAX_LAYERS = 4096
+
 T = TypeVar("T")
 
 
@@ -44,9 +50,9 @@ def _fail(problem: str) -> None:
 def unknown_choice(what: str, value: object, choices: Iterable[str]) -> UserError:
     """An error that names the nearest of `choices` to `value`."""
     names = sorted(choices)
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value)[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}."
-    return UserError(f"Unknown {what} {value!r}: {hint}")
+    return UserError(f"Unknown {what} {short(value)}: {hint}")
 
 
 def _check_choice(what: str, value: str, choices: Collection[str]) -> None:
@@ -85,10 +91,12 @@ KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 def check_type(name: str, annotation: str, value: object) -> None:
     """Raise UserError unless the value of the field `name` is of its annotated type, as `KINDS` has it."""
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        _fail(f"{name} is {short(value)}, which is too large.")
     kind, optional = annotation.removesuffix(" | None"), annotation.endswith(" | None")
     what, fits = KINDS[kind]
     if not fits(value) and not (optional and value is None):
-        _fail(f"{name} must be {what}, and is {value!r}.")
+        _fail(f"{name} must be {what}, and is {short(value)}.")
 
 
 def _check_types(config: Any) -> None:
@@ -212,6 +220,8 @@ class GPTConfig:
 
     def _derive(self) -> None:
         self._check_positive("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        if self.n_layer > MAX_LAYERS:
+            _fail(f"n_layer must be at most {MAX_LAYERS}, and is {self.n_layer}.")
         if self.block_size < 2:
             _fail("block_size must be at least 2: a token and the next one.")
         if not self.n_kv_head:

@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.config import GPTConfig, check_type
+from twingpt.core.config import MAX_LAYERS, GPTConfig, check_type
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.portable import rope_fields
+from twingpt.core.reading import short
 
 Array = np.ndarray
 Values = dict[str, Any]
-
-MAX_LAYERS = 4096  # more than any model has; a config.json that claims more would take long to refuse otherwise
 
 # Options that change what any family computes -> the values that leave it as it is here.
 INERT: dict[str, tuple[Any, ...]] = {
@@ -88,7 +87,7 @@ class Family:
         values = {**self.defaults, **content}
         for key, inert in INERT.items():
             if key in values and values[key] not in inert:
-                raise UserError(f"{key} = {_short(values[key])} is not supported.")
+                raise UserError(f"{key} = {short(values[key])} is not supported.")
         fields: Values = dict(self.fixed)
         annotations = {field.name: str(field.type) for field in dataclasses.fields(GPTConfig)}
         for key, names in self.keys.items():
@@ -103,7 +102,7 @@ class Family:
             values[name] = fields[name]
             _positive(values, name, "int")
         if fields["n_layer"] > MAX_LAYERS:
-            raise UserError(f"{_short(fields['n_layer'])} layers are more than the {MAX_LAYERS} that are read.")
+            raise UserError(f"{short(fields['n_layer'])} layers are more than the {MAX_LAYERS} that are read.")
         return GPTConfig.from_dict(fields | self.read(values))
 
     def content(self, config: GPTConfig) -> Values:
@@ -184,11 +183,6 @@ class Family:
         return self.transposed and len(shape) == 2 and name.startswith(f"{self.block}.")
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}…"
-
-
 def _typed(values: Values, key: str, annotation: str) -> Any:
     check_type(key, annotation, values.get(key))
     return values.get(key)
@@ -197,7 +191,7 @@ def _typed(values: Values, key: str, annotation: str) -> Any:
 def _positive(values: Values, key: str, annotation: str) -> Any:
     number = _typed(values, key, annotation)
     if number <= 0:
-        raise UserError(f"{key} must be positive, and is {_short(number)}.")
+        raise UserError(f"{key} must be positive, and is {short(number)}.")
     return number
 
 
@@ -209,14 +203,14 @@ def read_rope(values: Values) -> Values:
     described = _mapping(values, "rope_scaling") or _mapping(values, "rope_parameters")
     partial = described.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1):
-        raise UserError(f"partial_rotary_factor = {_short(partial)} is not supported in this family.")
+        raise UserError(f"partial_rotary_factor = {short(partial)} is not supported in this family.")
     return _rope(described, values, values["rope_theta"])
 
 
 def _mapping(values: Values, key: str) -> Values:
     described = values.get(key)
     if described is not None and not isinstance(described, dict):
-        raise UserError(f"{key} must be a set of keys, and is {_short(described)}.")
+        raise UserError(f"{key} must be a set of keys, and is {short(described)}.")
     return described or {}
 
 
@@ -227,7 +221,7 @@ def _rope(described: Values, values: Values, theta: float) -> Values:
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in ("linear", "llama3", "yarn"):
-        raise UserError(f"rope_type {_short(kind)} is not supported: only default, linear, llama3 and yarn are.")
+        raise UserError(f"rope_type {short(kind)} is not supported: only default, linear, llama3 and yarn are.")
     scaling = {"type": kind, "factor": described.get("factor")}
     if kind == "linear":
         return {"rope_theta": theta, "rope_scaling": scaling}
@@ -265,7 +259,7 @@ def read_activation(values: Values, key: str, gated: bool) -> Values:
     mlp = ACTIVATIONS.get(name, (None, None))[0 if gated else 1] if isinstance(name, str) else None
     if mlp is None:
         known = [name for name, kinds in ACTIVATIONS.items() if kinds[0 if gated else 1]]
-        raise UserError(f"{key} {_short(name)} is not supported: only {', '.join(known)} are.")
+        raise UserError(f"{key} {short(name)} is not supported: only {', '.join(known)} are.")
     return {"mlp": mlp}
 
 
@@ -285,7 +279,7 @@ def layer_kinds(values: Values, default: Sequence[str]) -> list[str]:
         raise UserError(f"layer_types must name the kind of each of the {values['n_layer']} layers.")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
-            raise UserError(f"layer_types with {_short(kind)} is not supported.")
+            raise UserError(f"layer_types with {short(kind)} is not supported.")
     return kinds
 
 
@@ -704,7 +698,7 @@ def family_of(content: Values) -> Family:
     if not isinstance(model_type, str):
         raise UserError("model_type is missing.")
     if model_type not in FAMILIES:
-        raise UserError(f"The family {_short(model_type)} is not supported: only {', '.join(FAMILIES)} are.")
+        raise UserError(f"The family {short(model_type)} is not supported: only {', '.join(FAMILIES)} are.")
     return FAMILIES[model_type]
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import MODEL, write_model
+from twingpt.core import reading
+from twingpt.core.checkpoint import MODEL, check_layers, write_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import expand, new_folder, write_synced
+from twingpt.core.reading import inside
 from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
@@ -65,8 +67,10 @@ def tensors(
     file. `family` and `files` are those of the folder, but where its format differs from Hugging Face's.
     """
     family = family or family_of(read_json(folder, "config.json"))
+    files = files or tensor_files(folder)
+    check_layers(config.n_layer, sum(len(file.entries) for file in files), folder)
     layout = family.layout(config)
-    found = _by_canonical_name(files or tensor_files(folder), family, layout)
+    found = _by_canonical_name(files, family, layout)
     _check(found, family, layout, config, folder)
     return _read(found, family, layout, config)
 
@@ -101,31 +105,10 @@ def open_huggingface(path: str | Path) -> HuggingFaceModel:
     return HuggingFaceModel(folder, read_config(folder), family_of(read_json(folder, "config.json")).model_type)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """A file of the directory; UserError where it is missing, or a name or a link leads out of it."""
-    path = folder / name
-    if Path(name).name != name:
-        raise UserError(f"{folder} names a file {name!r}, which is not in it: it is not opened.")
-    if not path.is_file():
-        raise UserError(f"{folder} is not a whole model directory: {name} is missing.")
-    base, real = folder.resolve(), path.resolve()
-    hub = base.parent.name == "snapshots" and real.parent == base.parent.parent / "blobs"  # the hub's own cache
-    if real.parent != base and not hub:
-        raise UserError(f"{path} is a link to {real}, out of its directory: it is not opened.")
-    return path
-
-
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of the directory; UserError where there is none."""
-    path = _inside(folder, name)
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except RecursionError:
-        raise UserError(f"{path} can't be read: it is nested too deeply.") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} can't be read: {error}.") from None
+    path = inside(folder, name)
+    content = reading.read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object.")
     return content
@@ -134,7 +117,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 def tensor_files(folder: Path) -> list[TensorFile]:
     """model.safetensors, or the files that its index names."""
     if (folder / MODEL).exists():
-        return [TensorFile(_inside(folder, MODEL))]
+        return [TensorFile(inside(folder, MODEL))]
     if not (folder / INDEX).exists():
         found = next((path.name for path in folder.glob("*.bin")), None)
         hint = f": {found} is a pickle, which could run code; save it as safetensors first." if found else "."
@@ -142,7 +125,7 @@ def tensor_files(folder: Path) -> list[TensorFile]:
     places = read_json(folder, INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise UserError(f"{folder / INDEX} has no weight_map from tensors to files.")
-    files = {name: TensorFile(_inside(folder, name)) for name in sorted(set(places.values()))}
+    files = {name: TensorFile(inside(folder, name)) for name in sorted(set(places.values()))}
     for tensor, place in places.items():
         if tensor not in files[place].entries:
             raise UserError(f"The tensor {tensor} is missing from {folder / place}, where the index has it.")

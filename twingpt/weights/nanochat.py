@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from twingpt.core.checkpoint import check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
@@ -25,7 +26,7 @@ from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files
-from twingpt.weights.pickles import Stored, check_layers, check_state, is_torch_file, read_pickle, state_of
+from twingpt.weights.pickles import Stored, check_state, is_torch_file, read_pickle, state_of
 
 Array = np.ndarray
 
@@ -107,6 +108,11 @@ def tensors(path: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
         yield name, _halves_exchanged(array, config.head_dim) if part in ROTATED else array
 
 
+def dtypes(path: Path) -> list[str]:
+    """How each tensor is stored, by the names of safetensors."""
+    return [tensor.dtype for tensor in _open(path)[1].values()]
+
+
 def tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer.json beside the checkpoint, if there is one: nanochat's own, tokenizer.pkl, is code."""
     folder = path if path.is_dir() else path.parent
@@ -149,7 +155,7 @@ def _open(path: Path) -> tuple[GPTConfig, Mapping[str, Stored], Layout]:
         meta, layout = _meta(file), OWN
         config = _config(read_json(meta.parent, meta.name).get("model_config"), meta)
         state = state_of(read_pickle(file), file)
-    check_layers(config.n_layer, state, path)
+    check_layers(config.n_layer, len(state), path)
     check_state(state, _shapes(config, state, layout), path)
     return config, state, layout
 
@@ -165,6 +171,11 @@ class SafeTensor:
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
         return self.file.entries[self.name].shape
+
+    @property
+    def dtype(self) -> str:
+        """How it is stored."""
+        return self.file.entries[self.name].dtype
 
     def read(self, rows: slice = slice(None)) -> Array:
         """A float32 copy, of some of its rows."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from twingpt.core.checkpoint import check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.tokenizer import CharTokenizer, Tokenizer, tiktoken_gpt2
 from twingpt.weights.pickles import (
     State,
-    check_layers,
     check_state,
     is_torch_file,
     read_pickle,
@@ -72,6 +72,11 @@ def tensors(path: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
         yield name, state[theirs].read(rows)
 
 
+def dtypes(path: Path) -> list[str]:
+    """How each tensor is stored, by the names of safetensors."""
+    return [tensor.dtype for tensor in _open(path)[1].values()]
+
+
 def tokenizer(path: Path, meta: Path | None = None) -> Tokenizer | None:
     """The tokenizer of the model's data, which the checkpoint does not keep; None where it can't be known.
 
@@ -118,7 +123,7 @@ def _open(path: Path) -> tuple[GPTConfig, State]:
     if tied:
         state.pop(HEAD, None)
     config = _config(content["model_args"], tied, file)
-    check_layers(config.n_layer, state, file)
+    check_layers(config.n_layer, len(state), file)
     check_state(state, _shapes(config), file)
     return config, state
 

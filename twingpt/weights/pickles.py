@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import pickletools
 from collections.abc import Mapping
@@ -11,8 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from twingpt.core import reading
 from twingpt.core.backend import get, how_to_install, installed
 from twingpt.core.errors import UserError
+from twingpt.core.reading import inside
 
 Array = np.ndarray
 
@@ -35,6 +36,10 @@ class Stored(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
+
+    @property
+    def dtype(self) -> str:
+        """How it is stored, by the name that safetensors has for it."""
 
     def read(self, rows: slice = slice(None)) -> Array:
         """A float32 copy, of some of its rows."""
@@ -87,22 +92,9 @@ def check_state(state: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...
             raise UserError(f"{path} has a tensor {name[:80]}, for which this model has no place.")
 
 
-def check_layers(n_layer: int, state: Mapping[str, Stored], path: Path) -> None:
-    """Raise UserError for more layers than there are tensors, before anything is made for each of them."""
-    if n_layer > len(state):
-        raise UserError(f"{path} says that the model has {n_layer} layers, and has {len(state)} tensors.")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError where there is none."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from None
-    except RecursionError:
-        raise UserError(f"{path} can't be read: it is nested too deeply.") from None
-    except ValueError as error:
-        raise UserError(f"{path} can't be read: {error}.") from None
+    content = reading.read_json(inside(path.parent, path.name))
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object.")
     return content

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from twingpt.core.checkpoint import model_texts
+from twingpt.core.checkpoint import check_layers, model_texts
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
-from twingpt.weights.pickles import State, check_layers, check_state, read_json, read_pickle, state_of, torch_files
+from twingpt.weights.pickles import State, check_state, read_json, read_pickle, state_of, torch_files
 
 Array = np.ndarray
 
@@ -55,15 +55,23 @@ def read_config(folder: Path) -> GPTConfig:
 
 def tensors(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
     """Yield (name, float32 array) in the order of the parameter table; UserError where they don't fit the model."""
-    path = folder / FILE
-    state: State = state_of(read_pickle(path), path)
-    check_layers(config.n_layer, state, path)
+    path, state = folder / FILE, _state(folder)
+    check_layers(config.n_layer, len(state), path)
     shapes = {name: row.shape for name, row in parameter_table(config).items()}
     check_state(state, shapes, path)
     for name in shapes:
         yield name, state[name].read()
 
 
+def dtypes(folder: Path) -> list[str]:
+    """How each tensor is stored, by the names of safetensors."""
+    return [tensor.dtype for tensor in _state(folder).values()]
+
+
 def tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer that was written along, or None."""
     return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def _state(folder: Path) -> State:
+    return state_of(read_pickle(folder / FILE), folder / FILE)

@@ -12,6 +12,7 @@ from twingpt.core import runs
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand
+from twingpt.core.reading import inside, read_json
 from twingpt.core.tokenizer.base import END_OF_TEXT, Tokenizer
 from twingpt.core.tokenizer.bpe import (
     TIKTOKEN_PATTERNS,
@@ -90,13 +91,16 @@ def load(folder: Path) -> Tokenizer:
     """
     if not (folder / FILE).exists():
         raise UserError(f"{folder} has no {FILE}, so its tokens have no text.")
+    for name in (FILE, SETTINGS):
+        if (folder / name).exists():
+            inside(folder, name)
     return load_file(folder / FILE)
 
 
 def load_file(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json of any name; see `load`."""
-    content, beside = check(_read_json(path), str(path)), path.with_name(SETTINGS)
-    settings = _read_json(beside) if beside.exists() else {}
+    content, beside = check(read_json(path), str(path)), path.with_name(SETTINGS)
+    settings = read_json(beside) if beside.exists() else {}
     if not isinstance(settings, dict):
         raise UserError(f"{beside} is not a tokenizer_config.json.")
     template = path.with_name("chat_template.jinja")
@@ -110,15 +114,6 @@ def load_file(path: Path) -> Tokenizer:
         return _own(content, kind)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"The tokenizer {path} has been altered since twingpt wrote it.") from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except RecursionError:
-        raise UserError(f"{path} can't be read: its JSON is nested too deeply.") from None
-    except ValueError as error:
-        raise UserError(f"{path} can't be read as JSON: {error}.") from None
 
 
 def _own(content: Any, kind: str) -> Tokenizer:

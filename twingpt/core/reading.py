@@ -1,0 +1,47 @@
+"""Files that came from elsewhere: found within their folder, and read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from twingpt.core.errors import UserError
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def short(value: object) -> str:
+    """What a value from a file looks like, for a message: `repr` without its length, or its depth."""
+    return _SHORT.repr(value)
+
+
+def inside(folder: Path, name: str, whole: str = "model directory") -> Path:
+    """A file of a folder; UserError where it is missing, is no plain file, or a name or a link leads out of it."""
+    path = folder / name
+    if Path(name).name != name or "\0" in name:
+        raise UserError(f"{folder} names a file {short(name)}, which is not in it: it is not opened.")
+    if not path.is_file():
+        raise UserError(f"{folder} is not a whole {whole}: {name} is missing.")
+    if path.is_symlink():
+        base, real = folder.resolve(), path.resolve()
+        hub = base.parent.name == "snapshots" and real.parent == base.parent.parent / "blobs"  # the hub's own cache
+        if real.parent != base and not hub:
+            raise UserError(f"{path} is a link to {real}, out of its directory: it is not opened.")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; UserError where it can't be read, or is none."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe would keep its reader waiting, a device never end
+            raise UserError(f"{path} can't be read: it is not a file.")
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from None
+    except RecursionError:
+        raise UserError(f"{path} can't be read: it is nested too deeply.") from None
+    except ValueError as error:
+        raise UserError(f"{path} can't be read as JSON: {error}.") from None
