@@ -58,6 +58,13 @@ class DequantizedFile(TensorFile):
         words, scales, biases = self.words(name)
         return dequantize(words, scales, biases, self.entries[name].shape[-1])
 
+    def pieces(self, name: str) -> Iterator[Array]:
+        """Yield the numbers of `read_float` in flat pieces; a quantized matrix in one."""
+        if name in self.parts:
+            yield self.read(name).reshape(-1)
+        else:
+            yield from super().pieces(name)
+
     def words(self, name: str) -> tuple[Array, Array, Array]:
         """A quantized matrix as it is stored: its words, and its scales and biases in float32."""
         scales, biases = (
