@@ -567,7 +567,10 @@ def prepare_data(
         typer.Argument(metavar="SOURCE…", help="Files, folders, globs, - for stdin, a hub's org/name[:config]."),
     ],
     name: Annotated[str, typer.Option(help="What --data of gpt train will call it.")],
-    tokenizer: Annotated[str, typer.Option(help="bpe, char, byte or gpt2.")] = "bpe",
+    tokenizer: Annotated[
+        str,
+        typer.Option(help="bpe, char, byte, gpt2, cl100k_base, o200k_base, or a tokenizer.json, its folder, or a run."),
+    ] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Ids of a BPE that is trained on the data.")] = 2048,
     field: Annotated[str, typer.Option(help="What has the text in JSON lines and tables.")] = "text",
     errors: Annotated[str, typer.Option(help="What is not UTF-8: strict stops, replace takes U+FFFD.")] = "strict",
@@ -577,7 +580,8 @@ def prepare_data(
     """Tokenize text of any size on all cores, and keep it under a name.
 
     A document is a file of text, a line of JSON, or a row of a table. A tenth of them is held out, by
-    hash; of few documents the last tenth of each. A name that --data also finds as a file goes first.
+    hash; of few documents the last tenth of each. For --data a NAME goes before a file or folder
+    of that name, which ./NAME names.
     """
     import time
 
@@ -588,7 +592,7 @@ def prepare_data(
     from twingpt.core.data.prepare import How, Progress, Reading, prepare_named
     from twingpt.core.data.workers import PeakMemory
 
-    how, reading = How(tokenizer, vocab_size), Reading(field, errors, licence)
+    how, reading = How.of(tokenizer, vocab_size), Reading(field, errors, licence)
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
     start, memory = time.perf_counter(), PeakMemory()
     with memory.watch(), bar as progress:
@@ -766,30 +770,45 @@ def _print_sample(console: Console, n: int, text: str) -> None:
 @app.command(
     epilog="[bold]Examples[/]\n\n"
     "gpt parity                  small random models of every shape\n\n"
-    "gpt parity runs/novel       a checkpoint\n\n"
+    "gpt parity runs/novel       a run, a checkpoint, or anything that gpt convert reads\n\n"
+    "gpt parity path/to/Qwen3-0.6B --against hf,mlx-lm    with transformers and mlx-lm too\n\n"
     "gpt parity --json | jq .ok  in a script; the exit code says it too\n"
 )
 def parity(
     model: Annotated[
-        str | None, typer.Argument(metavar="CKPT|RUN", help="A checkpoint. (default: random models)")
+        str | None,
+        typer.Argument(metavar="MODEL", help="A run, a checkpoint, what gpt convert reads. (default: random models)"),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="hf and mlx-lm, by commas: compare with transformers and mlx-lm, in float32 on the CPU."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    tolerance: Annotated[float | None, typer.Option(help="Largest difference, of the largest logit.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest difference, of the largest logit. (default: 1e-5, quantized 1e-4, in bfloat16 3e-2)"
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option(help="mlx, torch, or auto for all that are installed.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the tokens and the random weights.")] = 1337,
     json_: Json = False,
 ) -> None:
     """Compare both backends and the float64 reference, on every device here; exit 1 if they differ."""
     from twingpt.core import parity as measurement
-    from twingpt.core.checkpoint import open_checkpoint
+    from twingpt.weights.against import is_quantized, outsiders
+    from twingpt.weights.formats import open_model
 
     names = _installed(backend)
-    if model is None:
+    found = open_model(model) if model else None
+    others = outsiders(against, found) if against else []
+    if found is None:
         models = measurement.random_models(seed)
     else:
-        checkpoint = open_checkpoint(model)
-        models = iter([(Path(model).name, checkpoint.config, dict(checkpoint.stored()))])
-    result = measurement.measure(models, names, dtype, tolerance, seed)
+        models = iter([(Path(str(model)).name, found.model.config, dict(found.model.stored()))])
+        if tolerance is None and dtype == "float32" and is_quantized(found):
+            tolerance = measurement.QUANTIZED_TOLERANCE
+    result = measurement.measure(models, names, dtype, tolerance, seed, others)
     if json_:
         _print_json(result)
     else:
@@ -823,6 +842,8 @@ def _print_parity(console: Console, result: dict[str, Any]) -> None:
     verdict = "[green]They agree[/]" if result["ok"] else "[bold red]They differ[/]"
     dtype, limit = result["pairs"][0]["dtype"], f"{result['tolerance']:.0e}"
     console.print(f"{verdict}: in {dtype} a difference may be {limit} of the largest logit.")
+    if skipped := ", ".join(f"{entry['model']} with {entry['against']}" for entry in result["skipped"]):
+        console.print(f"Not compared, as no family of theirs computes it: {skipped}.", markup=False)
 
 
 @app.command(epilog="[bold]Examples[/]\n\ngpt doctor\n\ngpt doctor --json | jq .choice\n")

@@ -165,7 +165,7 @@ def mistake(gpt, *arguments) -> str:
         (["--data", "~nobody/x.txt"], "There is no file or folder ~nobody/x.txt"),
         (["--data", "x" * 300 + ".txt"], "File name too long"),
         (["--data", "/dev/null"], "neither a regular file nor a folder"),
-        (["--vocab-size", 2**64], "vocab_size 18446744073709551616 is too large"),
+        (["--vocab-size", 2**64], "vocab_size is 18446744073709551616, which is too large"),
     ],
 )
 def test_train_mistakes_write_nothing(gpt, tmp_path, monkeypatch, arguments, message):

@@ -121,6 +121,16 @@ def test_formats_without_their_library(gpt, tmp_path, monkeypatch, suffix, libra
     assert "pip install 'twingpt[data]'" in error
 
 
+def test_a_tokenizer_that_is_there_already(gpt, dump, home):
+    prepared(gpt, dump, "--tokenizer", "bpe", "--vocab-size", 300, "--name", "first")
+    prepared(gpt, dump, "--tokenizer", home / "first", "--name", "second")
+    first, second = (TokenDataset(home / name) for name in ("first", "second"))
+    assert first.fingerprint == second.fingerprint
+    prepared(gpt, dump, "--tokenizer", "byte", "--name", "bytes")
+    error = mistake(gpt, "data", "prepare", dump, "--tokenizer", home / "bytes", "--name", "second")
+    assert "second is prepared already, from something else" in error
+
+
 # Splits -----------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +376,7 @@ def test_train_finds_a_data_set_by_its_name(gpt, dump, home, tmp_path, monkeypat
     prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
     (tmp_path / "docs").mkdir()  # a folder of that name, without text
     small = [part for part in SMALL if part not in ("--tokenizer", "byte", "--vocab-size")]
+    small = [*small, "--max-iters", 2, "--eval-interval", 0]
     train(gpt, "--data", "docs", "--out", "run", "--backend", "torch", *small)
     described = json.loads((tmp_path / "run" / "run.json").read_text())
     assert described["data"]["folder"] == str(home / "docs") and described["train"]["tokenizer"] == "byte"

@@ -1,15 +1,18 @@
 """Tiny random models of each family, built by transformers: the same logits here, the same text, and back again."""
 
+import json
+
 import numpy as np
 import pytest
 
 from tests.conftest import cpu, needs
+from twingpt import UserError
 from twingpt.core import backend as backends
 from twingpt.core import reference
 from twingpt.core.generator import generate_tokens
 from twingpt.core.sampler import Sampling
 from twingpt.core.tensors import TensorFile
-from twingpt.weights import huggingface
+from twingpt.weights import huggingface, mlx_lm
 from twingpt.weights.families import FAMILIES, family_for
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -165,6 +168,41 @@ def test_it_goes_back_to_transformers(variant, tmp_path):
     assert relative(their_logits(loaded, TOKENS), their_logits(model, TOKENS)) <= 1e-6
 
 
+# What mlx-lm leaves out of some models, saying nothing or failing.
+NOT_IN_MLX_LM = {
+    "gpt2, untied, exact GELU": "the activation of gelu",
+    "gpt2, unscaled scores": "unscaled scores",
+    "llama, head_dim and biases": "the activation of geglu",
+    "qwen2, windows": "sliding windows",
+    "qwen3, tied, biases, windows": "biases in attention",
+    "gemma3_text, scaled, softcap": "biases in attention",
+    "gemma3_text, no windows, untied": "the activation of geglu",
+    "mistral": "sliding windows",
+    "gpt_neox": "the activation of gelu",
+    "gpt_neox, sequential, tied, no bias": "leaving out attention's biases",
+    "gpt_neox, linear": "the activation of gelu",
+}
+
+
+@needs("mlx")
+def test_mlx_lm_computes_the_same_or_is_not_written_for(variant, tmp_path):
+    import twingpt.backends.mlx  # noqa: F401  (opens a fast BLAS before mlx_lm imports mlx)
+
+    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    import mlx.core as mx
+
+    name, model, folder = variant
+    config = huggingface.read_config(folder)
+    if name in NOT_IN_MLX_LM:
+        with pytest.raises(UserError, match=f"mlx-lm computes .* models without {NOT_IN_MLX_LM[name]}: write --to hf"):
+            mlx_lm.check(config)
+        return
+    mlx_lm.check(config)
+    huggingface.write(tmp_path / "back", config, huggingface.tensors(folder, config), end_of_text=0)
+    theirs, _ = utils.load_model(tmp_path / "back")
+    assert relative(np.array(theirs(mx.array(TOKENS)).tolist()), their_logits(model, TOKENS)) <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_halves_in_shards(tmp_path, dtype):
     """Read exactly: the model in float32 with the same rounded weights gives the same logits."""
@@ -185,3 +223,30 @@ def test_what_llama_computes_is_written_as_llama():
     """A family with nothing of its own: the file is then one that more programs read."""
     config = FAMILIES["mistral"].config({**SIZES, "num_key_value_heads": 4, "sliding_window": None})
     assert family_for(config).model_type == "llama"
+
+
+def test_text_from_a_directory_as_transformers_goes_on(gpt, tmp_path):
+    """The command on a directory of transformers' own, with its tokenizer, and on what it is converted to."""
+    import tokenizers
+
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["the cat sat on the mat and the dog ran over the hill"] * 9, 300, min_frequency=2)
+    bpe.add_special_tokens(["<|endoftext|>"])
+    whole = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(bpe.to_str()), eos_token="<|endoftext|>"
+    )
+    model, folder = build("llama, llama3", vocab_size=len(whole), eos_token_id=whole.eos_token_id), tmp_path / "hf"
+    model.save_pretrained(folder)
+    whole.save_pretrained(folder)
+    prompt = whole("the dog sat", return_tensors="pt").input_ids
+    theirs = model.generate(prompt, max_new_tokens=30, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
+    theirs = theirs[: theirs.index(whole.eos_token_id)] if whole.eos_token_id in theirs else theirs
+    assert len(theirs) > 10
+    assert gpt("convert", folder, tmp_path / "ours")[0] == 0
+    for source in (folder, tmp_path / "ours"):
+        for name in filter(backends.installed, backends.BACKENDS):
+            options = ("-p", "the dog sat", "-m", 30, "--temp", 0, "--backend", name, "--json")
+            code, out, err = gpt("generate", source, *options)
+            assert code == 0, err
+            said = json.loads(out)
+            assert (said["prompt_tokens"], said["tokens"]) == (prompt[0].tolist(), theirs)

@@ -112,6 +112,15 @@ def test_the_tokenizer_is_in_it(tmp_path, bpe):
     assert found["tokenizer.ggml.add_bos_token"] is False and found["general.name"] == "a name"
 
 
+def test_the_chat_template_is_in_it(tmp_path):
+    chat = train_bpe(["a text, and a text"], 600, chat=True)
+    config = GPTConfig(**SMALL)
+    ours.write(tmp_path / "x.gguf", config, parameters(config), chat, "x")
+    found = fields(tmp_path / "x.gguf")
+    assert found["tokenizer.chat_template"] == chat.settings()["chat_template"]
+    assert found["tokenizer.ggml.eos_token_id"] == chat.roles["eos"]
+
+
 @pytest.mark.parametrize(
     ("step", "name"),
     [

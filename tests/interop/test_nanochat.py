@@ -214,3 +214,17 @@ def test_its_tokenizer_is_taken_where_it_is_no_pickle(tmp_path):
     for name, text in files(ByteTokenizer(), 32).items():
         (tmp_path / name).write_text(text)
     assert nanochat.tokenizer(tmp_path).digest == nanochat.tokenizer(tmp_path / "model_000650.pt").digest
+
+
+def test_it_becomes_a_run_that_generates(tmp_path, gpt):
+    (tmp_path / "theirs").mkdir()
+    options = OPTIONS | {"vocab_size": 257}
+    saved(tmp_path / "theirs", state_dict(rows=320), model_config=options)  # 257, padded
+    for name, text in files(ByteTokenizer(), 32).items():
+        (tmp_path / "theirs" / name).write_text(text)
+    code, out, err = gpt("convert", tmp_path / "theirs", tmp_path / "run", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["source_format"], json.loads(out)["family"]) == ("nanochat", "nanochat")
+    arguments = ("--prompt", "ab", "-m", "4", "--temp", "0", "--backend", "torch", "--json")
+    code, out, err = gpt("generate", tmp_path / "run", *arguments)
+    assert code == 0, err

@@ -302,3 +302,29 @@ def test_damaged_files_are_read_or_refused(tmp_path, seed):
 def test_gpt2s_tokenizer(tmp_path):
     path = saved(tmp_path / "ckpt.pt", state_dict(), model_args=ARGUMENTS | {"vocab_size": 50304})
     assert nanogpt.tokenizer(path).digest == tiktoken_gpt2().digest
+
+
+def test_a_model_of_characters_becomes_a_run_that_generates_and_learns(tmp_path, gpt):
+    """nanoGPT has no end of text: generating never says it, and fine-tuning gives it a row."""
+    saved(tmp_path / "ckpt.pt", state_dict())
+    meta(tmp_path / "meta.pkl", ALPHABET)
+    code, out, err = gpt("convert", tmp_path, tmp_path / "run")
+    assert code == 0, err
+    settings = ("-m", "20", "--backend", "torch", "--seed", "1")
+    code, out, err = gpt("generate", tmp_path / "run", "--prompt", "HELLO", *settings)
+    assert code == 0 and out.startswith("HELLO"), err
+    code, _, err = gpt("generate", tmp_path / "run", "--prompt", "", *settings)
+    assert code == 2 and "knows no end of text" in err
+    text = tmp_path / "text.txt"
+    text.write_text("HELLO WORLD, SAID THE CAT. " * 300)
+    options = ("--data", text, "--max-iters", "2", "--eval-iters", "1", "--sample-interval", "0", "--backend", "torch")
+    code, _, err = gpt("train", "--init-from", tmp_path / "run", "--out", tmp_path / "tuned", *options)
+    assert code == 0, err
+    code, out, err = gpt("generate", tmp_path / "tuned", "--prompt", "", *settings)
+    assert code == 0, err
+
+
+def test_it_is_inspected(tmp_path, gpt):
+    saved(tmp_path / "ckpt.pt", state_dict())
+    code, out, err = gpt("convert", tmp_path, "--inspect", "--json")
+    assert code == 0 and '"F32"' in out, err

@@ -208,6 +208,17 @@ def test_long_context_keeps_its_precision(twins):
     assert_logits_agree(config_of({"block_size": 1024, "n_kv_head": 2}), twins, 1, 1024)
 
 
+def test_a_context_longer_than_any_memory_costs_nothing_until_it_is_used(engines):
+    """As a foreign config.json may claim; the tables of the longer one start short, and grow to the same bits."""
+    switches = {"n_layer": 1, "sliding_window": 8, "local_rope_theta": 50.0}
+    endless, plain = (config_of({**switches, "block_size": size}) for size in (10**12, 4224))
+    tokens, _ = batch(plain, 1, 4200)
+    engine, other = (engines.DecodeEngine(c, initialise(c, 1), cpu(engines)) for c in (endless, plain))
+    first = engine.prefill(tokens[:, :20])
+    assert np.array_equal(engine.logits(first), other.logits(other.prefill(tokens[:, :20])))
+    assert np.array_equal(engine.logits(engine.prefill(tokens)), other.logits(other.prefill(tokens)))
+
+
 def test_trimming_the_cache_goes_back(engines):
     config = config_of({"n_kv_head": 2})
     engine = engines.DecodeEngine(config, initialise(config, 1), cpu(engines))

@@ -161,7 +161,7 @@ def test_a_manifest_that_points_outside(saved):
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest["files"]["../secret"] = {"size": 1, "sha256": "0"}
     (saved / "manifest.json").write_text(json.dumps(manifest))
-    assert "names a file '../secret', which is not in it" in refusal(saved)
+    assert "names a file '../secret', which is not in it: it is not opened" in refusal(saved)
 
 
 def test_another_schema(saved):

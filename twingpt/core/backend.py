@@ -126,6 +126,9 @@ class Backend(Protocol):
     ) -> tuple[int, float]:
         """Bytes that the loss of so many tokens and its gradients take beside their inputs, and the seconds."""
 
+    def module_logits(self, module: Any, tokens: Array) -> Array:
+        """(B, T) ids -> (B, T, V) float32 logits of a library's model in this framework, in float32 on the CPU."""
+
     def memory_errors(self) -> AbstractContextManager[None]:
         """Raise OutOfMemoryError within the block for whatever the framework raises where memory is short."""
 

@@ -88,7 +88,9 @@ class LanguageModel:
     """A trained model ready to run: text or tokens in, text or logits out."""
 
     def __init__(self, config: GPTConfig, tokenizer: Tokenizer, engine: DecodeEngine) -> None:
-        if tokenizer.vocab_size > config.vocab_size:
+        # A model from elsewhere may have no end of text, which our tokenizers have: it then never says it.
+        known = tokenizer.vocab_size - (tokenizer.end_of_text == tokenizer.vocab_size - 1)
+        if known > config.vocab_size:
             raise UserError(
                 f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {config.vocab_size}."
             )
@@ -121,6 +123,8 @@ class LanguageModel:
         if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
             raise UserError("The prompt is not valid UTF-8 text: some of its bytes stand for no character.")
         ids = self.tokenizer.encode(prompt)
+        if not len(ids) and self.tokenizer.end_of_text >= self.config.vocab_size:
+            raise UserError("This model knows no end of text to begin a document after: give a prompt.")
         context = ids if len(ids) else np.array([self.tokenizer.end_of_text])
         tokens = generate_tokens(self.engine, context, sampling, max_tokens, seed)
         return Completion(tokens, self.tokenizer, ids)

@@ -77,7 +77,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpu": {"preset": "tiny", "batch_size": 32, "max_iters": 2000, "dropout": 0.1},
 }
 
-# What fine-tuning is without flags; docs/experiments.md has the figures.
+# What fine-tuning is without flags; docs/experiments.md has what other rates gave.
 FINE_TUNING: dict[str, Any] = {
     "optimizer": "adamw",
     "lr_schedule": "cosine",
@@ -174,7 +174,7 @@ def new_run(
     data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, init.tokenizer() if init else None)
     options = _as_prepared(options, data)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
-    config = model if init else config
+    config = with_end_of_text(model, data.tokenizer) if init else config
     train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), chosen)
     trainer = _trainer(run, config, train, data, engines, target, compile, Progress())
     trainer.notes = notes
@@ -219,10 +219,20 @@ def adapted(config: GPTConfig, options: Options) -> GPTConfig:
     return dataclasses.replace(config, block_size=block_size, dropout=options.get("dropout", config.dropout))
 
 
+def with_end_of_text(config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
+    """The configuration with one id more where the tokenizer's end of text is just beyond the model's vocabulary."""
+    beyond = tokenizer.end_of_text == config.vocab_size == tokenizer.vocab_size - 1
+    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size) if beyond else config
+
+
 def cropped(tensors: Iterable[tuple[str, Array]], config: GPTConfig) -> Iterator[tuple[str, Array]]:
-    """Parameters for a block_size that may be smaller than the one they had: fewer learned positions."""
+    """Parameters for a model that may have fewer learned positions and one id more, its row the mean of the others'."""
     for name, array in tensors:
-        yield name, array[: config.block_size] if name == "model.embed_positions.weight" else array
+        if name == "model.embed_positions.weight":
+            array = array[: config.block_size]
+        elif name in ("model.embed_tokens.weight", "lm_head.weight") and len(array) == config.vocab_size - 1:
+            array = np.concatenate([array, array.mean(0, keepdims=True)])
+        yield name, array
 
 
 def resume_run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,7 @@ Array = np.ndarray
 
 # Of the largest |logit|. bfloat16 keeps 8 bits, and a model of a few layers loses about two of them.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}
+QUANTIZED_TOLERANCE = 1e-4  # in float32: kernels round sums of whole numbers times scales in other places
 BATCH, MAX_TIME = 2, 64
 
 
@@ -41,6 +42,24 @@ class Pair:
     max_rel_diff: float
     top1_agreement: float
     kl: float
+
+
+class Implementation(Protocol):
+    """Another implementation of some models, beside the reference and the backends; it computes in float32."""
+
+    @property
+    def name(self) -> str:
+        """What a pair calls it."""
+
+    @property
+    def device(self) -> str:
+        """What it runs on."""
+
+    def computes(self, config: GPTConfig) -> bool:
+        """Whether it has what such a model needs."""
+
+    def forward(self, config: GPTConfig, params: Mapping[str, Array], tokens: Array) -> Array:
+        """(B, T) ids -> (B, T, V) float32 logits of a model that it computes, from its tensors as they are stored."""
 
 
 def random_models(seed: int) -> Iterator[tuple[str, GPTConfig, dict[str, Array]]]:
@@ -108,22 +127,32 @@ def measure(
     dtype: str = "float32",
     tolerance: float | None = None,
     seed: int = 1337,
+    others: Sequence[Implementation] = (),
 ) -> dict[str, Any]:
-    """Every pair of implementations on every model: {"ok", "tolerance", "pairs"}.
+    """Every pair of implementations on every model: {"ok", "tolerance", "pairs", "skipped"}.
 
-    `ok` is whether each pair's `max_rel_diff` is finite and at most `tolerance`.
+    `ok` is whether each pair's `max_rel_diff` is finite and at most `tolerance`; `skipped` has the models
+    that one of `others` does not compute. Raises UserError for a dtype without a tolerance.
     """
     if dtype not in TOLERANCES:
         raise UserError(f"Parity is measured in {' or '.join(TOLERANCES)}, not in {dtype}.")
+    if others and dtype != "float32":
+        raise UserError(f"{others[0].name} is compared in float32: leave out --dtype {dtype}.")
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
-    pairs = []
+    pairs, skipped = [], []
     for model, config, params in models:
         shape = (BATCH, min(MAX_TIME, config.block_size))
         tokens = rng.generator("parity", seed).integers(0, config.vocab_size, shape)
         results = list(logits_by_engine(config, params, tokens, names, dtype))
+        for other in others:
+            if other.computes(config):
+                results.append((other.name, other.device, other.forward(config, params, tokens)))
+            else:
+                skipped.append({"model": model, "against": other.name})
         pairs += [compare(model, a, b, dtype) for a, b in itertools.combinations(results, 2)]
     return {
         "ok": all(pair.max_rel_diff <= limit for pair in pairs),
         "tolerance": limit,
         "pairs": [asdict(pair) for pair in pairs],
+        "skipped": skipped,
     }

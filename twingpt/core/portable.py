@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from twingpt.core.config import GPTConfig
@@ -78,4 +79,6 @@ def _portable_rope_scaling(config: GPTConfig) -> dict[str, Any] | None:
         fields |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
         if scaling.attention_factor is not None:
             fields["attention_factor"] = scaling.attention_factor
+            if scaling.factor > 1:  # the same for mlx-lm, which reads no attention_factor
+                fields["mscale"] = (scaling.attention_factor - 1) / (0.1 * math.log(scaling.factor))
     return fields

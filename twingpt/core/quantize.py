@@ -7,7 +7,8 @@ w = q scale + bias for each group of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import VECTOR, parameter_table
 from twingpt.core.reading import short
-from twingpt.core.tensors import Shapes
+from twingpt.core.tensors import PIECE, Shapes
 
 Array = np.ndarray
 
@@ -113,6 +114,24 @@ def quantize(w: Array, bits: int, group_size: int) -> tuple[Array, Array, Array]
     mx.quantize's own arithmetic, so that both give the same bits: the end of a group that is farther
     from 0 is met exactly, and 0 too where its step allows.
     """
+    words, scales, biases = _by_rows(lambda rows: _quantize(rows, bits, group_size), w.shape[-1], w)
+    return words, scales, biases
+
+
+def _by_rows(function: Callable[..., tuple[Array, ...]], width: int, *arrays: Array) -> tuple[Array, ...]:
+    """A function of matrices on (…, width) arrays, some rows at a time, as it takes many times their room."""
+    *lead, _ = arrays[0].shape
+    rows, step = math.prod(lead), max(1, PIECE // max(1, width))
+    whole: tuple[Array, ...] = ()
+    for start in range(0, max(1, rows), step):
+        parts = function(*(array.reshape(rows, array.shape[-1])[start : start + step] for array in arrays))
+        whole = whole or tuple(np.empty((rows, part.shape[-1]), part.dtype) for part in parts)
+        for all_rows, part in zip(whole, parts, strict=True):
+            all_rows[start : start + step] = part
+    return tuple(all_rows.reshape(*lead, all_rows.shape[-1]) for all_rows in whole)
+
+
+def _quantize(w: Array, bits: int, group_size: int) -> tuple[Array, Array, Array]:
     groups = np.ascontiguousarray(w, np.float32).reshape(*w.shape[:-1], -1, group_size)
     low, high = groups.min(-1), groups.max(-1)
     steps = np.float32(2**bits - 1)
@@ -131,6 +150,10 @@ def quantize(w: Array, bits: int, group_size: int) -> tuple[Array, Array, Array]
 
 def dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array:
     """The inverse of `quantize`, (…, width) float32; bits and group size follow from the shapes."""
+    return _by_rows(lambda w, s, b: (_dequantize(w, s, b, width),), width, words, scales, biases)[0]
+
+
+def _dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array:
     bits = 32 * words.shape[-1] // width
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     q = (words[..., None] >> shifts) & np.uint32(2**bits - 1)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,7 @@ DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
+PIECE = 2**22  # numbers that are converted at once
 MAX_HEADER = 2**24  # bytes: 100,000 tensors; a longer one would take seconds to read
 
 
@@ -77,7 +78,22 @@ class TensorFile:
 
     def read_float(self, name: str) -> Array:
         """The tensor called `name`, of a floating-point dtype, in float32."""
-        return self._in_float32(self.read(name), name, self.entries[name])
+        entry = self.entries[name]
+        if entry.dtype in ("F32", "F64"):
+            return self._in_float32(self.read(name), name, entry)
+        whole, done = np.empty(entry.size, np.float32), 0
+        for piece in self.pieces(name):
+            whole[done : done + piece.size] = piece
+            done += piece.size
+        return whole.reshape(entry.shape)
+
+    def pieces(self, name: str) -> Iterator[Array]:
+        """Yield the numbers of `read_float` in order, in flat pieces, of which one is in memory at a time."""
+        entry = self.entries[name]
+        size = np.dtype(DTYPES[entry.dtype]).itemsize
+        for start in range(0, entry.size, PIECE):
+            piece = Entry(entry.dtype, (min(PIECE, entry.size - start),), entry.offset + start * size)
+            yield self._in_float32(self._read(name, piece), name, entry)
 
     def _in_float32(self, array: Array, name: str, entry: Entry) -> Array:
         if entry.dtype == "BF16":

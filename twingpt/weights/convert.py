@@ -49,6 +49,8 @@ def convert(
         raise unknown_choice("format", to, TARGETS)
     if quantization and to not in QUANTIZED:
         raise UserError(f"--q-bits is for --to {' or '.join(QUANTIZED)}: {to} has no such matrices.")
+    if to == "mlx":
+        mlx_lm.check(model.config)
     folder = expand(folder)
     check_place(folder, model.folder, force)
     tensors, tokenizer = _told(model.parameters(), progress), _tokenizer(model)

@@ -417,6 +417,13 @@ def _read_gemma(values: Values) -> Values:
     }
 
 
+def window_pattern(config: GPTConfig) -> int | None:
+    """The n of which each nth layer is without the window and no other is, or None where there is no such n."""
+    windows = [config.window(i) > 0 for i in range(config.n_layer)]
+    every = windows.index(False) + 1 if False in windows else config.n_layer + 1
+    return every if windows == [(i + 1) % every != 0 for i in range(config.n_layer)] else None
+
+
 def _write_gemma(config: GPTConfig) -> Values:
     rope, local = rope_fields(config), config.local_rope_theta or 10000.0
     nested = {
@@ -429,6 +436,7 @@ def _write_gemma(config: GPTConfig) -> Values:
         **write_activation(config, "hidden_activation"),
         "rope_parameters": nested,
         "rope_local_base_freq": local,
+        "sliding_window_pattern": window_pattern(config) or 6,  # for mlx-lm, which knows no layer_types here
         "sliding_window": config.sliding_window or 4096,  # it must have one, even where no layer uses it
         "query_pre_attn_scalar": round(config.score_scale**-2),
         "final_logit_softcapping": config.logit_softcap or None,

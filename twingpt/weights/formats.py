@@ -23,13 +23,20 @@ from twingpt.core.quantize import Quantization
 from twingpt.core.runs import RUNS
 from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.weights import mlx_lm, nanogpt, torch_state
+from twingpt.weights import mlx_lm, nanochat, nanogpt, torch_state
 from twingpt.weights.huggingface import is_huggingface, open_huggingface
 
 Array = np.ndarray
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*"]
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "model_*.pt", "meta_*.json"]
+
+# What other trainers save: the module that reads it, how it is known, its name and its family, or None for ours.
+OTHERS = (
+    (torch_state, torch_state.is_torch_state, "torch", None),
+    (nanogpt, nanogpt.is_nanogpt, "nanogpt", "gpt2"),
+    (nanochat, nanochat.is_nanochat, "nanochat", "nanochat"),
+)
 
 
 class Model(Protocol):
@@ -100,12 +107,10 @@ def open_model(name: str | Path) -> Found:
     path = expand(name)
     if not path.exists() and _is_hub_id(str(name)):
         path = _download(str(name))
-    for module, format in ((torch_state, "torch"), (nanogpt, "nanogpt")):
-        if getattr(module, f"is_{module.__name__.rpartition('.')[2]}")(path):
+    for module, is_one, format, family in OTHERS:
+        if is_one(path):
             config = module.read_config(path)
-            return Found(
-                format, "gpt2" if format == "nanogpt" else model_type(config), OtherModel(module, path, config)
-            )
+            return Found(format, family or model_type(config), OtherModel(module, path, config))
     if mlx_lm.is_mlx_lm(path):
         model = mlx_lm.open_mlx_lm(path)
         return Found("mlx-lm", model.family, model)

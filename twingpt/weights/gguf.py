@@ -16,7 +16,7 @@ from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import sync_folder
 from twingpt.core.portable import model_type
 from twingpt.core.rope import rope_periods
-from twingpt.core.tokenizer import Tokenizer
+from twingpt.core.tokenizer import PATTERNS, Tokenizer
 
 if TYPE_CHECKING:
     import gguf
@@ -54,11 +54,7 @@ GPT2_FREE = (
 )  # fmt: skip
 
 # llama.cpp splits text into words by code that it knows by name, not by the pattern itself.
-SPLITS = {
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",  # noqa: E501
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",  # noqa: E501
-}
+SPLITS = {PATTERNS["gpt2"]: "gpt-2", PATTERNS["llama3"]: "llama-bpe", PATTERNS["qwen2"]: "qwen2"}
 NO_MERGE = "À À"  # of two bytes that UTF-8 has not: llama.cpp wants merges, and a tokenizer of bytes has none
 
 
@@ -219,8 +215,10 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Mapping[str, Any], toke
     writer.add_token_list(vocabulary["tokens"])
     writer.add_token_types(vocabulary["types"])
     writer.add_token_merges(vocabulary["merges"])
-    writer.add_bos_token_id(tokenizer.end_of_text)
-    writer.add_eos_token_id(tokenizer.end_of_text)
+    writer.add_bos_token_id(tokenizer.roles.get("bos", tokenizer.end_of_text))
+    writer.add_eos_token_id(tokenizer.roles.get("eos", tokenizer.end_of_text))
+    if template := tokenizer.settings().get("chat_template"):
+        writer.add_chat_template(template)
     writer.add_add_bos_token(False)
 
 

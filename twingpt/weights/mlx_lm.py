@@ -20,11 +20,12 @@ from twingpt.core.quantize import Quantization, dequantize, from_config, quantiz
 from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
-from twingpt.weights.families import Family, family_of
+from twingpt.weights.families import Family, family_for, family_of, window_pattern
 from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files, tensors
 
 Array = np.ndarray
 
+MLPS = {"gpt2": "gelu_tanh", "gpt_neox": "gelu_tanh", "gemma3_text": "geglu_tanh"}  # of mlx-lm; the rest has SwiGLU
 QUANTIZATION = ("quantization", "quantization_config")
 
 
@@ -56,6 +57,13 @@ class DequantizedFile(TensorFile):
             return super().read(name)
         words, scales, biases = self.words(name)
         return dequantize(words, scales, biases, self.entries[name].shape[-1])
+
+    def pieces(self, name: str) -> Iterator[Array]:
+        """Yield the numbers of `read_float` in flat pieces; a quantized matrix in one."""
+        if name in self.parts:
+            yield self.read(name).reshape(-1)
+        else:
+            yield from super().pieces(name)
 
     def words(self, name: str) -> tuple[Array, Array, Array]:
         """A quantized matrix as it is stored: its words, and its scales and biases in float32."""
@@ -154,6 +162,45 @@ def open_mlx_lm(path: str | Path) -> MLXModel:
         prefix = "model." if family.transposed else family.prefix  # of the one such family, GPT-2
         family = dataclasses.replace(family, transposed=False, prefix=prefix)
     return MLXModel(folder, config, family, source)
+
+
+def check(config: GPTConfig) -> None:
+    """Raise UserError for a model that mlx-lm would load and compute otherwise, or not load.
+
+    It reads no hidden_act, no window and no bias that its models don't know, and says nothing.
+    """
+    family = family_for(config)
+    if family is None:
+        return
+    lacking = lacks(config, family.model_type)
+    if lacking:
+        raise UserError(f"mlx-lm computes {family.model_type} models without {lacking}: write --to hf or twingpt.")
+
+
+def lacks(config: GPTConfig, family: str) -> str | None:
+    """What of a model of this family mlx-lm 0.32 leaves out when it computes it, or None."""
+    mlp = MLPS.get(family, "swiglu")
+    old = family in ("gpt2", "gpt_neox")
+    problems = {
+        f"the activation of {config.mlp}": config.mlp != mlp,
+        "biases in attention": family in ("qwen3", "gemma3_text") and config.qkv_bias,
+        "leaving out attention's biases": family == "gpt_neox" and not config.qkv_bias,
+        "sliding windows": family in ("qwen2", "qwen3", "mistral") and config.sliding_window > 0,
+        "layers without a window": family == "smollm3"
+        and config.sliding_window > 0
+        and not config.full_attention_layers,
+        "such an order of windows": family == "gemma3_text"
+        and (window_pattern(config) or 0) not in range(1, config.n_layer + 1),
+        "a logit softcap": config.logit_softcap > 0,
+        "a width of heads apart from the model's": family in ("qwen2", "granite")
+        and config.head_dim * config.n_head != config.n_embd,
+        "an MLP width of its own": old and config.n_inner != 4 * config.n_embd,
+        "unscaled scores": family == "gpt2" and config.attn_scale > 0,
+        "an untied head": family == "gpt2" and not config.tie_embeddings,
+        "a tied head": family == "gpt_neox" and config.tie_embeddings,
+        "a scaled RoPE": family == "gpt_neox" and config.rope_scaling is not None,
+    }
+    return next((problem for problem, there in problems.items() if there), None)
 
 
 def write_quantized(

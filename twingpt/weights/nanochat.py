@@ -109,6 +109,11 @@ def tensors(path: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
         yield name, _halves_exchanged(array, config.head_dim) if part in ROTATED else array
 
 
+def dtypes(path: Path) -> list[str]:
+    """How each tensor is stored, by the names of safetensors."""
+    return [tensor.dtype for tensor in _open(path)[1].values()]
+
+
 def tokenizer(path: Path) -> Tokenizer | None:
     """The tokenizer.json beside the checkpoint, if there is one: nanochat's own, tokenizer.pkl, is code."""
     folder = path if path.is_dir() else path.parent
@@ -167,6 +172,11 @@ class SafeTensor:
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
         return self.file.entries[self.name].shape
+
+    @property
+    def dtype(self) -> str:
+        """How it is stored."""
+        return self.file.entries[self.name].dtype
 
     def read(self, rows: slice = slice(None)) -> Array:
         """A float32 copy, of some of its rows."""

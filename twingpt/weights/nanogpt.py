@@ -73,6 +73,11 @@ def tensors(path: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
         yield name, state[theirs].read(rows)
 
 
+def dtypes(path: Path) -> list[str]:
+    """How each tensor is stored, by the names of safetensors."""
+    return [tensor.dtype for tensor in _open(path)[1].values()]
+
+
 def tokenizer(path: Path, meta: Path | None = None) -> Tokenizer | None:
     """The tokenizer of the model's data, which the checkpoint does not keep; None where it can't be known.
 

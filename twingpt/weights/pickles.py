@@ -38,6 +38,10 @@ class Stored(Protocol):
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
 
+    @property
+    def dtype(self) -> str:
+        """How it is stored, by the name that safetensors has for it."""
+
     def read(self, rows: slice = slice(None)) -> Array:
         """A float32 copy, of some of its rows."""
 

@@ -55,8 +55,7 @@ def read_config(folder: Path) -> GPTConfig:
 
 def tensors(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
     """Yield (name, float32 array) in the order of the parameter table; UserError where they don't fit the model."""
-    path = folder / FILE
-    state: State = state_of(read_pickle(path), path)
+    path, state = folder / FILE, _state(folder)
     check_layers(config.n_layer, len(state), path)
     shapes = {name: row.shape for name, row in parameter_table(config).items()}
     check_state(state, shapes, path)
@@ -64,6 +63,15 @@ def tensors(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
         yield name, state[name].read()
 
 
+def dtypes(folder: Path) -> list[str]:
+    """How each tensor is stored, by the names of safetensors."""
+    return [tensor.dtype for tensor in _state(folder).values()]
+
+
 def tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer that was written along, or None."""
     return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def _state(folder: Path) -> State:
+    return state_of(read_pickle(folder / FILE), folder / FILE)

@@ -1,7 +1,7 @@
 """The MLX backend: Metal on Apple silicon, CUDA and CPU on Linux."""
 
 from twingpt.backends.mlx.device import arrays_peak, details, devices, free_memory, matmul, memory_errors  # isort: skip  (opens a BLAS before mlx is imported)
-from twingpt.backends.mlx.decoding import DecodeEngine
+from twingpt.backends.mlx.decoding import DecodeEngine, module_logits
 from twingpt.backends.mlx.training import TrainEngine, loss_memory
 
 NAME = "mlx"
@@ -17,4 +17,5 @@ __all__ = [
     "loss_memory",
     "matmul",
     "memory_errors",
+    "module_logits",
 ]

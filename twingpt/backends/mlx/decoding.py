@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from twingpt.backends.mlx import model
@@ -118,3 +119,10 @@ class DecodeEngine:
     def read(self, handle: Step) -> np.ndarray:
         """(B,) token ids that a step sampled; waits."""
         return np.array(handle.tokens)
+
+
+def module_logits(module: nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """(B, T) ids -> (B, T, V) float32 logits of a model of mlx-lm's, computed in float32 on the CPU."""
+    with mx.stream(mx.cpu):
+        module.set_dtype(mx.float32)
+        return to_numpy(module(mx.array(tokens)))

@@ -52,7 +52,8 @@ class KVCache:
         shape = (batch, config.n_kv_head, min(CACHE_ROOM, config.block_size), config.head_dim)
         self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
         self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
-        self.tokens = mx.zeros((batch, config.block_size), mx.int32)
+        seen = config.block_size if config.smear else 0  # which alone looks back at them
+        self.tokens = mx.zeros((batch, seen), mx.int32)
         self.block_size, self.offset = config.block_size, 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:

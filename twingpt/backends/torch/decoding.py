@@ -18,6 +18,7 @@ from twingpt.core.sampler import Sampling
 Array = Tensor
 
 PREFILL_CHUNK = 512  # positions; bounds the memory of a long prompt's attention
+ROPE_POSITIONS = 4096  # at first: a model may know many more than anybody asks for
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class DecodeEngine:
     ) -> None:
         self.config, self.device, self.dtype = config, device, DTYPES[dtype]
         self.params = {name: self._cast(to_device(value, device)) for name, value in tensors}
-        self.rope = model.Rope(config, torch.device(device.name))
+        self.rope = model.Rope(config, torch.device(device.name), ROPE_POSITIONS)
         self.cache: model.KVCache
         self.seen: Array
 
@@ -108,3 +109,9 @@ class DecodeEngine:
     def read(self, handle: Step) -> np.ndarray:
         """(B,) token ids that a step sampled; waits."""
         return handle.tokens.cpu().numpy()
+
+
+def module_logits(module: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """(B, T) ids -> (B, T, V) float32 logits of a model of transformers', computed in float32 on the CPU."""
+    with torch.inference_mode():
+        return to_numpy(module.to("cpu", torch.float32)(torch.from_numpy(tokens.astype(np.int64))).logits)

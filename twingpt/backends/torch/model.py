@@ -25,28 +25,38 @@ CACHE_ROOM = 256  # positions, to begin with
 
 
 class Rope:
-    """Rotary position embedding with its tables: cos and signed sin, (block_size, rope_dim) float32.
+    """Rotary position embedding with its tables: cos and signed sin, (length, rope_dim) float32.
 
+    They are for the first `length` positions, or all of the block size, and grow where more are asked for.
     The layers that rotate by `local_rope_theta` have tables of their own.
     """
 
-    def __init__(self, config: GPTConfig, device: torch.device) -> None:
-        self.config = config
-        self.tables = {local: self.table(local, device) for local in (False, True)[: 1 + (config.local_rope_theta > 0)]}
+    def __init__(self, config: GPTConfig, device: torch.device, length: int = 0) -> None:
+        self.config, self.device = config, device
+        self.extend(length or config.block_size)
 
-    def table(self, local: bool, device: torch.device) -> tuple[Array, Array]:
-        """cos and signed sin of every position."""
+    def extend(self, length: int) -> None:
+        """Make the tables for so many positions, and no more than there are."""
+        kinds = (False, True)[: 1 + (self.config.local_rope_theta > 0)]
+        self.length = min(length, self.config.block_size)
+        self.tables = {local: self.table(local) for local in kinds}
+
+    def table(self, local: bool) -> tuple[Array, Array]:
+        """cos and signed sin of the positions."""
         frequencies, factor = rope_frequencies(self.config, local)
-        angles = np.arange(self.config.block_size, dtype=np.float32)[:, None] * frequencies
+        angles = np.arange(self.length, dtype=np.float32)[:, None] * frequencies
         # cos and sin of the float32 angle in float64: a device's own may be off in the last bits.
         cos, sin = (f(angles, dtype=np.float64) * factor for f in (np.cos, np.sin))
         pairs = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
-        cos, sin = (torch.from_numpy(pair.astype(np.float32)).to(device) for pair in pairs)
+        cos, sin = (torch.from_numpy(pair.astype(np.float32)).to(self.device) for pair in pairs)
         return cos, sin
 
     def __call__(self, x: Array, offset: int, local: bool) -> Array:
         """Rotate (B, H, T, d), whose first position is `offset`."""
-        cos, sin = (table[offset : offset + x.shape[2]] for table in self.tables[local])
+        end = offset + x.shape[2]
+        if end > self.length:
+            self.extend(2 * end)
+        cos, sin = (table[offset:end] for table in self.tables[local])
         dim, x32 = self.config.rope_dim, x.float()
         rotary, rest = x32[..., :dim], x32[..., dim:]
         y = rotary * cos + rotary.roll(dim // 2, -1) * sin  # the roll swaps the halves
@@ -60,7 +70,8 @@ class KVCache:
         shape = (batch, config.n_kv_head, min(CACHE_ROOM, config.block_size), config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.tokens = torch.zeros(batch, config.block_size, dtype=torch.int64, device=device)
+        seen = config.block_size if config.smear else 0  # which alone looks back at them
+        self.tokens = torch.zeros(batch, seen, dtype=torch.int64, device=device)
         self.block_size, self.offset = config.block_size, 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:

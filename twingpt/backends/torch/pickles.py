@@ -29,6 +29,7 @@ HARMLESS = {
                                           "Byte", "Bool")),
 }  # fmt: skip
 
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 MAX_OPERATIONS = 200_000  # of pickle: those of 5,000 tensors, and less than a second's work
 MAX_TUPLE = 1000  # tuples in one another; a tensor has four
 
@@ -43,6 +44,11 @@ class StoredTensor:
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
         return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        """How it is stored, by the name that safetensors has for it."""
+        return DTYPES.get(self.tensor.dtype, str(self.tensor.dtype))
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
         """A float32 copy, of some of its rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -101,5 +100,5 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
         console.print(f"{span:>25}  [cyan]{bar:{WIDTH}}[/]  {row['documents']:,}")
     for text in info["samples"]:
         lines = [line for line in text.splitlines() if line.strip()][:SAMPLE_LINES]
-        console.print(f"\n[bold]A document[/] [dim]{escape(json.dumps(text[:20], ensure_ascii=False))}…[/]")
+        console.print("\n[bold]A document begins[/]")
         console.print(escape("\n".join(lines)), overflow="ellipsis", no_wrap=True)

@@ -47,6 +47,11 @@ class How:
         if self.tokenizer is None and self.kind not in TOKENIZERS:
             object.__setattr__(self, "tokenizer", find_tokenizer(self.kind))
 
+    @classmethod
+    def of(cls, kind: str, vocab_size: int, tokenizer: Tokenizer | None = None) -> How:
+        """The same, with the tokenizer of a `kind` that is a path: it is what counts, not where it lies."""
+        return cls(kind, vocab_size, tokenizer or (None if kind in TOKENIZERS else find_tokenizer(kind)))
+
     @property
     def asked(self) -> dict[str, Any]:
         """The tokenizer in a run's options."""
@@ -98,7 +103,7 @@ def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None =
         if tokenizer and tokenizer.digest != data.manifest["tokenizer"]:
             raise UserError(f"{spec} is prepared with another tokenizer than the model's: prepare its text with that.")
         return data
-    source, how = sources.load(spec), How(kind, vocab_size, tokenizer)
+    source, how = sources.load(spec), How.of(kind, vocab_size, tokenizer)
     key = hashlib.sha256("/".join([str(shards.SCHEMA), source.digest, how.key]).encode()).hexdigest()[:12]
     folder = folder_of(f"{source.name[:40]}-{key}")
     if not folder.exists():
@@ -121,12 +126,12 @@ def learn(specs: Sequence[str], kind: str, vocab_size: int) -> Tokenizer:
     """
     if kind not in TOKENIZERS:
         return find_tokenizer(kind)
-    found, how = {spec: sources.load(spec) for spec in specs}, How(kind, vocab_size)
+    found, how = {spec: sources.load(spec) for spec in specs}, How.of(kind, vocab_size)
     key = "/".join([str(shards.SCHEMA), how.key, *(source.digest for source in found.values())])
     folder = paths.home() / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not folder.exists():
         each = [Preparation({spec: one}, one.name, how, Progress(), workers.cores()) for spec, one in found.items()]
-        tokenizer, _ = learn_from(each, how)
+        tokenizer = how.tokenizer or learn_from(each, how)[0]
         with _unless_there(folder), _new_folder(folder, alone=False) as temporary:
             for file, text in files(tokenizer, block_size=2**30).items():
                 paths.write_synced(temporary / file, text.encode())
@@ -187,7 +192,8 @@ def prepare_named(
 def _same(folder: Path, specs: Sequence[str], name: str, how: How, reading: Reading) -> TokenDataset:
     """The data set that is there, if it is what would be prepared now."""
     data = TokenDataset(folder)
-    if "-" not in specs and data.manifest.get("asked") == how.asked:
+    alike = not how.tokenizer or how.tokenizer.digest == data.manifest["tokenizer"]
+    if "-" not in specs and alike and data.manifest.get("asked") == how.asked:
         now = [reading.load(spec, folder).digest for spec in specs]
         if now == [row["sha256"] for row in data.manifest["sources"]]:
             return data

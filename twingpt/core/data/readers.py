@@ -85,9 +85,18 @@ class Lines:
                 yield self._document(line, f"{self.path}, line {number},", offset)
             offset += len(line) + 1
 
+    def _record(self, line: bytes) -> Any:
+        """The value of a line; the standard library reads what orjson refuses, or says what is wrong with it."""
+        import orjson
+
+        try:
+            return orjson.loads(line)
+        except orjson.JSONDecodeError:  # NaN, half characters, bytes that are no UTF-8, a byte order mark
+            return json.loads(line.decode("utf-8", self.errors).lstrip("\ufeff"))
+
     def _document(self, line: bytes, where: str, offset: int) -> str:
         try:
-            record = json.loads(line.decode("utf-8", self.errors).lstrip("\ufeff"))
+            record = self._record(line)
         except UnicodeDecodeError as error:
             raise _not_utf8(self.path, offset + error.start, line[error.start]) from None
         except (ValueError, RecursionError) as error:

@@ -207,10 +207,10 @@ class PeakMemory:
         done = threading.Event()
 
         def look() -> None:
-            while True:
+            self._look()
+            while not done.wait(0.5):
                 self._look()
-                if done.wait(0.5):
-                    return
+            self._look()
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()

@@ -107,8 +107,9 @@ def encoding(ranked: Sequence[bytes], pattern: str) -> tiktoken.Encoding:
 
 def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> Array:
     """The ranks of `text`, (n,) int32; the spelling of a special token is ordinary text."""
-    parts = [encoding.encode_to_numpy(part, disallowed_special=()) for part in split_runs(text, LONG_RUN_TO_ENCODE)]
-    return np.concatenate(parts).astype(np.int32)
+    runs = split_runs(text, LONG_RUN_TO_ENCODE)
+    parts = [encoding.encode_to_numpy(run, disallowed_special=()).view(np.int32) for run in runs]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 # The pattern's engine overflows its stack on a run of a million spaces, and learning merges over one

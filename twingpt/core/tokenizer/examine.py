@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twingpt.core.data import sources
+from twingpt.core.data.readers import Text
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand, new_folder, write_synced
 from twingpt.core.tokenizer.base import Tokenizer
@@ -33,11 +34,10 @@ def learn(specs: Sequence[str], vocab_size: int, pattern: str, chat: bool, out: 
     start, counts = time.perf_counter(), {"documents": 0, "bytes": 0}
 
     def texts() -> Iterator[str]:
-        for spec in specs:
-            for document in sources.load(spec).documents:
-                counts["documents"] += 1
-                counts["bytes"] += len(document.encode())
-                yield document
+        for text, begins in (part for spec in specs for part in parts(sources.load(spec))):
+            counts["documents"] += begins
+            counts["bytes"] += len(text.encode())
+            yield text
 
     tokenizer = train_bpe(texts(), vocab_size, pattern, chat)
     try:
@@ -48,6 +48,13 @@ def learn(specs: Sequence[str], vocab_size: int, pattern: str, chat: bool, out: 
         raise UserError(f"The tokenizer can't be written to {out}: {error.strerror}.") from error
     seconds = time.perf_counter() - start
     return {"path": str(out), "vocab_size": tokenizer.vocab_size, "pattern": pattern, **counts, "seconds": seconds}
+
+
+def parts(source: sources.Source) -> Iterator[tuple[str, bool]]:
+    """The documents of a source, long ones in pieces, each with whether a document begins there."""
+    for item in source.items():
+        for text in item.documents():
+            yield text, not isinstance(item, Text) or item.begins
 
 
 def tokens(tokenizer: Tokenizer, text: str, special: bool = False) -> list[dict[str, Any]]:
@@ -66,18 +73,22 @@ def compare(names: Sequence[str], spec: str) -> dict[str, Any]:
 
     `char` knows the characters of the source itself.
     """
-    source = sources.load(spec)
-    size = sum(len(document.encode()) for document in source.documents)
-    rows = []
+    source, rows = sources.load(spec), []
     for name in names:
-        tokenizer = CharTokenizer(set().union(*map(set, source.documents))) if name == "char" else find(name)
-        tokenizer.encode(source.documents[0][:1000])  # what is set up at the first use
-        start = time.perf_counter()
-        count = sum(len(tokenizer.encode(document)) for document in source.documents)
-        speed = size / 1e6 / max(time.perf_counter() - start, 1e-9)
+        tokenizer = (
+            CharTokenizer(set().union(*(set(text) for text, _ in parts(source)))) if name == "char" else find(name)
+        )
+        tokenizer.encode("")  # what is set up at the first use
+        documents = size = count = 0
+        seconds = 1e-9
+        for text, begins in parts(source):
+            start = time.perf_counter()
+            count += len(tokenizer.encode(text))
+            seconds += time.perf_counter() - start
+            documents, size = documents + begins, size + len(text.encode())
         row = {"tokenizer": name, "vocab_size": tokenizer.vocab_size, "tokens": count}
-        rows.append({**row, "bytes_per_token": size / max(1, count), "mb_per_second": speed})
-    return {"source": spec, "documents": len(source.documents), "bytes": size, "rows": rows}
+        rows.append({**row, "bytes_per_token": size / max(1, count), "mb_per_second": size / 1e6 / seconds})
+    return {"source": spec, "documents": documents, "bytes": size, "rows": rows}
 
 
 def visible(text: str) -> str:
@@ -89,15 +100,15 @@ def print_tokens(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """The text with a colour for each token, then a table of them."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
+    from rich.text import Text as Line
 
-    line = Text()
+    line = Line()
     table = Table("", "id", "text", "bytes", box=box.SIMPLE_HEAD)
     for i, row in enumerate(rows):
         style = "bold reverse" if row["special"] else f"white on {COLORS[i % len(COLORS)]}"
         line.append(visible(row["text"]), style)
         line.append("\n" if row["text"].endswith("\n") and not row["special"] else "")
-        table.add_row(str(i), str(row["id"]), Text(visible(row["text"]), style), row["bytes"])
+        table.add_row(str(i), str(row["id"]), Line(visible(row["text"]), style), row["bytes"])
     if console.color_system:  # without colours it would be the text as it was given
         console.print(line)
     console.print(table)
@@ -108,13 +119,13 @@ def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
     """A table of the tokenizers."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
+    from rich.text import Text as Line
 
     table = Table("tokenizer", box=box.SIMPLE_HEAD)
     for name in ("vocabulary", "tokens", "bytes per token", "MB/s"):
         table.add_column(name, justify="right")
     for row in result["rows"]:
         figures = (f"{row['vocab_size']:,}", f"{row['tokens']:,}", f"{row['bytes_per_token']:.2f}")
-        table.add_row(Text(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
+        table.add_row(Line(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
     console.print(f"{result['source']}: {result['bytes']:,} bytes in {result['documents']:,} documents", markup=False)
     console.print(table)
