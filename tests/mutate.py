@@ -1,11 +1,13 @@
 """Files as an enemy or a bad disk would leave them: mutations of a good one, by a seeded generator."""
 
 import json
+import pickletools
 import random
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from twingpt import UserError
@@ -15,7 +17,18 @@ NUMBERS = [
     "9" * 400, "9" * 5000, "true",
 ]  # fmt: skip
 ROOM = 2**24  # bytes: what allocators take at a time, and a module that is imported
-OTHERS = ["null", '""', "[]", "{}", '"../../etc/passwd"', '"\\ud800"', "[" * 30_000, '{"a":' * 30_000, '"' + "x" * 9999]
+OTHERS = [
+    "null",
+    '""',
+    "[]",
+    "{}",
+    '"../../etc/passwd"',
+    '"\\ud800"',
+    "[" * 30_000,
+    "[" * 950 + "]" * 950,
+    '{"a":' * 30_000,
+    '"' + "x" * 9999,
+]
 
 
 class Judge:
@@ -34,7 +47,7 @@ class Judge:
         try:
             read()
         except UserError as error:
-            assert "\n" not in str(error) and len(str(error)) < 600, f"{str(error)[:2000]!r} is not one sentence"
+            assert "\n" not in str(error) and len(str(error)) < 1000, f"{str(error)[:2000]!r} is not one sentence"
             self.refused += 1
             return False
         finally:
@@ -108,6 +121,45 @@ def json_changed(text: str, chance: random.Random) -> str:
         parent[key] = "\x00mark"
         return json.dumps(value).replace(json.dumps("\x00mark"), chance.choice(NUMBERS + OTHERS))
     return json.dumps(value)
+
+
+# What a pickle of plain values and tensors does not hold, or not in this place.
+OPERATIONS = [
+    b"N", b"\x88", b"0", b"2", b"(", b"R", b"Q", b"b", b"\x81", b"\x85" * 2000, b"]" * 2000, b"J\xff\xff\xff\x7f",
+    b"J\xff\xff\xff\xff", b"K\0", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x8a\x09" + b"\xff" * 8 + b"\0",
+    b"\x8b\xff\xff\xff\x7f", b"G\x7f\xf8" + bytes(6), b"X\xff\xff\xff\x7fx", b"X\1\0\0\0x", b"r\xff\xff\xff\xff",
+    b"j\xff\xff\xff\xff", b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nFloatStorage\n", b"ctorch\nDoubleStorage\n",
+    b"ctorch\nSize\n", b"ccollections\nOrderedDict\n)R", b"X\5\0\0\0touch\x85R",
+]  # fmt: skip
+
+
+def pickle_changed(content: bytes, chance: random.Random) -> bytes:
+    """An operation of a pickle taken away, repeated elsewhere, exchanged with another, or replaced by a bad one."""
+    starts = [at or 0 for _, _, at in pickletools.genops(content)] + [len(content)]
+    parts = [content[start:end] for start, end in pairwise(starts)]
+    for _ in range(chance.choice([1, 1, 1, 2, 4])):
+        at, other, kind = chance.randrange(len(parts)), chance.randrange(len(parts)), chance.randrange(5)
+        if kind == 0 and len(parts) > 1:
+            del parts[at]
+        elif kind == 1:
+            parts.insert(other, parts[at])
+        elif kind == 2:
+            parts[at], parts[other] = parts[other], parts[at]
+        elif kind == 3:
+            parts.insert(at, chance.choice(OPERATIONS))
+        else:
+            parts[at] = chance.choice(OPERATIONS)
+    return b"".join(parts)
+
+
+def whole(content: bytes) -> tuple[int, int]:
+    """Where the JSON of a JSON file is."""
+    return 0, len(content)
+
+
+def header_at(content: bytes) -> tuple[int, int]:
+    """Where the JSON of a safetensors file is."""
+    return 8, 8 + int.from_bytes(content[:8], "little")
 
 
 def _keys(value: object) -> list:

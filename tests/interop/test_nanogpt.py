@@ -229,6 +229,7 @@ def test_a_table_that_would_fill_the_memory_is_not_read(tmp_path):
         ({"model_args": {**ARGUMENTS, "n_layer": 10**6}}, "n_layer must be at most 4096, and is 1000000"),
         ({"model_args": {**ARGUMENTS, "n_layer": 3}}, "transformer.h.2.ln_1.weight is missing"),
         ({"model_args": {**ARGUMENTS, "n_layer": 1}}, "has a tensor transformer.h.1.ln_1.weight, for which"),
+        ({"model_args": {**ARGUMENTS, "n_embd": 2**62}}, "has shape .* and the model needs"),
         ({"model_args": {**ARGUMENTS, "n_embd": 2**63}}, "n_embd is 9223372036854775808, which is too large"),
         ({"model_args": {**ARGUMENTS, "n_head": "2"}}, "n_head must be of type int"),
         ({"model_args": {**ARGUMENTS, "bias": 1}}, "bias in the model_args of .* must be true or false"),

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.mutate import mutations
+from tests.mutate import header_at, mutations
 from twingpt import UserError
 from twingpt.core import tensors as module
 from twingpt.core.tensors import TensorFile, write_safetensors
@@ -19,10 +19,6 @@ SOME = {
     "c": np.zeros((0, 5), np.float32),
     "d.half": np.linspace(-1, 1, 6, dtype=np.float16).reshape(2, 3),
 }
-
-
-def header_at(content: bytes) -> tuple[int, int]:
-    return 8, 8 + int.from_bytes(content[:8], "little")
 
 
 def written(path, header, data=b""):

@@ -269,7 +269,7 @@ class GPTConfig:
         for name in LAYER_LISTS:
             layers = getattr(self, name)
             if layers and not 0 <= layers[0] <= layers[-1] < self.n_layer:
-                _fail(f"{name} must be layers 0 to {self.n_layer - 1}, and is {layers}.")
+                _fail(f"{name} must be layers 0 to {self.n_layer - 1}, and is {short(layers)}.")
 
     def _validate_rope(self) -> None:
         if not 0 < self.rope_fraction <= 1:

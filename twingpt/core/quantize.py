@@ -17,6 +17,7 @@ import numpy as np
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import VECTOR, parameter_table
+from twingpt.core.reading import short
 from twingpt.core.tensors import PIECE, Shapes
 
 Array = np.ndarray
@@ -37,7 +38,9 @@ class Quantization:
         for name, allowed in (("bits", BITS), ("group_size", GROUP_SIZES)):
             if type(getattr(self, name)) is not int or getattr(self, name) not in allowed:
                 choices = " or ".join(map(str, allowed))
-                raise UserError(f"Quantization with {name} {getattr(self, name)!r} is not known: choose {choices}.")
+                raise UserError(
+                    f"Quantization with {name} {short(getattr(self, name))} is not known: choose {choices}."
+                )
 
     def to_json(self) -> dict[str, Any]:
         """As config.json has it."""
@@ -101,7 +104,7 @@ def from_config(content: Mapping[str, Any], path: object) -> Quantization | None
         return None
     known = {"bits", "group_size", "mode"}
     if not isinstance(described, Mapping) or described.get("mode", "affine") != "affine" or described.keys() - known:
-        raise UserError(f"{path} has a quantization other than MLX's affine one for all matrices: {described}.")
+        raise UserError(f"{path} has a quantization other than MLX's affine one for all matrices: {short(described)}.")
     return Quantization(described.get("bits", 4), described.get("group_size", 64))
 
 

@@ -11,11 +11,16 @@ from twingpt.core.errors import UserError
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 2
 
 
 def short(value: object) -> str:
-    """What a value from a file looks like, for a message: `repr` without its length, or its depth."""
-    return _SHORT.repr(value)
+    """What a value from a file looks like, for a message: `repr` on one line, without its length or its depth."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of very many digits"
+    return " ".join(text.split())
 
 
 def inside(folder: Path, name: str, whole: str = "model directory") -> Path:

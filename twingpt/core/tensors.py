@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.errors import UserError
+from twingpt.core.reading import short
 
 Array = np.ndarray
 Shapes = Mapping[str, tuple[int, ...]]
@@ -121,6 +122,7 @@ def _entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise ValueError("its metadata are not texts")
     for text in (*header, *metadata.values()):
         text.encode()  # half a surrogate pair is a ValueError
+    _check_names(header)
     entries = {name: _entry(name, described, start) for name, described in header.items()}
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
@@ -130,6 +132,12 @@ def _entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, and the file at {size}")
     return entries, metadata
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Refuse names that no message could show."""
+    if bad := [name for name in names if len(name) > 500 or not name.isprintable()]:
+        raise ValueError(f"a tensor's name is too long, or can't be printed: {short(bad[0])}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -144,14 +152,14 @@ def _entry(name: str, described: Any, start: int) -> Entry:
         raise ValueError(f"the tensor {name} is not described")
     dtype, shape, offsets = (described[key] for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"the tensor {name} is of dtype {dtype!r}, which is not one of {', '.join(DTYPES)}")
+        raise ValueError(f"the tensor {name} is of dtype {short(dtype)}, which is not one of {', '.join(DTYPES)}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"the tensor {name} has a shape or offsets that are not whole numbers")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-        raise ValueError(f"the tensor {name} has other bytes than its shape {shape} needs in {dtype}")
+        raise ValueError(f"the tensor {name} has other bytes than its shape {short(shape)} needs in {dtype}")
     if len(shape) > 8 or math.prod(max(1, number) for number in shape) >= 2**60:  # also where one of them is 0
-        raise ValueError(f"the tensor {name} has a shape that can't be, {shape}")
+        raise ValueError(f"the tensor {name} has a shape that can't be, {short(shape)}")
     return Entry(dtype, tuple(shape), start + offsets[0])
 
 

@@ -123,12 +123,12 @@ def tensor_files(folder: Path) -> list[TensorFile]:
         hint = f": {found} is a pickle, which could run code; save it as safetensors first." if found else "."
         raise UserError(f"{folder} has no {MODEL}{hint}")
     places = read_json(folder, INDEX).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise UserError(f"{folder / INDEX} has no weight_map from tensors to files.")
     files = {name: TensorFile(inside(folder, name)) for name in sorted(set(places.values()))}
     for tensor, place in places.items():
         if tensor not in files[place].entries:
-            raise UserError(f"The tensor {tensor} is missing from {folder / place}, where the index has it.")
+            raise UserError(f"The tensor {tensor[:80]} is missing from {folder / place}, where the index has it.")
     return list(files.values())
 
 

@@ -22,6 +22,7 @@ from twingpt.core.checkpoint import check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
+from twingpt.core.reading import short
 from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
@@ -195,8 +196,9 @@ def _config(options: Any, meta: Path) -> GPTConfig:
     missing = [key for key in OPTIONS if key not in options]
     if missing:
         raise UserError(f"The model_config of {meta} has no {missing[0]}.")
-    if set(str(options.get(WINDOWS, "L")).upper()) != {"L"}:
-        raise UserError(f"{WINDOWS} {str(options[WINDOWS])[:40]!r} in {meta}: sliding windows by layer are not read.")
+    windows = options.get(WINDOWS, "L")
+    if not isinstance(windows, str) or set(windows.upper()) != {"L"}:
+        raise UserError(f"{WINDOWS} {short(windows)} in {meta}: sliding windows by layer are not read.")
     eps = float(np.finfo(np.float32).eps)  # what torch takes where none is given
     return GPTConfig(**{ours: options[theirs] for theirs, ours in OPTIONS.items()}, **FIXED, norm_eps=eps)
 
@@ -215,7 +217,7 @@ def _transformers_config(content: Mapping[str, Any], folder: Path) -> GPTConfig:
     }
     for key, (value, wanted) in fixed.items():
         if value != wanted:
-            raise UserError(f"{key} = {str(value)[:40]!r} in {folder / 'config.json'} is not read: only {wanted!r} is.")
+            raise UserError(f"{key} = {short(value)} in {folder / 'config.json'} is not read: only {wanted!r} is.")
     missing = [key for key in KEYS if key not in content]
     if missing:
         raise UserError(f"{folder / 'config.json'} has no {missing[0]}.")

@@ -13,6 +13,7 @@ from twingpt.core.checkpoint import check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
+from twingpt.core.reading import short
 from twingpt.core.tokenizer import CharTokenizer, Tokenizer, tiktoken_gpt2
 from twingpt.weights.pickles import (
     State,
@@ -152,7 +153,7 @@ def _config(arguments: Mapping[str, Any], tied: bool, file: Path) -> GPTConfig:
         raise UserError(f"The model_args of {file} have no {missing[0]}.")
     bias = arguments.get("bias", True)
     if not isinstance(bias, bool):
-        raise UserError(f"bias in the model_args of {file} must be true or false, and is {str(bias)[:40]}.")
+        raise UserError(f"bias in the model_args of {file} must be true or false, and is {short(bias)}.")
     return GPTConfig(
         **{key: arguments[key] for key in ARGUMENTS if key in arguments},
         position="learned", norm="layernorm", norm_eps=1e-5, mlp="gelu", qk_norm=False,

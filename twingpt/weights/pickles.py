@@ -18,13 +18,14 @@ from twingpt.core.reading import inside
 Array = np.ndarray
 
 SUFFIXES = (".pt", ".pth")
-MAX_PLAIN = 2**24  # bytes
+MAX_PLAIN, MAX_OPERATIONS = 2**24, 2**18  # bytes and operations of pickle: less than a second's work
 
-# What numbers, texts, lists and dictionaries need of pickle's operations; the others make objects or call something.
+# What numbers, texts, lists and dictionaries need of pickle's operations; the others make objects or call something,
+# or tuples, which as keys take for ever, or the stack, where they are nested deeply.
 PLAIN_OPERATIONS = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2",
     "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "EMPTY_LIST", "LIST", "APPEND", "APPENDS",
     "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
     "LONG_BINGET",
 }  # fmt: skip
@@ -111,7 +112,9 @@ def read_plain_pickle(path: Path) -> Any:
             content = file.read(MAX_PLAIN + 1)
         if len(content) > MAX_PLAIN:
             raise UserError(f"{path} is too large for a table of characters.")
-        for operation, argument, _ in pickletools.genops(content):
+        for number, (operation, argument, _) in enumerate(pickletools.genops(content)):
+            if number == MAX_OPERATIONS:
+                raise UserError(f"{path} is too large for a table of characters.")
             if operation.name not in PLAIN_OPERATIONS:
                 raise UserError(f"{path} is a pickle with more than plain values in it, and was not read.")
             if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(content):

@@ -30,6 +30,8 @@ HARMLESS = {
 }  # fmt: skip
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+MAX_OPERATIONS = 200_000  # of pickle: those of 5,000 tensors, and less than a second's work
+MAX_TUPLE = 1000  # tuples in one another; a tensor has four
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def read_pickle(path: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever zipfile, pickletools and torch raise for bytes that make no sense
-        reason = str(error).partition("\n")[0][:150].rstrip(".") or type(error).__name__
+        text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)  # without its advice to run the code
+        reason = text.strip().partition("\n")[0][:150].rstrip(".") or type(error).__name__
         raise UserError(f"{path} is not a whole file of torch.save: {reason}.") from None
 
 
@@ -103,12 +106,37 @@ def _check(path: Path) -> None:
         if len(pickles) != 1:
             raise UserError(f"{path} is not a file of torch.save: it has {len(pickles)} pickles, and must have one.")
         content = archive.read(pickles[0])
-    for operation, argument, _ in pickletools.genops(content):
+    stack: list[int | None] = []
+    memo: dict[Any, int | None] = {}
+    for number, (operation, argument, _) in enumerate(pickletools.genops(content)):
+        if number == MAX_OPERATIONS or _weighed(operation, argument, stack, memo) > MAX_TUPLE:
+            raise UserError(f"{path} has more objects, or deeper ones, than the tensors of a model need.")
         if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in HARMLESS:
             name = str(argument or "something").replace(" ", ".")[:80]
             raise UserError(
                 f"{path} names {name}, which would run code: only plain values and tensors are read, and nothing ran."
             )
+
+
+def _weighed(operation: pickletools.OpcodeInfo, argument: Any, stack: list[int | None], memo: dict[Any, Any]) -> int:
+    """Follow an operation of pickle; how many tuples are in the value on top, each counted as often as it is there.
+
+    To hash a tuple, as the key of a dictionary, goes through all of these, on the C stack. None is a mark.
+    """
+    if operation.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+        memo[len(memo) if argument is None else argument] = stack[-1]
+    elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
+        stack.append(memo[argument])
+    else:
+        before, inside = operation.stack_before, 0
+        if pickletools.markobject in before:
+            before = before[: before.index(pickletools.markobject)]
+            while (value := stack.pop()) is not None:
+                inside += value
+        inside += sum(stack.pop() or 0 for _ in before)
+        weight = inside + 1 if operation.name.startswith("TUPLE") else 0
+        stack += [None if kind is pickletools.markobject else weight for kind in operation.stack_after]
+    return (stack[-1] if stack else 0) or 0
 
 
 def stored_tensors(value: Any, what: str) -> dict[str, StoredTensor]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -107,7 +107,8 @@ class ForeignTokenizer(Tokenizer):
         self.specials = {added[token].content: token for token in sorted(added) if added[token].special}
         self.specials |= {self._library.id_to_token(token) or "": token for token in (end, *self.roles.values())}
         self._kept = {key: settings[key] for key in KEPT_SETTINGS if key in settings}
-        self._fast = fast(self._content, self._library, self.specials)
+        with refusing(f"{name} is not a tokenizer.json that can be read"):
+            self._fast = fast(self._content, self._library, self.specials)
         # Some models, such as Unigram, find a special token's spelling in their vocabulary.
         self._control = np.array([token for token in self.specials.values() if token != self.roles.get("unk")])
 
@@ -158,13 +159,15 @@ class ForeignTokenizer(Tokenizer):
         if fallback := re.fullmatch("<0x([0-9A-Fa-f]{2})>", spelling):
             return bytes.fromhex(fallback[1])
         decoder = self._library.decoder
-        return (decoder.decode(["a", spelling])[1:] if decoder else f" {spelling}").encode()
+        with refusing("The tokenizer has no text for its tokens"):
+            return (decoder.decode(["a", spelling])[1:] if decoder else f" {spelling}").encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         if self.byte_level:
             return super().decode(ids)
-        return str(self._library.decode([self._check_id(int(token)) for token in ids]))
+        with refusing("The tokenizer has no text for these ids"):
+            return str(self._library.decode([self._check_id(int(token)) for token in ids]))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of `ids` as they come, in whole characters; empty while one is incomplete."""
@@ -203,15 +206,25 @@ def _spelling(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Make a UserError that begins with `what` of all that `tokenizers` raises; its panics are no Exceptions."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {' '.join(str(error).split())[:200].rstrip('.')}.") from None
+
+
 def read(content: Json, name: str) -> tokenizers.Tokenizer:
     """The tokenizer as `tokenizers` reads it, set for data: special tokens are text, nothing is cut or random."""
     import tokenizers
 
-    try:
+    with refusing(f"{name} is not a tokenizer.json that can be read"):
         library = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} is not a tokenizer.json that can be read: {reason.rstrip('.')}.") from None
     for token in content.get("added_tokens") or []:
         if (real := library.token_to_id(token["content"])) != token["id"]:
             raise UserError(
@@ -241,10 +254,8 @@ def with_end_of_text(content: Json, library: tokenizers.Tokenizer) -> tuple[Json
 def library_ids(library: tokenizers.Tokenizer, text: str) -> Array:
     """The ids that `tokenizers` gives, (n,) int32; UserError where the scheme has none for a part of the text."""
     text.encode()  # half a surrogate pair is a TypeError there
-    try:
+    with refusing("The tokenizer has no ids for this text"):
         return np.array(library.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
-    except Exception as error:
-        raise UserError(f"The tokenizer has no ids for this text: {' '.join(str(error).split())[:200]}.") from None
 
 
 @dataclass(frozen=True)

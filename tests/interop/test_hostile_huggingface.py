@@ -1,0 +1,86 @@
+"""Hugging Face's and mlx-lm's directories as an enemy or a bad disk would leave them."""
+
+import json
+
+import pytest
+
+from tests.mutate import Judge, header_at, mutations, whole
+from twingpt import GPTConfig, UserError
+from twingpt.core import checkpoint
+from twingpt.core.config import SHAPES
+from twingpt.core.parameters import initialise
+from twingpt.core.quantize import Quantization
+from twingpt.weights import huggingface, mlx_lm
+from twingpt.weights.families import FAMILIES
+from twingpt.weights.formats import open_model
+
+TINY = {"vocab_size": 4, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 4, "n_inner": 4}
+SCALING = {"type": "llama3", "factor": 8.0, "original_block_size": 4}
+MODELS = {
+    "llama": {"qk_norm": False, "rope_scaling": SCALING},
+    "qwen3": {"sliding_window": 4},
+    "smollm3": {"qk_norm": False, "n_layer": 2, "no_rope_layers": (1,)},
+    "gemma3_text": {
+        "norm_placement": "both", "norm_offset": True, "embed_scale": 2.0, "mlp": "geglu_tanh", "n_layer": 2,
+        "sliding_window": 4, "full_attention_layers": (0,), "local_rope_theta": 100.0,
+    },
+    "gpt2": SHAPES["gpt2"],
+}  # fmt: skip
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+INDEX = "model.safetensors.index.json"
+
+
+def write(folder, family, monkeypatch, quantization=None):
+    """A directory of the family; its tensors in two files, or quantized in one."""
+    config = GPTConfig.from_dict({**TINY, **MODELS[family], **({"n_embd": 32} if quantization else {})})
+    theirs = FAMILIES[family]
+    assert theirs.computes(config)
+    if quantization:
+        arrays = huggingface.joined(initialise(config, 0), theirs, theirs.layout(config), config)
+        mlx_lm.write_quantized(folder, config, theirs, theirs.content(config), arrays, quantization, {})
+        return
+    sizes = [array.nbytes for _, array in initialise(config, 0)]
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", sum(sizes) - sizes[-2] - sizes[-1])
+    folder.mkdir()
+    huggingface.write(folder, config, initialise(config, 0))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", *SHARDS, INDEX]
+
+
+def judged(judge, folder, counts):
+    for name, count in counts.items():
+        content = (folder / name).read_bytes()
+        for mutated in mutations(content, 3, count, header_at if name.endswith("safetensors") else whole):
+            (folder / name).write_bytes(mutated)
+            judge(lambda: list(open_model(folder).model.parameters()), len(mutated))
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_directories(tmp_path, monkeypatch):
+    judge = Judge()
+    for family in MODELS:
+        write(tmp_path / family, family, monkeypatch)
+        judged(judge, tmp_path / family, {"config.json": 1400, INDEX: 400, SHARDS[0]: 200})
+    assert judge.read + judge.refused == 10_000 and 1000 < judge.read < 6000
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_quantized_directories(tmp_path, monkeypatch):
+    judge = Judge()
+    for bits in (4, 8):
+        write(tmp_path / str(bits), "qwen3", monkeypatch, Quantization(bits, 32))
+        judged(judge, tmp_path / str(bits), {"config.json": 2500, "model.safetensors": 2500})
+    assert judge.read + judge.refused == 10_000 and 500 < judge.read < 6000
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization(4, 32)])
+def test_a_million_layers_are_refused_at_once(tmp_path, monkeypatch, quantization):
+    folder, judge = tmp_path / "x", Judge()
+    write(folder, "qwen3", monkeypatch, quantization)
+    content = json.loads((folder / "config.json").read_text())
+    content.pop("layer_types")
+    for layers, message in ((10**6, "1000000 layers are more than"), (4000, "has 4000 layers, and has")):
+        (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": layers}))
+        with pytest.raises(UserError, match=message):
+            list(open_model(folder).model.parameters())
+        assert not judge(lambda: list(open_model(folder).model.parameters()), 2**13)

@@ -1,0 +1,125 @@
+"""Our own checkpoints as an enemy or a bad disk would leave them: read rightly, or refused in one sentence."""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import pytest
+
+from tests.conftest import training_state
+from tests.mutate import Judge, header_at, mutations, whole
+from twingpt import GPTConfig, UserError
+from twingpt.core import checkpoint
+from twingpt.core.checkpoint import open_checkpoint
+from twingpt.core.parameters import initialise
+from twingpt.core.tokenizer import CharTokenizer
+
+SCALING = {"type": "llama3", "factor": 8.0, "original_block_size": 4}
+TINY = {"vocab_size": 4, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 4, "n_inner": 4}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A checkpoint of a few kilobytes."""
+    config = GPTConfig.from_dict({**TINY, "rope_scaling": SCALING})
+    tensors = dict(initialise(config, 0))
+    tensors |= {f"adamw.{slot}.{name}": np.abs(array) for name, array in tensors.items() for slot in "mv"}
+    checkpoint.save(tmp_path / "tiny", config, CharTokenizer("abc"), tensors, training_state(3))
+    return tmp_path / "tiny"
+
+
+def put(folder, name, content, manifest=None):
+    """Write a file, and a manifest that trusts it."""
+    manifest = manifest or json.loads((folder / "manifest.json").read_text())
+    (folder / name).write_bytes(content)
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+# Each file, how many of its mutations, and who reads it.
+READERS = {
+    "config.json": (3000, lambda opened: list(opened.parameters())),
+    "tokenizer.json": (2000, lambda opened: opened.tokenizer()),
+    "tokenizer_config.json": (500, lambda opened: opened.tokenizer()),
+    "training_state.json": (2000, lambda opened: opened.training()),
+    "model.safetensors": (500, lambda opened: list(opened.parameters())),
+    "optimizer.safetensors": (500, lambda opened: list(opened.optimizer_state())),
+}
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_files(tiny):
+    judge = Judge()
+    manifest = json.loads((tiny / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        entry.pop("crc32", None)
+        if name not in READERS:
+            continue
+        content, (count, read) = (tiny / name).read_bytes(), READERS[name]
+        for mutated in mutations(content, 1, count, header_at if name.endswith("safetensors") else whole):
+            put(tiny, name, mutated, manifest)
+            judge(lambda read=read: read(open_checkpoint(tiny)), len(mutated))
+        put(tiny, name, content, manifest)
+    for mutated in mutations((tiny / "manifest.json").read_bytes(), 1, 1500, whole):
+        (tiny / "manifest.json").write_bytes(mutated)
+        judge(lambda: list(open_checkpoint(tiny).parameters()), len(mutated))
+    assert judge.read + judge.refused == 10_000 and 1000 < judge.read < 6000
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "training_state.json", "tokenizer.json"])
+@pytest.mark.parametrize("depth", [500, 990, 100_000])
+def test_deep_json(tiny, name, depth):
+    if name == "manifest.json":
+        (tiny / name).write_text("[" * depth + "]" * depth)
+    else:
+        put(tiny, name, b'{"twingpt":' + b"[" * depth + b"]" * depth + b"}")
+    with pytest.raises(UserError) as refused:
+        opened = open_checkpoint(tiny)
+        opened.training(), opened.tokenizer()
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 10**6}, "n_layer must be at most 4096, and is 1000000"),
+        ({"n_layer": 4000}, "says that the model has 4000 layers, and has 13 tensors"),
+        ({"vocab_size": 2**40}, r"embed_tokens.weight in .* has shape \(4, 4\), and the model needs \(1099511627776, "),
+        ({"vocab_size": 2**63}, "vocab_size is 9223372036854775808, which is too large"),
+        ({"n_inner": 10**400}, r"n_inner is 1000+\.\.\.0+, which is too large"),
+        ({"rope_theta": 10**400}, "which is too large"),
+        ({"norm_eps": float("nan")}, "norm_eps must be a finite number, and is nan"),
+        ({"norm": "x" * 10**5}, "Unknown norm 'xxx"),
+        ({"x" * 10**5: 1}, "Unknown model configuration key 'xxx"),
+        ({"no_rope_layers": [0] * 10**5 + [7]}, "no_rope_layers must be"),
+    ],
+)
+def test_numbers_and_names_that_are_too_large(tiny, change, message):
+    content = json.loads((tiny / "config.json").read_text())
+    content["twingpt"] |= change
+    put(tiny, "config.json", json.dumps(content).encode())
+    judge = Judge()
+    with pytest.raises(UserError, match=message):
+        list(open_checkpoint(tiny).parameters())
+    assert not judge(lambda: list(open_checkpoint(tiny).parameters()), (tiny / "config.json").stat().st_size)
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"])
+def test_links_out_are_not_followed(tiny, tmp_path, name):
+    (tiny / name).rename(tmp_path / "outside")
+    (tiny / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=f"{name} is a link to .*outside, out of its directory"):
+        open_checkpoint(tiny)
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "model.safetensors", "tokenizer_config.json"])
+def test_what_never_ends_is_not_read(tiny, name):
+    (tiny / name).unlink()
+    os.mkfifo(tiny / name)
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        open_checkpoint(tiny)
+    (tiny / name).unlink()
+    (tiny / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        open_checkpoint(tiny)
