@@ -43,26 +43,35 @@ class Judge:
         self._peak = Path("/proc/self/clear_refs") if sys.platform == "linux" else None
 
     def __call__(self, read: Callable[[], object], size: int) -> bool:
-        begin, before = time.process_time(), self._memory()
+        for _ in range(3):  # a module imported late and a collection of garbage happen once, a greedy reader each time
+            sound, took, taken = self._measure(read)
+            if took < 1 and taken < ROOM + 30 * size:
+                break
+        assert took < 1, f"{took} s of work"
+        assert taken < ROOM + 30 * size, f"{taken} bytes taken to read {size}"
+        self.read += sound
+        self.refused += not sound
+        return sound
+
+    def _measure(self, read: Callable[[], object]) -> tuple[bool, float, int]:
+        """Whether the file was read, in how many seconds of work and how many bytes of memory."""
+        begin, before, sound = time.process_time(), self._memory(), True
         try:
             read()
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000, f"{str(error)[:2000]!r} is not one sentence"
-            self.refused += 1
-            return False
-        finally:
-            took, taken = time.process_time() - begin, self._memory() - before
-            assert took < 1, f"{took} s of work"
-            assert taken < ROOM + 30 * size, f"{taken} bytes taken to read {size}"
-        self.read += 1
-        return True
+            sound = False
+        return sound, time.process_time() - begin, self._memory() - before
 
     def _memory(self) -> int:
         """The most resident memory since the last call, in bytes."""
         if self._peak is None:
             return 0
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        self._peak.write_bytes(b"5")  # begins again
+        try:
+            self._peak.write_bytes(b"5")  # begins again
+        except OSError:  # a kernel that can't
+            return 0
         return int(found[1]) * 1024 if found else 0
 
 

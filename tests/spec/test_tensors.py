@@ -1,14 +1,13 @@
 """Safetensors files: whatever is in one, it is read rightly or refused in one sentence."""
 
 import json
-import time
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.mutate import header_at, mutations
+from tests.mutate import Judge, header_at, mutations
 from twingpt import UserError
 from twingpt.core import tensors as module
 from twingpt.core.tensors import TensorFile, write_safetensors
@@ -142,27 +141,23 @@ def test_null_metadata_as_mlx_writes_it(tmp_path):
 def test_ten_thousand_mutated_files(tmp_path):
     """Each is refused in one sentence, or read as the safetensors library reads it; quickly, and never more."""
     save_file(SOME, tmp_path / "good", {"format": "pt"})
-    content, path, accepted, longest = (tmp_path / "good").read_bytes(), tmp_path / "x", 0, 0.0
+    content, path, judge = (tmp_path / "good").read_bytes(), tmp_path / "x", Judge()
     for mutated in mutations(content, 1, 10_000, header_at):
         path.write_bytes(mutated)
-        begin = time.process_time()
-        try:
-            file = TensorFile(path)
-            read = {name: file.read(name) for name in file.entries}
-        except UserError as error:
-            assert "\n" not in str(error)
+        if not judge(lambda: every_tensor(path), len(mutated)):
             continue
-        finally:
-            longest = max(longest, time.process_time() - begin)
-        accepted += 1
+        read = every_tensor(path)
         assert sum(array.nbytes for array in read.values()) <= len(mutated)
         with safe_open(path, "np") as theirs:
-            names = [name for name in theirs.keys() if file.entries[name].dtype != "BF16"]  # noqa: SIM118
             assert len(theirs.keys()) == len(read)
-            for name in names:
-                assert read[name].tobytes() == theirs.get_tensor(name).tobytes()
-    assert 100 < accepted < 5000  # some mutations change nothing that matters
-    assert longest < 1, f"{longest} s of work"
+            for name, entry in TensorFile(path).entries.items():
+                assert entry.dtype == "BF16" or read[name].tobytes() == theirs.get_tensor(name).tobytes()
+    assert 100 < judge.read < 5000  # some mutations change nothing that matters
+
+
+def every_tensor(path):
+    file = TensorFile(path)
+    return {name: file.read(name) for name in file.entries}
 
 
 def test_the_largest_header_is_read_quickly(tmp_path):
