@@ -1,6 +1,10 @@
 """GGUF files: every tensor comes back bit for bit, and llama.cpp computes the same."""
 
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,25 +201,17 @@ def test_an_interrupted_file_leaves_the_old_one(tmp_path, bpe):
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"] and (tmp_path / "x.gguf").read_text() == "old"
 
 
-def server(path):
-    """llama.cpp with a file, in float32 throughout, on one thread."""
-    llama = pytest.importorskip("xllamacpp", reason="xllamacpp, a build of llama.cpp, is not installed")
-    settings = llama.CommonParams()
-    settings.model.path = str(path)
-    settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 128, 1, False, -1
-    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
-    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    settings.cpuparams.n_threads = 1
-    return llama.Server(settings)
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp is not here: pip install xllamacpp"
+)
 
 
 def llama_cpp_logprobs(path, prompt, size):
     """The log-probability of each id after a text or ids, by llama.cpp."""
-    options = {"n_predict": 1, "temperature": 0.0, "n_probs": size, "cache_prompt": False}
-    answer = server(path).handle_completions({"prompt": prompt, **options})
-    answer = answer if isinstance(answer, dict) else json.loads(answer)
-    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    return {entry["id"]: entry["logprob"] for entry in found}
+    command = [sys.executable, str(Path(__file__).with_name("run_llama_cpp.py")), str(path), str(size)]
+    ended = subprocess.run(command, input=json.dumps(prompt), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return {int(token): logprob for token, logprob in json.loads(ended.stdout.splitlines()[-1]).items()}
 
 
 TEXT = "The value of the expression is evaluated once, when 12 functions are called: naïve café"
@@ -236,9 +232,9 @@ def _logits(tensors, config, ids):
     return reference.forward(tensors, np.array([ids]), config)[0, -1]
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_llama_cpp_computes_the_same(tmp_path, bpe, name):
-    pytest.importorskip("xllamacpp", reason="xllamacpp, a build of llama.cpp, is not installed")
     config = GPTConfig.from_dict({**SMALL, **SUPPORTED[name]})
     tensors = dict(parameters(config))
     ours.write(tmp_path / "x.gguf", config, tensors.items(), bpe, "x")
@@ -250,9 +246,9 @@ def test_llama_cpp_computes_the_same(tmp_path, bpe, name):
     assert len(found) == 608 and max(abs(found[i] - wanted[i]) for i in found) <= tolerance
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("kind", ["bpe", "byte"])
 def test_llama_cpp_tokenizes_the_same(tmp_path, bpe, kind):
-    pytest.importorskip("xllamacpp", reason="xllamacpp, a build of llama.cpp, is not installed")
     config, tokenizer = GPTConfig(**SMALL), bpe if kind == "bpe" else ByteTokenizer()
     tensors = dict(parameters(config))
     ours.write(tmp_path / "x.gguf", config, tensors.items(), tokenizer, "x")
