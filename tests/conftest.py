@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and all that tests would start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TWINGPT_HOME"] = tempfile.mkdtemp(prefix="twingpt-test-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if (SHARED / "tiktoken").is_dir():
