@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -152,6 +152,31 @@ def write_texts(folder: Path, texts: Mapping[str, str], entries: Mapping[str, An
         described.setdefault(path.name, {"size": path.stat().st_size, "sha256": _sha256(path)})
     manifest = {"schema": SCHEMA, "files": dict(sorted(described.items()))}
     write_synced(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
+
+
+class Model(Protocol):
+    """A model on disk. Tensors are read when asked for, one at a time, in the order of the parameter table."""
+
+    @property
+    def folder(self) -> Path:
+        """Its folder, or its file."""
+
+    @property
+    def config(self) -> GPTConfig:
+        """What it computes."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How `stored` gives its matrices, if not in float32."""
+
+    def tokenizer(self) -> Tokenizer:
+        """What its ids mean; UserError where that isn't known."""
+
+    def parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) of every parameter."""
+
+    def stored(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, array) of every tensor as `Quantization.table` has them."""
 
 
 @dataclass(frozen=True)

@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 from twingpt.core import backend as backends
 from twingpt.core.backend import Backend, Device
-from twingpt.core.config import GPTConfig
+from twingpt.core.checkpoint import Model
 from twingpt.core.data.prepare import prepare
 from twingpt.core.data.shards import TokenDataset
-from twingpt.core.tokenizer import Tokenizer
 
 Array = np.ndarray
 
 WINDOW, BATCH, BATCHES = 1024, 4, 100  # positions, windows, and how many batches of them at most
 
 
-class Measurable(Protocol):
-    """A model whose parameters can be read."""
-
-    @property
-    def config(self) -> GPTConfig:
-        """What it computes."""
-        ...
-
-    def tokenizer(self) -> Tokenizer:
-        """What its ids mean."""
-        ...
-
-    def parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, float32 array) of every parameter."""
-        ...
-
-
-def held_out_losses(
-    before: Measurable, after: Measurable, source: str, backend: str, device: str | None
-) -> dict[str, float]:
+def held_out_losses(before: Model, after: Model, source: str, backend: str, device: str | None) -> dict[str, float]:
     """The nats per held-out token of `source` for a model, `val_loss`, and for it quantized, `val_loss_quantized`."""
     engines = backends.get(backend)
     target = backends.find_device(engines, device)
@@ -52,7 +30,7 @@ def held_out_losses(
     }
 
 
-def held_out_loss(model: Measurable, data: TokenDataset, engines: Backend, device: Device) -> float:
+def held_out_loss(model: Model, data: TokenDataset, engines: Backend, device: Device) -> float:
     """Nats per token over the first held-out windows, in float32."""
     engine = engines.TrainEngine(model.config, device, "adamw", "float32", False, False, False)
     engine.load(model.parameters())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 from twingpt.core import backend as backends
 from twingpt.core import rng
 from twingpt.core.backend import DecodeEngine, Handle
+from twingpt.core.checkpoint import Model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.sampler import Sampling
@@ -134,24 +134,7 @@ class LanguageModel:
         return "".join(self.complete(prompt, max_tokens, **settings))  # type: ignore[arg-type]
 
 
-class Loadable(Protocol):
-    """A model whose tensors can be read: a checkpoint of ours, or another format's."""
-
-    @property
-    def config(self) -> GPTConfig:
-        """What it computes."""
-        ...
-
-    def tokenizer(self) -> Tokenizer:
-        """What its ids mean."""
-        ...
-
-    def stored(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, array) of every tensor, maybe quantized."""
-        ...
-
-
-def language_model(model: Loadable, backend: str, device: str | None, dtype: str | None) -> LanguageModel:
+def language_model(model: Model, backend: str, device: str | None, dtype: str | None) -> LanguageModel:
     """A model on a backend; UserError for a backend, device or dtype that isn't there."""
     engines = backends.get(backend)
     target = backends.find_device(engines, device)

@@ -12,14 +12,14 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from twingpt.core import backend as backends
 from twingpt.core import depth, memory
 from twingpt.core.backend import Backend, Device, TrainEngine
-from twingpt.core.checkpoint import Checkpoint, open_checkpoint
+from twingpt.core.checkpoint import Checkpoint, Model, open_checkpoint
 from twingpt.core.config import KINDS, GPTConfig, TrainConfig, check_type, preset, shaped, unknown_choice
 from twingpt.core.data import mixture
 from twingpt.core.data.mixture import Data
@@ -95,28 +95,6 @@ Array = np.ndarray
 Options = Mapping[str, Any]
 
 
-class Pretrained(Protocol):
-    """A model that training can begin with: a checkpoint of ours, or another format's (see weights/formats.py)."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it is."""
-        ...
-
-    @property
-    def config(self) -> GPTConfig:
-        """What it computes."""
-        ...
-
-    def tokenizer(self) -> Tokenizer:
-        """What its ids mean."""
-        ...
-
-    def parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, float32 array) in the order of the parameter table."""
-        ...
-
-
 def recipe(device: Device) -> dict[str, Any]:
     """What a run on a device is without flags."""
     return RECIPES["cpu" if device.kind == "cpu" else "gpu"]
@@ -153,7 +131,7 @@ def new_run(
     backend: str,
     device: str | None,
     compile: bool | None,
-    init: Pretrained | None = None,
+    init: Model | None = None,
 ) -> Trainer:
     """A Trainer for a new run in `out`, or in a folder of its own under runs/, with the options of `resolve`.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import model_texts, save_model
+from twingpt.core.checkpoint import Model, model_texts, save_model
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
@@ -18,7 +18,7 @@ from twingpt.core.quantize import Quantization
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights import gguf, mlx_lm, torch_state
 from twingpt.weights.families import FAMILIES, Family, family_for
-from twingpt.weights.formats import Found, Model
+from twingpt.weights.formats import Found
 from twingpt.weights.huggingface import joined, write
 
 Array = np.ndarray

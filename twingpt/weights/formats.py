@@ -8,18 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import open_checkpoint
+from twingpt.core.checkpoint import Model, open_checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.generator import LanguageModel, language_model
 from twingpt.core.parameters import parameter_count, parameter_table
 from twingpt.core.paths import expand
 from twingpt.core.portable import model_type
-from twingpt.core.quantize import Quantization
 from twingpt.core.runs import RUNS
 from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
@@ -37,31 +36,6 @@ OTHERS = (
     (nanogpt, nanogpt.is_nanogpt, "nanogpt", "gpt2"),
     (nanochat, nanochat.is_nanochat, "nanochat", "nanochat"),
 )
-
-
-class Model(Protocol):
-    """A model on disk. Tensors are read when asked for, one at a time, in the order of the parameter table."""
-
-    @property
-    def folder(self) -> Path:
-        """Its folder, or its file."""
-
-    @property
-    def config(self) -> GPTConfig:
-        """What it computes."""
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """How `stored` gives its matrices, if not in float32."""
-
-    def tokenizer(self) -> Tokenizer:
-        """What its ids mean; UserError where that isn't known."""
-
-    def parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, float32 array) of every parameter."""
-
-    def stored(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, array) of every tensor as `Quantization.table` has them."""
 
 
 @dataclass(frozen=True)
