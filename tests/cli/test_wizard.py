@@ -226,7 +226,8 @@ class Child:
     def wait_for(self, part: str, seconds: float = 90.0) -> None:
         deadline = time.monotonic() + seconds
         while part not in plain(self.text):
-            assert time.monotonic() < deadline, plain(self.text)
+            if time.monotonic() > deadline:
+                raise TimeoutError(plain(self.text))
             if select.select([self.master], [], [], 1.0)[0]:
                 self.text += os.read(self.master, 4096).decode(errors="replace")
 
@@ -234,6 +235,20 @@ class Child:
         self.wait_for(part)
         self.text = ""
         os.write(self.master, text.encode())
+
+    def interrupt(self, part: str) -> None:
+        """Press Ctrl-C as a person does, again if nothing came of it, and wait for `part`.
+
+        CPython loses one that comes after it looked for signals and before `input()` reads: no test can rule that out.
+        """
+        for seconds in (10.0, 20.0, 90.0):
+            time.sleep(0.5)  # the question is on the screen a little before the answer is waited for
+            os.write(self.master, b"\x03")
+            try:
+                return self.wait_for(part, seconds)
+            except TimeoutError:
+                continue
+        raise AssertionError(plain(self.text))
 
     def exit_code(self) -> int:
         try:
@@ -265,7 +280,7 @@ def test_on_a_real_terminal(prose, tmp_path):
 @needs("torch")
 def test_ctrl_c_on_a_real_terminal(prose, tmp_path):
     child = Child(tmp_path, "train", "--wizard")
-    child.answer("Which d", "\x03")
-    child.wait_for("No file was written.")
+    child.wait_for("Which d")
+    child.interrupt("No file was written.")
     assert child.exit_code() == 128 + signal.SIGINT
     assert list(tmp_path.iterdir()) == [prose]
