@@ -111,7 +111,9 @@ def send_at(moment: str, call: int, signals: list[int]) -> None:
 def be_born(request: dict[str, Any]) -> None:
     """Be the process that a request asks for."""
     from twingpt import cli
+    from twingpt.core import flops
 
+    flops.SECONDS = 0.02  # no test looks at how fast a device is
     os.chdir(request["folder"])
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for descriptor in (1, 2):
