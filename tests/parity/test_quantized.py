@@ -156,3 +156,78 @@ def test_mlx_lm_opens_the_directory_as_it_stands(tmp_path):
     model, _ = mlx_lm.load(str(opened.folder))
     expected = reference.forward(dict(opened.parameters()), tokens, opened.config)
     assert np.abs(np.array(model(mx.array(tokens))) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@needs("torch")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_a_product_in_pieces_is_the_whole_product(monkeypatch, bits, group_size):
+    import torch
+
+    from twingpt.backends.torch import quantized as torch_quantized
+
+    random = np.random.default_rng(group_size)
+    x, w = random.normal(size=(2, 3, 256)).astype(np.float32), random.normal(size=(70, 256)).astype(np.float32)
+    words, scales, biases = quantize(w, bits, group_size)
+    parts = torch.from_numpy(words.view(np.uint8)), torch.from_numpy(scales), torch.from_numpy(biases)
+    expected = x @ dequantize(words, scales, biases, 256).T
+    for piece in (1, 256 * 16, 2**20):  # a row, 16 with 6 left over, all
+        monkeypatch.setattr(torch_quantized, "PIECE", piece)
+        y = torch_quantized.quantized_matmul(torch.from_numpy(x), *parts).numpy()
+        assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@needs("torch")
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("n_out", [64, 257])  # the kernel wants a multiple of 16
+def test_torch_has_a_kernel_for_four_bits(monkeypatch, group_size, n_out):
+    import torch
+
+    from twingpt.backends.torch import quantized as torch_quantized
+
+    if not torch_quantized.has_kernel():
+        pytest.skip("this torch has no 4-bit kernel for this CPU")
+    random = np.random.default_rng(n_out)
+    words, scales, biases = quantize(random.normal(size=(n_out, 256)).astype(np.float32), 4, group_size)
+    x = torch.from_numpy(random.normal(size=(2, 3, 256)).astype(np.float32)).to(torch.bfloat16)
+    scales, biases = (torch.from_numpy(part).to(torch.bfloat16).float() for part in (scales, biases))
+    expected = x.float().numpy() @ dequantize(words, scales.numpy(), biases.numpy(), 256).T
+    octets = torch.from_numpy(words.view(np.uint8))
+    whole = torch_quantized.pack(octets, scales, biases)
+    monkeypatch.setattr(torch_quantized, "PIECE", 1)  # packed in pieces
+    for packed in (whole, torch_quantized.pack(octets, scales, biases)):
+        y = torch_quantized.packed_matmul(x, *packed)[..., :n_out].float().numpy()
+        assert np.abs(y - expected).max() <= 2e-2 * np.abs(expected).max()
+
+
+@needs("torch")
+@pytest.mark.parametrize("switches", MODELS.values(), ids=MODELS)
+def test_bfloat16_on_a_cpu_takes_the_kernel(tmp_path, monkeypatch, switches):
+    from twingpt.backends import torch as engines
+    from twingpt.backends.torch import quantized as torch_quantized
+
+    opened = quantized(tmp_path, switches)
+    stored, tokens = dict(opened.stored()), np.random.default_rng(0).integers(0, 257, (2, 20))
+    expected = reference.forward(dict(opened.parameters()), tokens, opened.config)
+    kernel = torch_quantized.has_kernel()
+    for packs in {kernel, False}:
+        monkeypatch.setattr(torch_quantized, "has_kernel", lambda packs=packs: packs)
+        engine = engines.DecodeEngine(opened.config, stored.items(), cpu(engines), "bfloat16")
+        assert ("model.layers.0.self_attn.q_proj.packed" in engine.params) == packs
+        assert ("model.layers.0.self_attn.q_proj.weight" in engine.params) != packs
+        error = engine.forward(tokens) - expected
+        assert np.square(error).mean() <= 0.03**2 * np.square(expected).mean()  # bfloat16 scales alone give 0.02
+
+
+@needs("torch")
+def test_a_torch_without_the_kernel_dequantizes(monkeypatch):
+    from twingpt.backends.torch import quantized as torch_quantized
+
+    has_kernel = torch_quantized.has_kernel.__wrapped__
+    for wrong in (AttributeError, RuntimeError):
+
+        def fail(*_, wrong=wrong):
+            raise wrong
+
+        monkeypatch.setattr(torch_quantized, "pack", fail)
+        assert has_kernel() is False

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twingpt.backends.torch import model
+from twingpt.backends.torch import model, quantized
 from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
 from twingpt.core.backend import Device, check_tokens
 from twingpt.core.config import GPTConfig
@@ -60,14 +60,18 @@ class DecodeEngine:
         dtype: str = "float32",
     ) -> None:
         self.config, self.device, self.dtype = config, device, DTYPES[dtype]
-        self.params = {name: self._cast(to_device(value, device)) for name, value in tensors}
+        self.params = {name: self._put(value) for name, value in tensors}
+        if self.dtype == torch.bfloat16 and device.name == "cpu" and quantized.has_kernel():
+            quantized.pack_all(self.params, config)
         self.rope = model.Rope(config, torch.device(device.name), ROPE_POSITIONS)
         self.cache: model.KVCache
         self.seen: Array
 
-    def _cast(self, value: Array) -> Array:
-        """The compute dtype; a quantized matrix's words stay, as int32, which has shifts."""
-        return value.view(torch.int32) if value.dtype == torch.uint32 else value.to(self.dtype)
+    def _put(self, value: np.ndarray | Tensor) -> Array:
+        """A tensor on the device in the compute dtype; the words of a quantized matrix as bytes."""
+        if isinstance(value, np.ndarray) and value.dtype == np.uint32:
+            return to_device(np.ascontiguousarray(value).view(np.uint8), self.device)
+        return to_device(value, self.device).to(self.dtype)
 
     @torch.inference_mode()
     def forward(self, tokens: np.ndarray) -> np.ndarray:

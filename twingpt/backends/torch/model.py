@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from twingpt.backends.torch.quantized import dequantize, packed_matmul, quantized_matmul
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
 from twingpt.core.rope import rope_frequencies
 
@@ -107,20 +108,14 @@ def keep_all(x: Array) -> Array:
     return x
 
 
-def dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array:
-    """(…, width) numbers of MLX's affine layout (see `core.quantize`); `words` are int32."""
-    bits = 32 * words.shape[-1] // width
-    q = (words[..., None] >> torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)) & (2**bits - 1)
-    groups = q.view(*scales.shape, -1).to(scales.dtype)
-    return torch.addcmul(biases[..., None], groups, scales[..., None]).flatten(-2)
-
-
 def product(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T for the matrix called `name`; a quantized one is dequantized here, and forgotten again."""
-    weight = p[f"{name}.weight"]
+    """x W^T for the matrix called `name`, by the quantized kernel where there is one (see `quantized`)."""
+    if f"{name}.packed" in p:
+        y = packed_matmul(x, p[f"{name}.packed"], p[f"{name}.packed_scales"])
+        return y[..., : len(p[f"{name}.scales"])]
     if f"{name}.scales" in p:
-        weight = dequantize(weight, p[f"{name}.scales"], p[f"{name}.biases"], x.shape[-1])
-    return F.linear(x, weight)
+        return quantized_matmul(x, p[f"{name}.weight"], p[f"{name}.scales"], p[f"{name}.biases"])
+    return F.linear(x, p[f"{name}.weight"])
 
 
 def linear(x: Array, p: Parameters, name: str) -> Array:
