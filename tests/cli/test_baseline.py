@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def write_data(folder, train: bytes, val: bytes) -> TokenDataset:
     for name, text in (("train", train), ("val", val)):
         with shards.Writer(folder / f"{name}.bin", np.dtype("<u2")) as writers[name]:
             writers[name].append(np.frombuffer(text, np.uint8).astype("<u2").tobytes(), len(text))
-    shards.finish(folder, ByteTokenizer(), {"name": folder.name}, writers)
+    shards.finish(folder, ByteTokenizer(), {"name": folder.name, "documents": {"train": 1, "val": 1}}, writers)
     return TokenDataset(folder)
 
 
@@ -120,25 +121,25 @@ def test_data_without_held_out_tokens_or_with_damaged_ones(tmp_path):
 
 def test_what_was_measured_is_kept_and_found(tmp_path, monkeypatch):
     data = write_data(tmp_path / "data", b"abcabcabdabc" * 20, b"abcabd" * 5)
-    row = baseline.for_run(data, 29)
+    row = baseline.for_run([(data, 1.0, 29, 1.0)])
     rows = json.loads((data.folder / FILE).read_text())["rows"]
     assert [kept["n"] for kept in rows] == [1, 2, 3, 4, 5] and row.val_loss == min(kept["val_loss"] for kept in rows)
     monkeypatch.setattr(NGram, "grow", None)
-    assert baseline.for_run(data, 29) == row
+    assert baseline.for_run([(data, 1.0, 29, 1.0)]) == row
     with pytest.raises(TypeError):  # other tokens are to be predicted
-        baseline.for_run(data, 10)
+        baseline.for_run([(data, 1.0, 10, 1.0)])
     for content in ('{"fingerprint": "other", "rows": []}', "{", "[]", '{"fingerprint": 1}'):
         (data.folder / FILE).write_text(content)
         with pytest.raises(TypeError):
-            baseline.for_run(data, 29)
+            baseline.for_run([(data, 1.0, 29, 1.0)])
 
 
 def test_large_data_are_not_counted_in_training(tmp_path, monkeypatch):
     data = write_data(tmp_path / "data", b"abcabcabdabc" * 20, b"abcabd" * 5)
     monkeypatch.setattr(baseline, "QUICK_TOKENS", 100)
-    assert baseline.for_run(data, 29) is None
+    assert baseline.for_run([(data, 1.0, 29, 1.0)]) is None
     rows, _ = baseline.measure(data, [2])
-    assert baseline.for_run(data, 29) == rows[0]
+    assert baseline.for_run([(data, 1.0, 29, 1.0)]) == rows[0]
 
 
 def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
@@ -147,7 +148,7 @@ def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
 
     data = write_data(tmp_path / "data", b"abcabcabdabc" * 20, b"abcabd" * 5)
     monkeypatch.setattr(baseline, "write_atomically", full)
-    assert baseline.for_run(data, 29) and not (data.folder / FILE).exists()
+    assert baseline.for_run([(data, 1.0, 29, 1.0)]) and not (data.folder / FILE).exists()
 
 
 # In training ------------------------------------------------------------------------------------------------
@@ -172,6 +173,7 @@ def test_a_run_says_it_once_and_a_resumed_one_again(gpt, prose, tmp_path):
     figures = f"{best['n']}-gram {best['bits_per_byte']:.3f}"
     assert out.count(f"({figures})") == 2 and f"baseline: val loss {best['val_loss']:.4f}" in out
     assert f"Baseline:   {best['n']}-gram, {best['bits_per_byte']:.3f} bits per byte; the model" in out
+    assert [row["val_loss"] for row in measured(gpt, f"{run}@best")] == [row["val_loss"] for row in rows]
     last = train(gpt, "--resume", run, "--backend", "torch")
     assert last["baseline"] == {key: best[key] for key in ("n", "val_loss", "bits_per_byte")}
     (again,) = logged(run, "baseline")
@@ -223,11 +225,21 @@ def test_the_terminal_shows_it(capsys):
 
 
 @needs("torch")
-def test_a_run_on_a_mixture_has_none(gpt, prose, tmp_path):
+def test_a_mixture_has_its_sources_weighed_as_it_is_evaluated(gpt, prose, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(prose.read_text().replace("the", "one"))
     run = tmp_path / "run"
-    result = train(gpt, "--data", prose, "--data", other, "--out", run, *SMALL, "--max-iters", 4)
-    assert result["baseline"] is None and not logged(run, "baseline")
+    result = train(gpt, "--data", f"{prose}:3", "--data", other, "--out", run, *SMALL, "--max-iters", 4)
+    (event,) = logged(run, "baseline")
+    data = [TokenDataset(Path(folder)) for folder in json.loads((run / "run.json").read_text())["data"]["folder"]]
+    each = [baseline.measure(one, range(1, 6), 4 * 4 * 32)[0] for one in data]
+    means = [0.75 * a.val_loss + 0.25 * b.val_loss for a, b in zip(*each, strict=True)]
+    assert event["val_loss"] == pytest.approx(min(means)) and means[event["n"] - 1] == min(means)
+    bits = sorted(rows[event["n"] - 1].bits_per_byte for rows in each)
+    assert bits[0] <= event["bits_per_byte"] <= bits[1] and event["targets"] == 2 * 4 * 4 * 32
+    assert result["baseline"]["val_loss"] == event["val_loss"]
+    assert f"{event['n']}-gram baseline" in (run / "report.html").read_text()
+    resumed = train(gpt, "--resume", run, "--max-iters", 4)
+    assert resumed["baseline"] == result["baseline"] and len(logged(run, "baseline")) == 1
     err = mistake(gpt, "baseline", run)
-    assert f"is trained on a mixture: name one of its sources, {prose}, {other}." in err
+    assert f"is trained on a mixture: name one of its sources, {prose}:3, {other}." in err

@@ -90,6 +90,28 @@ def test_several_sources_in_their_order(gpt, tmp_path, dump, home, monkeypatch):
     }  # fmt: skip
 
 
+def test_folders_without_text_beside_what_a_glob_matches(gpt, tmp_path):
+    (tmp_path / "pictures.txt").mkdir()
+    assert "No file matches" in mistake(gpt, "data", "prepare", tmp_path / "*.txt", "--name", "x")
+    (tmp_path / "a.txt").write_text("some text")
+    assert prepared(gpt, tmp_path / "*.txt", "--tokenizer", "byte", "--name", "x")["documents"] == 1
+
+
+def test_stdin_is_called_so_and_read_once(gpt, home, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "gpt: stdin is empty" in mistake(gpt, "data", "prepare", "-", "--name", "x")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xe9")))
+    assert "gpt: stdin is not UTF-8 text: byte 1" in mistake(gpt, "data", "prepare", "-", "--name", "x")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from stdin")))
+    assert prepared(gpt, "-", "-", "--tokenizer", "byte", "--name", "x")["documents"] == 1
+
+
+def test_a_source_given_twice_counts_once(gpt, dump):
+    once = prepared(gpt, dump, "--tokenizer", "byte", "--name", "x")
+    twice = prepared(gpt, dump, dump, "--tokenizer", "byte", "--name", "x")  # and the same again is found
+    assert (once["tokens"], once["path"]) == (twice["tokens"], twice["path"])
+
+
 def test_a_local_copy_of_a_hubs_data_set(gpt, tmp_path):
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"body": [f"text {i}" for i in range(50)]})
@@ -112,6 +134,23 @@ def test_a_hubs_data_set_without_a_network_or_without_datasets(gpt, monkeypatch)
     assert "no file or folder nobody/nothing, and it can't be fetched as a Hugging Face data set: " in error
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'twingpt[hf]'" in mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(gpt, monkeypatch):
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+
+    def unreachable(self, name, timeout):
+        raise ConnectionError("Name or service not known")
+
+    def load_dataset(name, config, split):
+        assert datasets.config.HF_HUB_OFFLINE and hub.constants.HF_HUB_OFFLINE  # so it looks in its cache alone
+        raise ConnectionError(f"Couldn't reach {name}")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "Couldn't reach nobody/nothing" in mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
 
 
 @pytest.mark.parametrize(("suffix", "library"), [("parquet", "pyarrow.parquet"), ("txt.zst", "zstandard")])
@@ -344,6 +383,14 @@ def test_list_info_verify_and_rm(gpt, dump, home, monkeypatch):
         assert "no prepared data set docs: gpt data list" in mistake(gpt, "data", command, "docs")
 
 
+def test_the_ends_of_documents_belong_to_them(gpt, tmp_path):
+    (tmp_path / "a.txt").write_text("It was a dark night. " * 100)
+    prepared(gpt, tmp_path / "a.txt", "--tokenizer", "byte", "--name", "novel")
+    info = json.loads(gpt("data", "info", "novel", "--json")[1])
+    assert info["histogram"] == [{"least": 2048, "most": 4095, "documents": 1}]
+    assert "1 document," in gpt("data", "info", "novel")[1]
+
+
 def change(path, **facts):
     manifest = json.loads(path.read_text())
     for key, value in facts.items():
@@ -369,6 +416,11 @@ def flip(path: Path, content: bytes) -> None:
         (lambda folder: change(folder / "manifest.json", vocab_size=99), "tokenizer is another than its manifest"),
         (lambda folder: change(folder / "manifest.json", splits__train__tokens="many"), "manifest of .* is broken"),
         (lambda folder: change(folder / "manifest.json", dtype="<f8"), "manifest of .* is broken"),
+        (lambda folder: change(folder / "manifest.json", documents="x"), "manifest of .* is broken"),
+        (lambda folder: change(folder / "manifest.json", documents__train=-1), r"is broken \(documents is -1\)"),
+        (lambda folder: change(folder / "manifest.json", splits__val__sha256=5), r"is broken \(sha256 is 5\)"),
+        (lambda folder: change(folder / "manifest.json", sources=[1]), "manifest of .* is broken"),
+        (lambda folder: change(folder / "manifest.json", asked=[1]), r"is broken \(asked is \[1\]\)"),
         (lambda folder: change(folder / "manifest.json", schema=99), "prepared by a newer version of twingpt"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest of .* is broken"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),

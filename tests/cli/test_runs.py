@@ -142,6 +142,15 @@ def test_what_is_damaged_is_listed_with_what_is_wrong(gpt, place):
     assert "run.json is damaged, so the run can't be shown" in mistake(gpt, "runs", "show", "cut")
 
 
+def test_a_run_that_was_taken_back_is_where_it_goes_on_from(gpt, place):
+    runs.point(Path("runs/old"), "latest", Path("step-00001500"))  # as gpt train --resume old@1500 leaves it
+    [run] = json.loads(gpt("runs", "--json", "--search", "old")[1])["runs"]
+    assert (run["step"], run["state"]) == (1500, "stopped")
+    assert [one["latest"] for one in run["checkpoints"]] == [False, True, False]
+    assert gpt("runs", "rm", "old@1500", "--yes")[0] == 0
+    assert runs.latest(Path("runs/old")).name == "step-00001000"
+
+
 def test_a_run_in_training_is_marked_and_not_removed(gpt, place):
     with runs.training(Path("runs/old")):
         assert "old  running at 2,000/2,000" in gpt("runs")[1]

@@ -7,14 +7,17 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 
+from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, equal, logged, tensors, train
 from twingpt.core import checkpoint, runs, saving
 from twingpt.core.checkpoint import open_checkpoint
 from twingpt.core.console import ConsoleReporter
+from twingpt.core.data import mixture
 from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
 from twingpt.core.events import Saved, SaveFailed, Trained, read_events
@@ -176,6 +179,27 @@ def test_a_folder_removed_for_good_is_made_again_at_the_end(gpt, prose, tmp_path
     code, _, err = gpt("train", "--data", prose, "--out", run, *settings)
     assert code == 0, err
     assert (run / "run.json").exists() and equal(tensors(run), tensors(calm))
+
+
+def test_a_run_that_another_process_begins_meanwhile_is_left_alone(gpt, prose, tmp_path, calm, monkeypatch):
+    began, locks, real = tmp_path / "began", ExitStack(), (mixture.prepare_all, mixture.open_folders)
+
+    def prepare_all(*arguments):
+        shutil.copytree(calm, began)
+        return real[0](*arguments)
+
+    def open_folders(*arguments):
+        locks.enter_context(runs.training(calm))
+        return real[1](*arguments)
+
+    monkeypatch.setattr(mixture, "prepare_all", prepare_all)
+    assert "holds a run already" in mistake(gpt, "train", "--data", prose, "--out", began, *SMALL)
+    assert (began / "metrics.jsonl").read_bytes() == (calm / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(mixture, "open_folders", open_folders)
+    before = (calm / "run.json").read_bytes()
+    with locks:
+        assert "is being trained by another process" in mistake(gpt, "train", "--resume", calm, "--max-iters", 20)
+    assert (calm / "run.json").read_bytes() == before
 
 
 def test_events_wait_while_metrics_can_not_be_written(gpt, prose, tmp_path, when, calm):

@@ -320,3 +320,14 @@ def test_prune_keeps_the_latest_and_the_best(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".*"))
     assert [path.name for path in tmp_path.glob(".*")] == [".notes.tmp"]
     assert [path.name[-1] for path in runs.checkpoints(tmp_path)] == ["2", "4", "5"]
+
+
+def test_prune_counts_up_to_where_a_run_is_that_was_taken_back(tmp_path):
+    for step in (3, 4, 5, 8, 9):
+        runs.checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    runs.point(tmp_path, "latest", runs.checkpoint_folder(tmp_path, 5))
+    runs.prune(tmp_path, 2)
+    assert [path.name[-1] for path in runs.checkpoints(tmp_path)] == ["4", "5", "8", "9"]
+    runs.point(tmp_path, "latest", runs.checkpoint_folder(tmp_path, 9))
+    runs.prune(tmp_path, 2)
+    assert [path.name[-1] for path in runs.checkpoints(tmp_path)] == ["8", "9"]

@@ -60,6 +60,17 @@ def test_blocks_cut_anywhere_change_nothing(tmp_path, small):
     assert documents(tmp_path / "novel.txt") == ["".join(texts)]
 
 
+@pytest.mark.parametrize("block", [1, 50])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(readers, "BLOCK", block)
+    path = tmp_path / "novel.txt"
+    path.write_bytes(b"\xef\xbb\xbfIt was. \xef\xbb\xbf")
+    assert documents(path) == ["It was. \ufeff"]  # elsewhere it is a character like others
+    path.write_bytes(b"\xef\xbb\xbfcaf\xe9 and more")
+    with pytest.raises(UserError, match="byte 6 is 0xe9"):
+        documents(path)
+
+
 def test_another_field_and_no_text_in_it(tmp_path):
     path = tmp_path / "dump.jsonl"
     path.write_bytes(lines("a", None, field="body"))
@@ -111,6 +122,7 @@ def test_rows_that_are_not_utf8(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.txt", "text".encode("utf-16"), r"byte 0 is 0xff. Convert it \(iconv -f utf-16 -t utf-8\)"),
         ("a.txt", b"x" * 70 + b"\xc3(", "a.txt is not UTF-8 text: byte 70 is 0xc3"),
         ("a.txt", b"x" * 70 + b"\xc3", "a.txt is not UTF-8 text: byte 70 is 0xc3"),
         ("a.txt", "é".encode() * 40 + b"a\0", "a.txt is not text: byte 81 is NUL"),

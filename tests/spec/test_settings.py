@@ -1,6 +1,7 @@
 """Settings from a file, flags and --set: layers, types, mistakes, and TOML there and back."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,16 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_preset_and_depth_together(flags, pairs, message):
     with pytest.raises(UserError, match=message):
         gather(None, flags, pairs)
+
+
+@pytest.mark.parametrize("key", ["data", "init_from", "tokenizer"])
+def test_a_name_that_no_file_can_keep(key):
+    name = os.fsdecode(b"n\xff.txt")
+    with pytest.raises(UserError, match=f"{key} is .*, whose bytes are not UTF-8"):
+        gather(None, {key: name}, [])
+    with pytest.raises(UserError, match=r"data is .*, whose bytes are not UTF-8"):
+        gather(None, {"data": ["a.txt", name]}, [])
+    assert gather(None, {"out": Path(name)}, [])[0] == {"out": name}
 
 
 def test_preset_and_depth_together_in_a_file(tmp_path):

@@ -111,18 +111,38 @@ def best(rows: Sequence[Row]) -> Row:
     return min(rows, key=lambda row: (row.val_loss, row.n))
 
 
-def for_run(data: TokenDataset, targets: int) -> Row | None:
+# A source of a run: its data, its share, the held-out tokens that are evaluated, and bytes of text per such token.
+Evaluation = tuple[TokenDataset, float, int, float]
+
+
+def for_run(sources: Sequence[Evaluation]) -> Row | None:
     """The best n-gram on the held-out tokens that a run evaluates on.
 
-    It is found beside the data, or counted where that takes about a second; None where it would take longer.
+    Of a mixture each source has n-grams of its own training tokens, and the losses are weighed as its
+    evaluation weighs them. They are found beside the data, or counted where that takes about a second;
+    None where it would take longer.
     """
+    each = [{row.n: row for row in _quick_rows(data, targets)} for data, _, targets, _ in sources]
+    means, size = list(each[0].values()), sum(share * size for _, share, _, size in sources)
+    if len(sources) > 1:
+        means = [_mean([rows[n] for rows in each], sources, size) for n in sorted(set.intersection(*map(set, each)))]
+    return best(means) if means else None
+
+
+def _mean(rows: Sequence[Row], sources: Sequence[Evaluation], size: float) -> Row:
+    """What n-grams of one length lose on a mixture of `size` bytes per token."""
+    loss = sum(share * row.val_loss for (_, share, _, _), row in zip(sources, rows, strict=True))
+    tokens, targets, seconds = (sum(getattr(row, key) for row in rows) for key in ("tokens", "targets", "seconds"))
+    return Row(rows[0].n, loss, loss / math.log(2) / size, tokens, targets, seconds)
+
+
+def _quick_rows(data: TokenDataset, targets: int) -> list[Row]:
+    """What is known of n-grams on these held-out tokens, by n, after counting where that is quick."""
     known = [row for row in _kept(data) if row.targets == targets]
-    longest = min(LONGEST, len(data.splits["train"]))
-    if {row.n for row in known} >= set(range(1, longest + 1)):
-        return best(known)
-    if len(data.splits["train"]) + targets <= QUICK_TOKENS:
-        return best(measure(data, range(1, longest + 1), targets)[0])
-    return best(known) if known else None
+    orders = range(1, min(LONGEST, len(data.splits["train"])) + 1)
+    if not {row.n for row in known} >= set(orders) and len(data.splits["train"]) + targets <= QUICK_TOKENS:
+        known, _ = measure(data, orders, targets)
+    return known
 
 
 def _kept(data: TokenDataset) -> list[Row]:

@@ -97,6 +97,9 @@ def check_type(name: str, annotation: str, value: object) -> None:
     what, fits = KINDS[kind]
     if not fits(value) and not (optional and value is None):
         _fail(f"{name} must be {what}, and is {short(value)}.")
+    for text in [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []:
+        if isinstance(text, str) and text != text.encode(errors="replace").decode():  # a name may hold any byte
+            _fail(f"{name} is {short(text)}, whose bytes are not UTF-8, as config.toml needs them: rename it.")
 
 
 def _check_types(config: Any) -> None:

@@ -49,6 +49,11 @@ def human_count(count: float) -> str:
     return f"{count:.1f}B"
 
 
+def human_documents(count: int) -> str:
+    """So many documents: 1 document, 12,345 documents."""
+    return f"{count:,} document{'s' * (count != 1)}"
+
+
 def human_flops(flops_per_second: float) -> str:
     """A speed of arithmetic to read: 4.57 GFLOP/s, 174 GFLOP/s, 312 TFLOP/s."""
     unit, scale = next(((u, s) for u, s in (("P", 1e15), ("T", 1e12)) if flops_per_second >= s), ("G", 1e9))

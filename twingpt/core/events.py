@@ -99,6 +99,7 @@ class Evaluated:
 class Baseline:
     """What the best n-gram, counted on the training tokens, loses on the `targets` tokens that evaluations count.
 
+    Of a mixture each source has n-grams of its own, and the loss is their mean as in `Evaluated`.
     Each start of a run says it once: before its first evaluation after a step, or at once when it goes on
     and it is known. metrics.jsonl keeps the last.
     """

@@ -158,7 +158,7 @@ def inspect(run: Path) -> Run:
         error = str(problem)
     train = _dict(described.get("train"))
     max_iters = train.get("max_iters") if isinstance(train.get("max_iters"), int) else None
-    last = saved[-1] if saved else None
+    last = next((one for one in saved if one.latest), saved[-1] if saved else None)  # later ones: it was taken back
     measured = [one for one in saved if one.val_loss is not None]
     top = min(measured, key=lambda one: one.val_loss or 0.0, default=None)
     done = last is not None and max_iters is not None and last.step >= max_iters
@@ -290,7 +290,8 @@ def remove_checkpoint(run: Path, folder: Path) -> None:
     """Remove a checkpoint of a run, after `latest` and `best` name others that are left, or nothing."""
     left = [_checkpoint(path, None, None) for path in runs.checkpoints(run) if path != folder]
     measured = [one for one in left if one.val_loss is not None and not one.error]
-    heirs = {"latest": left[-1:], "best": sorted(measured, key=lambda one: one.val_loss or 0.0)[:1]}
+    before = [one for one in left if Path(one.path) < folder]
+    heirs = {"latest": (before or left)[-1:], "best": sorted(measured, key=lambda one: one.val_loss or 0.0)[:1]}
     for pointer, heir in heirs.items():
         if runs.pointed(run, pointer) == folder:
             if heir:

@@ -32,7 +32,7 @@ from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
 from twingpt.core.report import HTMLReporter
-from twingpt.core.runs import check_untrained, checkpoints, find_run, latest, point, remove_leftovers
+from twingpt.core.runs import check_untrained, checkpoints, find_run, latest, owner, point, remove_leftovers
 from twingpt.core.settings import FIELDS, MODEL_FIELDS, SIZE_KEYS, TRAIN_FIELDS, spelled_out
 from twingpt.core.settings import write as write_toml
 from twingpt.core.tokenizer import Tokenizer
@@ -146,9 +146,7 @@ def new_run(
     target = backends.find_device(engines, device)
     _, train = resolve(options, target, 256)  # wrong before any work is done
     run = expand(out) if out else Path("runs") / f"{mixture.title(train.data)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if (run / "run.json").exists() and checkpoints(run):
-        raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
-    check_untrained(run)
+    _check_free(run)
     data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, init.tokenizer() if init else None)
     options = _as_prepared(options, data)
     config, train = resolve(options, target, data.tokenizer.vocab_size)
@@ -158,9 +156,17 @@ def new_run(
     trainer.notes = notes
     trainer.engine.load(cropped(init.parameters(), config) if init else initialise(config, train.seed))
     trainer.init_from = str(init.folder) if init else None
+    _check_free(run)  # another may have begun it while data were prepared
     _write_run(trainer, [], None)
     _write_config(trainer, compile)
     return trainer
+
+
+def _check_free(run: Path) -> None:
+    """Raise UserError unless a new run can begin in the folder."""
+    check_untrained(run)
+    if (run / "run.json").exists() and checkpoints(run):
+        raise UserError(f"{run} holds a run already: go on with --resume {run}, or choose another --out.")
 
 
 def _as_prepared(options: Options, data: Data) -> Options:
@@ -258,6 +264,7 @@ def resume_run(
     else:
         trainer.engine.load(initialise(config, train.seed))
     trainer.init_from = described.get("init_from")
+    check_untrained(run)  # another may have gone on with it while data were prepared
     _write_run(trainer, described["starts"], saved)
     _write_config(trainer, compile)
     trainer.seconds_before = seconds_so_far(run / "metrics.jsonl")
@@ -355,10 +362,10 @@ def _resumed_data(
 def data_of(name: str, tokenizer: str | None, vocab_size: int | None) -> tuple[TokenDataset, int | None]:
     """The data of a run, or of what --data may name, and how many held-out tokens the run evaluates on (None: all).
 
-    Raises UserError where there is neither, or a run is to have another tokenizer than its own.
+    RUN@STEP is its run. Raises UserError where there is neither, or a run is to have another tokenizer than its own.
     """
     try:
-        run = find_run(name)
+        run = owner(name)
     except UserError:
         kind, size = tokenizer or TrainConfig.tokenizer, vocab_size or TrainConfig.vocab_size
         return prepare(name, kind, size), None

@@ -135,14 +135,16 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the `keep` latest checkpoints, the best and the latest named; a crash leaves no half one.
+    """Remove all but the `keep` latest checkpoints up to where the run is, and the best; a crash leaves no half one.
 
-    What killed saves and removals left behind goes too.
+    Those after it, of a run that goes on from an earlier one, stay until it has passed them. What killed saves
+    and removals left behind goes too.
     """
     remove_leftovers(run)
-    named = {pointed(run, "latest"), pointed(run, "best")}
-    for folder in checkpoints(run)[:-keep]:
-        if folder not in named:
+    now, best = pointed(run, "latest"), pointed(run, "best")
+    passed = [folder for folder in checkpoints(run) if now is None or folder <= now]
+    for folder in passed[:-keep]:
+        if folder != best:
             remove_checkpoint(folder)
     sync_folder(run / "checkpoints")
 

@@ -55,6 +55,8 @@ def gather(file: Path | None, flags: Mapping[str, Any], pairs: Sequence[str]) ->
     names = {key: f"{key} in {file}" for key in below}
     given = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     names |= {key: f"--{key.replace('_', '-')}" for key in given}
+    for key in (FIELDS.keys() & given.keys()) - {"out"}:  # which no file keeps
+        check_type(key, FIELDS[key], given[key])
     for pair in pairs:
         key, value = _pair(pair)
         given[key], names[key] = value, f"--set {key}"

@@ -274,8 +274,7 @@ class Trainer:
         progress.evaluated_at = progress.step
         progress.val_loss, progress.val_bpb = _losses(loss, size)
         progress.sources = {name: asdict(losses) for name, losses in each.items()}
-        if isinstance(self.data, TokenDataset):
-            self._compare(self.data, measured[0][2])
+        self._compare([(part.data, part.share, row[2], row[1]) for part, row in zip(sources, measured, strict=True)])
         improved = progress.val_loss < progress.best_val_loss
         progress.best_val_loss = min(progress.val_loss, progress.best_val_loss)
         self._report(Evaluated(progress.step, progress.val_loss, progress.val_bpb, improved, self._seconds, each))
@@ -291,15 +290,15 @@ class Trainer:
             size += int(data.tokenizer.byte_lengths[counted].sum())
         return float(self.engine.read(handles).sum()) / count, max(1, size) / count, count
 
-    def _compare(self, data: TokenDataset, targets: int) -> None:
+    def _compare(self, sources: Sequence[baseline.Evaluation]) -> None:
         """Say what an n-gram reaches on the held-out tokens of an evaluation, once and not before the first step."""
         known, step = self.baseline, self.progress.step
-        if step == 0 or (known and known.targets == targets):
+        if step == 0 or (known and known.targets == sum(targets for _, _, targets, _ in sources)):
             return
         with self._stopped_clock():
-            row = baseline.for_run(data, targets)
+            row = baseline.for_run(sources)
         if row:
-            self.baseline = Baseline(step, row.n, row.val_loss, row.bits_per_byte, targets)
+            self.baseline = Baseline(step, row.n, row.val_loss, row.bits_per_byte, row.targets)
             self._report(self.baseline)
 
     def _sample(self) -> None:

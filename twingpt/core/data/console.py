@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from twingpt.core.console import human_bytes, human_count, human_time
+from twingpt.core.console import human_bytes, human_count, human_documents, human_time
 from twingpt.core.data.library import Row
 from twingpt.core.data.prepare import Progress
 
@@ -44,7 +44,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         if progress.task != now:
             now = progress.task
             bar.reset(task, total=progress.total or None, description=now)
-        counts = f"{human_count(progress.documents)} documents" if progress.documents else ""
+        counts = human_documents(progress.documents) if progress.documents else ""
         counts += f", {human_count(progress.tokens)} tokens" if progress.tokens else ""
         bar.update(task, completed=progress.done, counts=counts)
 
@@ -55,7 +55,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
     """What a preparation made, and what to do with it; `word` is the name as a shell takes it."""
     console.print(
-        f"[bold]{escape(result['name'])}[/]: {human_count(result['documents'])} documents, "
+        f"[bold]{escape(result['name'])}[/]: {human_documents(result['documents'])}, "
         f"{human_bytes(result['bytes'])} of text; {human_count(result['tokens'])} tokens to train on, "
         f"{human_count(result['val_tokens'])} held out; {human_time(result['seconds'])}, "
         f"{human_bytes(result['peak_rss_bytes'])} of memory at most"
@@ -82,7 +82,7 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
     """A data set's facts, where it comes from, how long its documents are, and how some begin."""
     per_token = info["bytes"] / max(1, info["tokens"] + info["val_tokens"])
     console.print(
-        f"[bold]{escape(info['name'])}[/]: {info['documents']:,} documents, {human_bytes(info['bytes'])} of text, "
+        f"[bold]{escape(info['name'])}[/]: {human_documents(info['documents'])}, {human_bytes(info['bytes'])} of text, "
         f"{human_bytes(info['size_bytes'])} on disk\n"
         f"{info['tokens']:,} tokens to train on, {info['val_tokens']:,} held out ({escape(info['split'])})\n"
         f"tokenizer {escape(info['tokenizer'])} of {info['vocab_size']:,} ids, {per_token:.2f} bytes per token"

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from twingpt.core import paths
 from twingpt.core.data.prepare import find
-from twingpt.core.data.shards import SPLITS, TokenDataset
+from twingpt.core.data.shards import BY_HASH, SPLITS, TokenDataset
 from twingpt.core.errors import UserError
 
 Array = np.ndarray
@@ -41,12 +42,10 @@ class Row:
 def describe(data: TokenDataset) -> Row:
     """The facts of a data set, from its manifest."""
     splits, counts = data.manifest["splits"], data.manifest["documents"]
-    # Where each document's end is held out, both splits have a part of it.
-    tails = data.manifest.get("split", "documents by hash") != "documents by hash"
     return Row(
         data.folder.name,
         str(data.folder),
-        counts["train"] if tails else sum(counts.values()),
+        counts["train"] if _tails(data) else sum(counts.values()),
         sum(split["bytes"] for split in splits.values()),
         splits["train"]["tokens"],
         splits["val"]["tokens"],
@@ -54,6 +53,11 @@ def describe(data: TokenDataset) -> Row:
         data.tokenizer.vocab_size,
         size(data.folder),
     )
+
+
+def _tails(data: TokenDataset) -> bool:
+    """Whether each document's end is held out, so that both splits have a part of it."""
+    return bool(data.manifest.get("split", BY_HASH) != BY_HASH)
 
 
 def size(folder: Path) -> int:
@@ -68,7 +72,7 @@ def find_all() -> list[Row]:
         if folder.is_dir() and not folder.name.startswith("."):
             try:
                 rows.append(describe(TokenDataset(folder)))
-            except (UserError, KeyError, TypeError, AttributeError) as error:
+            except UserError as error:
                 rows.append(Row(folder.name, str(folder), size_bytes=size(folder), error=str(error)))
     return rows
 
@@ -112,12 +116,17 @@ def lengths(data: TokenDataset, split: str) -> Iterator[Array]:
         before += len(tokens) - (int(ends[-1]) if len(ends) else 0)
 
 
+def _whole_lengths(data: TokenDataset) -> Iterator[Array]:
+    """How many tokens each document has whose end is held out, with one end-of-text; such data have few documents."""
+    heads, ends = (np.concatenate([np.empty(0, np.int64), *lengths(data, split)]) for split in SPLITS)
+    yield heads + ends - 1 if len(heads) == len(ends) else heads
+
+
 def histogram(data: TokenDataset) -> list[dict[str, int]]:
     """How many documents have from `least` to `most` tokens, by powers of two, gaps included."""
     counts = np.zeros(64, np.int64)
-    for split in SPLITS:
-        for found in lengths(data, split):
-            counts += np.bincount(np.frexp(found.astype(np.float64))[1], minlength=64)
+    for found in _whole_lengths(data) if _tails(data) else chain.from_iterable(lengths(data, s) for s in SPLITS):
+        counts += np.bincount(np.frexp(found.astype(np.float64))[1], minlength=64)
     there = np.flatnonzero(counts)
     span = range(there[0], there[-1] + 1) if len(there) else range(0)
     return [{"least": 2 ** (i - 1), "most": 2**i - 1, "documents": int(counts[i])} for i in span]

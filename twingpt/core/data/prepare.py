@@ -180,7 +180,7 @@ def prepare_named(
         raise UserError(f"{name} is the name of a source: choose another --name.")
     if not NAME.fullmatch(name):
         raise UserError(f"A data set can't be called {name!r}: give a --name of letters, digits, - _ and . alone.")
-    folder = folder_of(name)
+    folder, specs = folder_of(name), list(dict.fromkeys(specs))
     if folder.exists():
         return _same(folder, specs, name, how, reading)
     _write(
@@ -298,7 +298,7 @@ class Preparation:
         if self.source.stamp() != stamp:
             raise UserError(f"A file of {self.name} changed while it was read: prepare it again.")
         (folder / "stdin").unlink(missing_ok=True)
-        split = "the last tenth of each document" if self.tails else "documents by hash"
+        split = "the last tenth of each document" if self.tails else shards.BY_HASH
         facts: dict[str, Any] = {"name": self.name, "asked": self.how.asked, "sources": rows, "split": split}
         facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned}
         shards.finish(folder, tokenizer, facts, writers)
@@ -339,7 +339,7 @@ class Preparation:
 
     def _what(self) -> object:
         first = self.source.inputs[0]
-        return first.path if isinstance(first, File) and len(self.source.inputs) == 1 else self.name
+        return first.title if isinstance(first, File) and len(self.source.inputs) == 1 else self.name
 
     def _encode(self, folder: Path, tokenizer: Tokenizer) -> tuple[Encoded, dict[str, shards.Writer]]:
         """Write the shards; twice where only the first time shows that there are too few documents to hold some out."""

@@ -131,8 +131,10 @@ def _encodable(text: str, where: str, errors: str) -> str:
 
 
 def _not_utf8(path: object, offset: int, byte: int) -> UserError:
+    # A UTF-16 file begins with its byte order mark: ff fe, or fe ff.
+    coding = "utf-16" if offset == 0 and byte in (0xFE, 0xFF) else "latin1"
     return UserError(
-        f"{path} is not UTF-8 text: byte {offset} is 0x{byte:02x}. Convert it (iconv -f latin1 -t utf-8), "
+        f"{path} is not UTF-8 text: byte {offset} is 0x{byte:02x}. Convert it (iconv -f {coding} -t utf-8), "
         "or give gpt data prepare --errors replace."
     )
 
@@ -261,10 +263,10 @@ class _Counted:
         return getattr(self.file, name)
 
 
-def _decoded(path: Path, blocks: Iterable[bytes], errors: str) -> Iterator[str]:
-    """The text in `blocks`; a byte that is none is a UserError with its offset, or becomes U+FFFD."""
+def _decoded(path: object, blocks: Iterable[bytes], errors: str) -> Iterator[str]:
+    """The text in `blocks`, less a byte order mark; what is none is a UserError with its offset, or becomes U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    offset = 0  # of the first byte that is not decoded yet
+    read = offset = 0  # the latter of the first byte that is not decoded yet
     for block, last in _and_last(blocks):
         try:
             text = decoder.decode(block, last)
@@ -278,8 +280,9 @@ def _decoded(path: Path, blocks: Iterable[bytes], errors: str) -> Iterator[str]:
                     "gpt data prepare --errors replace takes it as it is."
                 )
             text = text.replace("\0", "\ufffd")
-        offset += len(block) - len(decoder.getstate()[0])
-        yield text
+        yield text if offset else text.removeprefix("\ufeff")
+        read += len(block)
+        offset = read - len(decoder.getstate()[0])
 
 
 def _and_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
@@ -289,7 +292,7 @@ def _and_last(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
 
 
 def _text(file: File, blocks: Iterable[bytes]) -> Iterator[Item]:
-    decoded = _decoded(file.path, blocks, file.errors)
+    decoded = _decoded(file.title, blocks, file.errors)
     if file.separator is not None:
         yield from map(Text, named.documents(decoded, file.separator))
         return
@@ -399,6 +402,12 @@ class File:
     field: str = "text"
     errors: str = "strict"
     separator: str | None = None  # a line of a text that ends a document
+    name: str = ""  # what a message calls it, if not by its path
+
+    @property
+    def title(self) -> object:
+        """What a message calls it."""
+        return self.name or self.path
 
     @property
     def kind(self) -> str:

@@ -16,6 +16,7 @@ from twingpt.core.config import GPTConfig
 from twingpt.core.data.order import window_count, window_starts
 from twingpt.core.errors import UserError
 from twingpt.core.paths import write_synced
+from twingpt.core.reading import short
 from twingpt.core.tokenizer import Tokenizer, files
 from twingpt.core.tokenizer import load as load_tokenizer
 
@@ -23,6 +24,32 @@ Array = np.ndarray
 
 SCHEMA = 2  # 1 had no account of its sources
 SPLITS = ("train", "val")
+BY_HASH = "documents by hash"  # how a manifest calls the split that is not of each document's end
+
+
+# What a manifest must say, and what it may, by the types of JSON.
+REQUIRED = {"name": str, "dtype": str, "vocab_size": int, "tokenizer": str, "documents": dict, "splits": dict}
+OPTIONAL = {"asked": dict, "split": str, "sources": list}
+SOURCE = {"source": str, "files": int, "bytes": int, "sha256": str}
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless all that is read of a manifest is there, and of its type."""
+    _check_types(manifest, REQUIRED)
+    _check_types({**{key: kind() for key, kind in OPTIONAL.items()}, **manifest}, OPTIONAL)
+    for split in SPLITS:
+        facts = {**manifest["splits"][split], "documents": manifest["documents"][split]}
+        _check_types(facts, {"tokens": int, "bytes": int, "documents": int, "sha256": str})
+    for row in manifest.get("sources", []):
+        _check_types(row, SOURCE)
+        if not isinstance(row["licence"], str | None):
+            raise ValueError(f"a licence is {short(row['licence'])}")
+
+
+def _check_types(facts: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    for key, kind in kinds.items():
+        if type(facts[key]) is not kind or (kind is int and facts[key] < 0):
+            raise ValueError(f"{key} is {short(facts[key])}")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -82,6 +109,7 @@ class TokenDataset:
             self.manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
             if self.manifest["schema"] > SCHEMA:
                 raise UserError(f"{folder} was prepared by a newer version of twingpt: install that.")
+            _check_manifest(self.manifest)
             self.splits = {split: self._map(split) for split in SPLITS}
         except FileNotFoundError as error:
             raise UserError(f"{folder} is not a prepared data set: {Path(error.filename).name} is missing.") from None
@@ -93,8 +121,8 @@ class TokenDataset:
         path, facts = self.folder / f"{split}.bin", self.manifest["splits"][split]
         dtype = np.dtype(self.manifest["dtype"])
         size = path.stat().st_size
-        if type(facts["tokens"]) is not int or dtype not in (token_dtype(0), token_dtype(2**32)):
-            raise ValueError(f"the {split} split has {facts['tokens']!r} tokens of {dtype}")
+        if dtype not in (token_dtype(0), token_dtype(2**32)):
+            raise ValueError(f"dtype is {dtype}")
         if size != facts["tokens"] * dtype.itemsize:
             raise UserError(
                 f"{path} has {size} bytes where its manifest says {facts['tokens'] * dtype.itemsize}: "

@@ -109,6 +109,7 @@ def load_hub(spec: str, field: str, errors: str) -> Source:
             f"There is no file or folder {spec}; to fetch it as a Hugging Face data set: pip install 'twingpt[hf]'."
         ) from None
     name, _, config = spec.partition(":")
+    _dont_wait_for_hub(name)
     try:
         table = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:  # the hub's, the network's, and those of every format's reader
@@ -120,6 +121,19 @@ def load_hub(spec: str, field: str, errors: str) -> Source:
     return Source(_word(spec.rpartition("/")[2]), files)
 
 
+def _dont_wait_for_hub(name: str) -> None:
+    """Let `datasets` look in its cache alone where the hub can't be reached: by itself it tries for half a minute."""
+    import datasets
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+    except huggingface_hub.errors.HfHubHTTPError:  # it answered, and `datasets` will say what is wrong
+        pass
+    except Exception:  # of whichever HTTP library it uses
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def spool(folder: Path, errors: str) -> Source:
     """What comes in on stdin, kept as a file in `folder`, because it is read more than once."""
     path = folder / "stdin"
@@ -128,7 +142,7 @@ def spool(folder: Path, errors: str) -> Source:
     with path.open("wb") as file:
         while block := sys.stdin.buffer.read(readers.BLOCK):
             file.write(block)
-    return Source("stdin", [File(path, errors=errors)])
+    return Source("stdin", [File(path, errors=errors, name="stdin")])
 
 
 def _stem(path: Path) -> str:
@@ -151,8 +165,12 @@ def _python_docs() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
+def _texts(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if readers.known(path) and path.is_file())
+
+
 def _folder(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if readers.known(path) and path.is_file())
+    files = _texts(folder)
     if not files:
         raise UserError(f"{folder} has no text files ({', '.join(readers.KINDS)}, {' or '.join(readers.COMPRESSED)}).")
     return files
@@ -161,7 +179,7 @@ def _folder(folder: Path) -> list[Path]:
 def _glob(pattern: str) -> list[Path]:
     """What the pattern matches, folders' files included."""
     found = [Path(name) for name in sorted(glob.glob(str(expand(pattern)), recursive=True))]  # noqa: PTH207, it may be absolute
-    files = [file for path in found for file in (_folder(path) if path.is_dir() else [path])]
+    files = [file for path in found for file in (_texts(path) if path.is_dir() else [path])]
     if not files:
         raise UserError(f"No file matches {pattern}.")
     return list(dict.fromkeys(files))

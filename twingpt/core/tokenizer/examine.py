@@ -121,11 +121,14 @@ def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text as Line
 
+    from twingpt.core.console import human_documents
+
     table = Table("tokenizer", box=box.SIMPLE_HEAD)
     for name in ("vocabulary", "tokens", "bytes per token", "MB/s"):
         table.add_column(name, justify="right")
     for row in result["rows"]:
         figures = (f"{row['vocab_size']:,}", f"{row['tokens']:,}", f"{row['bytes_per_token']:.2f}")
         table.add_row(Line(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
-    console.print(f"{result['source']}: {result['bytes']:,} bytes in {result['documents']:,} documents", markup=False)
+    documents = human_documents(result["documents"])
+    console.print(f"{result['source']}: {result['bytes']:,} bytes in {documents}", markup=False)
     console.print(table)
