@@ -65,7 +65,7 @@ def test_it_stops_at_the_tokenizers_eos(published):
 
 @pytest.mark.parametrize("end", ["</s>", [1, "2"], 1.5, True, {"a": 1}])
 def test_ends_that_are_none(published, end):
-    with pytest.raises(UserError, match="eos_token_id in .* must be a token's id or a list of them, and is"):
+    with pytest.raises(UserError, match=r"eos_token_id in .* must be a token's id or a list of them, and is"):
         twingpt.load(published(settings={"eos_token_id": end}))
 
 
@@ -86,9 +86,9 @@ def test_what_stands_before_a_text_by_scheme(tmp_path):
         make().save(str(tmp_path / "tokenizer.json"))
         tokenizer = load_tokenizer(tmp_path)
         spelled = {token: spelling for spelling, token in tokenizer.specials.items()}
-        openings[name] = [spelled[token] for token in tokenizer.opening]
-    with_one = {"llama3": ["<|begin_of_text|>"], "llama2": ["<s>"], "wordpiece": ["[CLS]"]}
-    assert openings == dict.fromkeys(openings, []) | with_one
+        openings[name] = " ".join(spelled[token] for token in tokenizer.opening)
+    with_one = {"llama3": "<|begin_of_text|>", "llama2": "<s>", "wordpiece": "[CLS]"}
+    assert openings == dict.fromkeys(openings, "") | with_one
 
 
 @both
