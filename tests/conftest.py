@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,10 +20,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and all that tests would start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TWINGPT_HOME"] = tempfile.mkdtemp(prefix="twingpt-test-home-")
+atexit.register(shutil.rmtree, os.environ["TWINGPT_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What is printed is as on a plain terminal of 80 columns, and trackers are as they come, whoever runs the tests.
+TASTES = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "GITHUB_ACTIONS")
+for name in [*os.environ]:
+    if name in TASTES or name.startswith(("WANDB_", "MLFLOW_")):
+        del os.environ[name]
+os.environ["TERM"] = "xterm"
 if (SHARED / "tiktoken").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -33,6 +43,10 @@ from twingpt.core.parameters import initialise
 from twingpt.core.tokenizer import ByteTokenizer
 
 flops.SECONDS = 0.02  # no test looks at how fast a device is
+# The same examples in every run, however slow the machine.
+SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=SLOW, database=None)
+hypothesis.settings.load_profile("same")
 
 
 def needs(name: str):

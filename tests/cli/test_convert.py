@@ -12,6 +12,8 @@ from twingpt.core import checkpoint, reference
 from twingpt.core.checkpoint import open_checkpoint, save_model
 from twingpt.core.config import SHAPES, GPTConfig
 from twingpt.core.parameters import initialise, parameter_table
+from twingpt.core.paths import new_folder
+from twingpt.core.portable import end_ids
 from twingpt.core.quantize import Quantization
 from twingpt.core.tokenizer import ByteTokenizer
 from twingpt.weights.formats import open_model
@@ -90,6 +92,32 @@ def test_quantized_directories_are_read_back_to_the_bit(gpt, source, tmp_path, t
     assert all(np.array_equal(kept[name], wanted[name]) for name in wanted) and again["unquantized"]
 
 
+NEOX = {
+    "norm": "layernorm", "norm_bias": True, "mlp": "gelu_tanh", "mlp_bias": True, "qk_norm": False, "qkv_bias": True,
+    "attn_out_bias": True, "parallel_residual": True, "tie_embeddings": False, "rope_fraction": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [{"n_kv_head": 2, "n_inner": 200}, NEOX])
+def test_a_quantized_model_stays_as_it_is(gpt, source, tmp_path, shape):
+    """Without --q-bits, or with its own, the words pass as they are; also where a family makes one tensor of three."""
+    wanted = converted(gpt, source(**shape), tmp_path / "q", "--q-bits", 4, "--q-group-size", 32)
+    assert wanted["quantization"] == {"bits": 4, "group_size": 32, "mode": "affine"}
+    first = open_checkpoint(tmp_path / "q")
+    for name, options in ("again", []), ("mlx", ["--to", "mlx"]), ("same", ["--q-bits", 4, "--q-group-size", 32]):
+        result = converted(gpt, tmp_path / "q", tmp_path / name, "--to", "twingpt", *options)
+        assert result["quantization"] == wanted["quantization"]
+        assert len(result["unquantized"]) == len(wanted["unquantized"])
+        assert result["bytes"] < 2 * result["parameters"]
+        assert same(open_model(tmp_path / name).model, first)  # as dequantized
+    stored = dict(first.stored())
+    for name in ("again", "same"):
+        kept = dict(open_checkpoint(tmp_path / name).stored())
+        assert all(np.array_equal(kept[tensor], stored[tensor]) for tensor in stored)
+    assert converted(gpt, tmp_path / "q", tmp_path / "8", "--to", "twingpt", "--q-bits", 8)["quantization"]["bits"] == 8
+    assert converted(gpt, tmp_path / "q", tmp_path / "hf", "--to", "hf")["quantization"] is None
+
+
 @needs("torch")
 def test_what_quantization_costs_is_measured(gpt, source, tmp_path):
     data = write_prose(tmp_path)
@@ -166,6 +194,31 @@ def test_generation_settings_go_along(gpt, source, tmp_path):
     assert json.loads((tmp_path / "ours" / "generation_config.json").read_text()) == settings
 
 
+@pytest.mark.parametrize("to", ["hf", "mlx", "twingpt", pytest.param("torch", marks=needs("torch"))])
+def test_the_ends_of_a_chat_model_go_along(gpt, source, tmp_path, to):
+    """Those of generation_config.json, and of config.json where that is all there is."""
+    converted(gpt, source(), tmp_path / "hf")
+    there, content = tmp_path / "hf" / "generation_config.json", json.loads((tmp_path / "hf/config.json").read_text())
+    there.write_text(json.dumps({"temperature": 0.6, "eos_token_id": [7, 8], "bos_token_id": 3}))
+    converted(gpt, tmp_path / "hf", tmp_path / "a", "--to", to)
+    there.unlink()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(content | {"eos_token_id": [5, 6], "bos_token_id": None}))
+    converted(gpt, tmp_path / "hf", tmp_path / "b", "--to", to)
+    for name, ids in ("a", (3, [7, 8])), ("b", (None, [5, 6])):
+        for file in ("generation_config.json", *(["config.json"] if to in ("hf", "mlx") else [])):
+            written = json.loads((tmp_path / name / file).read_text())
+            assert (written["bos_token_id"], written["eos_token_id"]) == ids
+        assert end_ids(tmp_path / name) == ids[1]
+        assert (tmp_path / name / "README.md").is_file()
+
+
+def test_settings_for_generation_that_are_none(gpt, source, tmp_path):
+    converted(gpt, source(), tmp_path / "hf")
+    for text, message in ("{", "can't be read as JSON"), ("[]", "is not a JSON object"):
+        (tmp_path / "hf" / "generation_config.json").write_text(text)
+        assert message in refused(gpt, tmp_path / "hf", tmp_path / "new")
+
+
 def test_nothing_is_overwritten_without_being_told(gpt, source, tmp_path):
     folder = source()
     converted(gpt, folder, tmp_path / "hf")
@@ -177,7 +230,38 @@ def test_nothing_is_overwritten_without_being_told(gpt, source, tmp_path):
         assert "exists and is no model" in refused(gpt, folder, tmp_path / "mine", *force)
         assert "holds the model that is to be converted" in refused(gpt, folder, folder, *force)
         assert "holds the model that is to be converted" in refused(gpt, folder, tmp_path, *force)
+    (tmp_path / "mine" / "config.json").write_text("{}")  # as any project may have
+    assert "exists and is no model" in refused(gpt, folder, tmp_path / "mine", "--force")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    assert "is within the model that is to be converted" in refused(gpt, folder, folder / "hf")
+    open_checkpoint(folder)
+
+
+def test_the_model_behind_a_link_is_replaced(gpt, source, tmp_path):
+    folder = source()
+    converted(gpt, folder, tmp_path / "disk")
+    (tmp_path / "link").symlink_to("disk")
+    (tmp_path / "nowhere").symlink_to("gone")
+    assert "replace it with --force" in refused(gpt, folder, tmp_path / "link")
+    converted(gpt, folder, tmp_path / "link", "--force", "--to", "twingpt")
+    assert (tmp_path / "link").is_symlink() and open_model(tmp_path / "disk").format == "twingpt"
+    assert "exists and is no model" in refused(gpt, folder, tmp_path / "nowhere", "--force")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "nowhere", "source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("novel.gguf", "GGUF files are only written"),
+        ("model.safetensors", "give the folder that has it and its config.json"),
+        ("notes.txt", "is no model that is known"),
+        ("notes", "it has no config.json, and isn't a run"),
+    ],
+)
+def test_what_is_no_model(gpt, tmp_path, name, message):
+    (tmp_path / name).write_text("x") if "." in name else (tmp_path / name).mkdir()
+    error = refused(gpt, tmp_path / name, tmp_path / "new")
+    assert message in error and str(tmp_path / name) in error
 
 
 @pytest.mark.parametrize(
@@ -187,7 +271,8 @@ def test_nothing_is_overwritten_without_being_told(gpt, source, tmp_path):
         (["new", "--to", "onnx"], "Unknown format 'onnx'"),
         (["new", "--to", "hf", "--q-bits", 4], "--q-bits is for --to twingpt or mlx"),
         (["new", "--q-bits", 5], "bits 5 is not known: choose 4 or 8"),
-        (["new", "--q-bits", 4, "--q-group-size", 48], "group_size 48 is not known"),
+        (["new", "--q-bits", 4, "--q-group-size", 48], "group_size 48 is not known: choose 32, 64 or 128"),
+        (["new", "--q-bits", 4, "--q-group-size", 128], "no width is a multiple of --q-group-size 128"),
     ],
 )
 def test_mistakes(gpt, source, tmp_path, monkeypatch, arguments, message):
@@ -221,6 +306,30 @@ def test_a_disk_that_is_full_leaves_nothing(gpt, source, tmp_path, monkeypatch):
     for to in ("hf", "twingpt"):
         assert "No space left on device" in refused(gpt, folder, tmp_path / "new", "--to", to)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@needs("torch")
+def test_a_state_dict_that_torch_cannot_finish(gpt, source, tmp_path, monkeypatch):
+    import torch
+
+    def save(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", save)
+    assert "is the disk full?" in refused(gpt, source(), tmp_path / "new", "--to", "torch")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_a_killed_conversion_left_is_removed(gpt, source, tmp_path):
+    folder = source()
+    for name in (".new.abc.tmp", ".new.abc.old", ".other.abc.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    with new_folder(tmp_path / "new") as alive:  # another process's, which goes on
+        (alive / "config.json").write_text("{}")
+        converted(gpt, folder, tmp_path / "new")
+        assert {path.name for path in tmp_path.iterdir()} == {"new", "source", ".other.abc.tmp", alive.name}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(

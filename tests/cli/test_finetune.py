@@ -105,6 +105,8 @@ def test_a_run_killed_before_its_first_checkpoint_says_how_to_start_again(gpt, m
         (["--preset", "tiny"], "--preset can't be given with --init-from"),
         (["--depth", 4], "--depth can't be given with --init-from"),
         (["--n-layer", 3], "n_layer 3 can't be had with --init-from: the model has 2"),
+        (["--tokenizer", "byte"], "--tokenizer can't be given with --init-from"),
+        (["--vocab-size", 300], "--vocab-size can't be given with --init-from"),
         (["--set", "mlp=relu2"], "mlp relu2 can't be had with --init-from: the model has swiglu"),
     ],
 )

@@ -85,6 +85,7 @@ def test_wandb_offline_keeps_the_runs_id(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "200")
     (tmp_path / "elsewhere").mkdir()
     tell("wandb", run, story(40))
     id = json.loads((run / trackers.IDS).read_text())["wandb"]

@@ -129,7 +129,10 @@ def test_a_tokenizer_that_is_not_there(gpt, prose, tmp_path, monkeypatch, name, 
 @pytest.mark.parametrize("kind", ["cl100k_base", "o200k_base"])
 def test_a_vocabulary_that_can_not_be_fetched(gpt, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing answers
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     message = mistake(gpt, "tokenize", "show", "a", "-t", kind)
     assert f"tiktoken could not fetch its {kind} vocabulary" in message and "TIKTOKEN_CACHE_DIR" in message
 

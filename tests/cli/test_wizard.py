@@ -223,7 +223,7 @@ class Child:
             os.execv(sys.executable, [sys.executable, "-m", "twingpt", *arguments])
         self.text = ""
 
-    def wait_for(self, part: str, seconds: float = 90.0) -> None:
+    def wait_for(self, part: str, seconds: float = 200.0) -> None:
         deadline = time.monotonic() + seconds
         while part not in plain(self.text):
             if time.monotonic() > deadline:
@@ -241,7 +241,7 @@ class Child:
 
         CPython loses one that comes after it looked for signals and before `input()` reads: no test can rule that out.
         """
-        for seconds in (10.0, 20.0, 90.0):
+        for seconds in (10.0, 20.0, 200.0):
             time.sleep(0.5)  # the question is on the screen a little before the answer is waited for
             os.write(self.master, b"\x03")
             try:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import BOTH, cpu
-from tests.parity.test_training import CONFIG, ONE_LAYER, TRAIN, losses
+from tests.parity.test_training import CONFIG, TRAIN, losses
 from tests.parity.test_twins import MATRIX, batch, config_of, gradients
-from twingpt import TrainConfig
 from twingpt.core import backend as backends
 from twingpt.core import reference
 from twingpt.core.config import SHAPES
@@ -149,20 +148,3 @@ def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(engines, monkeypa
         assert np.abs(chunked[name] - g).max() <= 1e-5 * np.abs(g).max(), name
     expected = reference.cross_entropy(reference.forward(params, tokens, config), targets).sum()
     assert nats == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.slow
-def test_the_compiled_half_precision_step(engines, docs):
-    """Checkpointing, skipping and scaling in one compiled step."""
-    import shutil
-
-    if engines.NAME == "mlx" and shutil.which("g++") is None:
-        pytest.skip("mx.compile on a CPU needs g++")
-    tokens, targets = docs.batch(0, 4, 32, 1)
-    settings = {"gradient_checkpointing": True, "skip_nonfinite": True}
-    train = TrainConfig(optimizer="muon", warmup_iters=0)
-    plain, compiled = (
-        [step(engine, tokens, targets, train) for _ in range(3)]
-        for engine in (engine_of(engines, config=ONE_LAYER, compile=c, **settings) for c in (False, True))
-    )
-    np.testing.assert_allclose(plain, compiled, rtol=2e-5)

@@ -77,7 +77,6 @@ def test_evaluation_sums_nats_and_ignores_padding(engines, docs):
 
 
 def test_dropout_is_keyed_trains_and_is_off_in_evaluation(engines, docs):
-    import dataclasses
 
     config = dataclasses.replace(CONFIG, dropout=0.5)
     tokens, targets = docs.batch(0, 8, 32, 1)
@@ -124,23 +123,6 @@ def test_bfloat16_trains_on_float32_masters(engines, docs):
     half = losses(engines, CONFIG, docs, steps=30, dtype="bfloat16")
     assert half[-5:].mean() == pytest.approx(plain[-5:].mean(), rel=0.02)
     assert not np.array_equal(half, plain)
-
-
-ONE_LAYER = dataclasses.replace(CONFIG, n_layer=1)  # each takes ten seconds to compile
-
-
-@pytest.mark.slow
-def test_the_compiled_step_is_the_same_step(engines, docs):
-    if engines.NAME == "mlx" and not mlx_compiles():
-        pytest.skip("mx.compile on a CPU needs g++")
-    plain, compiled = (losses(engines, ONE_LAYER, docs, steps=4, compile=c, train=MUON) for c in (False, True))
-    np.testing.assert_allclose(plain, compiled, rtol=1e-5)
-
-
-def mlx_compiles() -> bool:
-    import shutil
-
-    return shutil.which("g++") is not None
 
 
 def test_state_round_trip_is_exact(engines, docs):

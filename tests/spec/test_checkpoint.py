@@ -227,7 +227,7 @@ def test_a_disk_that_is_really_full(saved, tmp_path):
             )
         assert list(mount.iterdir()) == []
     finally:
-        subprocess.run(["umount", mount], check=True)
+        subprocess.run(["umount", "-l", mount], check=True)
 
 
 def test_saving_over_a_checkpoint_replaces_it(saved):

@@ -1,6 +1,7 @@
 """What a model computes, what a device can compute, and the share between them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,7 +86,7 @@ class Fake:
 
     def __init__(self, flops_per_second: float, monkeypatch) -> None:
         self.now, self.speed, self.sizes = 0.0, flops_per_second, []
-        monkeypatch.setattr(flops.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=lambda: self.now))
         monkeypatch.setattr(flops, "SECONDS", 0.25)
 
     def matmul(self, device, dtype, n):

@@ -1,6 +1,7 @@
 """Saving through trouble: what can't be written waits, is tried again with patience, and nothing else is touched."""
 
 import errno
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,8 +33,7 @@ class Disk:
             return real(path, *what)
 
         monkeypatch.setattr(checkpoint, "write_safetensors", write)
-        monkeypatch.setattr(saving.time, "monotonic", lambda: self.time)
-        monkeypatch.setattr(saving.time, "sleep", self.sleep)
+        monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: self.time, sleep=self.sleep))
 
     def sleep(self, seconds):
         self.time += seconds

@@ -142,6 +142,8 @@ class RopeScaling:
             _fail(f"rope_scaling factor must be at least 1, and is {self.factor}.")
         if self.type != "linear" and self.original_block_size < 1:
             _fail(f"rope_scaling type {self.type!r} needs original_block_size, in tokens.")
+        if self.attention_factor is not None and self.attention_factor <= 0:
+            _fail(f"rope_scaling attention_factor must be positive, and is {self.attention_factor}.")
         if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             _fail("rope_scaling high_freq_factor must be larger than low_freq_factor.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from twingpt.core.backend import DecodeEngine, Handle
 from twingpt.core.checkpoint import Model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
+from twingpt.core.portable import end_ids
 from twingpt.core.sampler import Sampling
 from twingpt.core.tokenizer import Tokenizer
 
@@ -53,26 +54,30 @@ def generate_tokens(
 class Completion:
     """Text being generated: iterate for its pieces, then read what became of it."""
 
-    def __init__(self, tokens: Iterator[int], tokenizer: Tokenizer, prompt_tokens: Array) -> None:
+    def __init__(
+        self, tokens: Iterator[int], tokenizer: Tokenizer, prompt_tokens: Array, ends: Collection[int]
+    ) -> None:
         self._source = tokens
         self._tokenizer = tokenizer
+        self._ends = ends
         self.prompt_tokens = [int(token) for token in prompt_tokens]
         self.tokens: list[int] = []
         self.text = ""
         self.finish_reason = "length"
         self.seconds = 0.0
 
-    def _until_end_of_text(self) -> Iterator[int]:
+    def _until_the_end(self) -> Iterator[int]:
         for token in self._source:
-            if token == self._tokenizer.end_of_text:
+            if token in self._ends:
                 self.finish_reason = "stop"
                 return
             self.tokens.append(token)
-            yield token
+            if token < self._tokenizer.vocab_size:  # those by which a vocabulary was padded have no text
+                yield token
 
     def __iter__(self) -> Iterator[str]:
         start = time.perf_counter()
-        for piece in self._tokenizer.stream(self._until_end_of_text()):
+        for piece in self._tokenizer.stream(self._until_the_end()):
             self.text += piece
             self.seconds = time.perf_counter() - start
             if piece:
@@ -85,16 +90,21 @@ class Completion:
 
 
 class LanguageModel:
-    """A trained model ready to run: text or tokens in, text or logits out."""
+    """A trained model ready to run: text or tokens in, text or logits out.
 
-    def __init__(self, config: GPTConfig, tokenizer: Tokenizer, engine: DecodeEngine) -> None:
-        # A model from elsewhere may have no end of text, which our tokenizers have: it then never says it.
-        known = tokenizer.vocab_size - (tokenizer.end_of_text == tokenizer.vocab_size - 1)
-        if known > config.vocab_size:
+    A text ends with the tokenizer's end of text, its EOS where that is another, and any of `ends`.
+    """
+
+    def __init__(
+        self, config: GPTConfig, tokenizer: Tokenizer, engine: DecodeEngine, ends: Collection[int] = ()
+    ) -> None:
+        # A model from elsewhere may lack special tokens of its tokenizer, an end of text too: it never says them.
+        if tokenizer.byte_lengths[config.vocab_size :].any():
             raise UserError(
                 f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {config.vocab_size}."
             )
         self.config, self.tokenizer, self.engine = config, tokenizer, engine
+        self.ends = {tokenizer.end_of_text, tokenizer.roles.get("eos", tokenizer.end_of_text), *ends}
 
     def logits(self, tokens: Array) -> Array:
         """(B, T) ids -> (B, T, V) float32 logits. Raises UserError for an id or a length it can't take."""
@@ -114,20 +124,22 @@ class LanguageModel:
     ) -> Completion:
         """A text that goes on from `prompt`, generated as it is iterated over.
 
-        An empty prompt begins a new document. Raises UserError for a sampling setting out of range,
-        or a prompt that the tokenizer can't encode.
+        Before the prompt stands what the tokenizer opens a text with, such as BOS. An empty prompt begins a
+        new document. Raises UserError for a sampling setting out of range, or a prompt that the tokenizer
+        can't encode.
         """
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
         if max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, and is {max_tokens}.")
         if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
             raise UserError("The prompt is not valid UTF-8 text: some of its bytes stand for no character.")
-        ids = self.tokenizer.encode(prompt)
+        opening = [token for token in self.tokenizer.opening if token < self.config.vocab_size]
+        ids = np.array([*opening, *self.tokenizer.encode(prompt)], np.int32)
         if not len(ids) and self.tokenizer.end_of_text >= self.config.vocab_size:
             raise UserError("This model knows no end of text to begin a document after: give a prompt.")
         context = ids if len(ids) else np.array([self.tokenizer.end_of_text])
         tokens = generate_tokens(self.engine, context, sampling, max_tokens, seed)
-        return Completion(tokens, self.tokenizer, ids)
+        return Completion(tokens, self.tokenizer, ids, self.ends)
 
     def generate(self, prompt: str, max_tokens: int = 200, **settings: float) -> str:
         """The text that `complete` yields, whole; takes the same settings."""
@@ -140,4 +152,4 @@ def language_model(model: Model, backend: str, device: str | None, dtype: str | 
     target = backends.find_device(engines, device)
     compute = backends.find_dtype(target, dtype or "float32")
     engine = engines.DecodeEngine(model.config, model.stored(), target, compute)
-    return LanguageModel(model.config, model.tokenizer(), engine)
+    return LanguageModel(model.config, model.tokenizer(), engine, end_ids(model.folder))

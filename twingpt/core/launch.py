@@ -190,6 +190,9 @@ def adapted(config: GPTConfig, options: Options) -> GPTConfig:
     """
     for key in SIZE_KEYS & options.keys():
         raise UserError(f"--{key} can't be given with --init-from: the model has its own.")
+    for key in ("tokenizer", "vocab_size"):  # a run's config.toml has them as they are when nobody asks
+        if options.get(key, getattr(TrainConfig, key)) != getattr(TrainConfig, key):
+            raise UserError(f"--{key.replace('_', '-')} can't be given with --init-from: the model has its own.")
     own = config.to_dict()
     for key, value in options.items():
         fixed = key in MODEL_FIELDS and key not in ("dropout", "block_size")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -63,21 +65,46 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends, and is removed if it fails.
 
-    A folder that was at `path` is replaced. The caller syncs the files it writes.
+    A folder that was at `path` is replaced. The caller syncs the files it writes. It is locked until then, and
+    what processes that were killed left of theirs for `path` is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        temporary.chmod(0o755)  # mkdtemp's 0o700 would follow the folder around
-        yield temporary
-        sync_folder(temporary)
-        if path.exists():
-            old = temporary.with_suffix(".old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-        sync_folder(path.parent)
+        with _locked(temporary):
+            temporary.chmod(0o755)  # mkdtemp's 0o700 would follow the folder around
+            yield temporary
+            sync_folder(temporary)
+            if path.exists():
+                old = temporary.with_suffix(".old")
+                path.rename(old)
+                temporary.rename(path)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(path)
+            sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary folders for `path` that nobody writes to any more."""
+    name = glob.escape(path.name)
+    for leftover in [*path.parent.glob(f".{name}.*.tmp"), *path.parent.glob(f".{name}.*.old")]:
+        with suppress(OSError), _locked(leftover) as free:
+            if free:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder, and say whether that went: not where somebody has it, or where the file system has no locks."""
+    descriptor, locked = os.open(folder, os.O_RDONLY), False
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        yield locked
+    finally:
+        os.close(descriptor)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
+from twingpt.core.reading import inside, read_json, short
+
+GENERATION = "generation_config.json"
 
 # What may differ between models of the qwen3 and llama shapes; everything else is as GPTConfig has it.
 _FREE = {
@@ -82,3 +87,31 @@ def _portable_rope_scaling(config: GPTConfig) -> dict[str, Any] | None:
             if scaling.factor > 1:  # the same for mlx-lm, which reads no attention_factor
                 fields["mscale"] = (scaling.attention_factor - 1) / (0.1 * math.log(scaling.factor))
     return fields
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """What a model's folder says of generation: generation_config.json, and for the ids it leaves out, config.json.
+
+    Nothing for what is no folder, or has neither file; UserError where one of them can't be read.
+    """
+    config, own = (_object(folder, name) for name in ("config.json", GENERATION))
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    return ids | {key: value for key, value in own.items() if value is not None}
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / name).is_file():
+        return {}
+    content = read_json(inside(folder, name))
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / name} is not a JSON object.")
+    return content
+
+
+def end_ids(folder: Path) -> list[int]:
+    """The ids that end a model's text by its settings for generation; UserError where they are none."""
+    ids = generation_settings(folder).get("eos_token_id")
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int for token in listed):
+        raise UserError(f"eos_token_id in {folder} must be a token's id or a list of them, and is {short(ids)}.")
+    return listed

@@ -37,7 +37,7 @@ class Quantization:
         """Raise UserError for what MLX's layout is not read with here."""
         for name, allowed in (("bits", BITS), ("group_size", GROUP_SIZES)):
             if type(getattr(self, name)) is not int or getattr(self, name) not in allowed:
-                choices = " or ".join(map(str, allowed))
+                choices = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}"
                 raise UserError(
                     f"Quantization with {name} {short(getattr(self, name))} is not known: choose {choices}."
                 )

@@ -14,6 +14,7 @@ from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
+from twingpt.core.portable import GENERATION, generation_settings
 from twingpt.core.quantize import Quantization
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights import gguf, mlx_lm, torch_state
@@ -26,7 +27,6 @@ Progress = Callable[[int], None]
 
 TARGETS = ("twingpt", "hf", "mlx", "torch", "gguf")
 QUANTIZED = ("twingpt", "mlx")
-GENERATION = "generation_config.json"
 
 
 def convert(
@@ -47,26 +47,30 @@ def convert(
     to = to or ("hf" if found.format == "twingpt" and not quantization else "twingpt")
     if to not in TARGETS:
         raise unknown_choice("format", to, TARGETS)
-    if quantization and to not in QUANTIZED:
-        raise UserError(f"--q-bits is for --to {' or '.join(QUANTIZED)}: {to} has no such matrices.")
     if to == "mlx":
         mlx_lm.check(model.config)
+    if quantization:
+        _check_quantization(quantization, model.config, to)
     folder = expand(folder)
     check_place(folder, model.folder, force)
-    tensors, tokenizer = _told(model.parameters(), progress), _tokenizer(model)
-    texts = {**_settings(model), "README.md": card(found, to, quantization)}
+    place = folder.resolve() if folder.is_symlink() else folder  # the link stays
+    tokenizer, stored = _tokenizer(model), _keeps_bits(model, to, quantization)
+    quantization = model.quantization if stored else quantization
+    tensors = _told(model.stored() if stored else model.parameters(), progress, quantization if stored else None)
+    settings = generation_settings(model.folder)
+    texts = _settings_text(model, settings) | {"README.md": card(found, to, quantization)}
     kept: dict[str, str] = {}
     try:
         if to == "torch":
-            torch_state.write(folder, model.config, tensors, tokenizer)
+            torch_state.write(place, model.config, tensors, tokenizer, texts)
         elif to == "gguf":
-            gguf.write(folder, model.config, tensors, _needed(tokenizer, model), found.model.folder.name)
+            gguf.write(place, model.config, tensors, _needed(tokenizer, model), found.model.folder.name)
         elif to == "twingpt":
-            _write_ours(folder, model, tensors, tokenizer, quantization, texts)
-            stored = quantization or model.quantization
-            kept = stored.kept(model.config) if stored else {}
+            save_model(place, model.config, tokenizer, tensors, quantization, texts, stored)
+            kept = quantization.kept(model.config) if quantization else {}
         else:
-            kept = _write_theirs(folder, model.config, tensors, tokenizer, quantization, texts)
+            ids = _ids(settings, tokenizer)
+            kept = _write_theirs(place, model.config, tensors, tokenizer, quantization, texts, ids, stored)
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror or error}.") from error
     family = family_for(model.config)
@@ -76,6 +80,7 @@ def convert(
         "family": family.model_type if family and to != "twingpt" else found.family,
         "parameters": parameter_count(model.config),
         "bytes": _size(folder),
+        "quantization": quantization.to_json() if quantization else None,
         "unquantized": kept,
         "source": str(model.folder),
         "target": str(folder),
@@ -86,19 +91,48 @@ def check_place(folder: Path, source: Path, force: bool) -> None:
     """Raise UserError where nothing may be written at `folder`: there is something else, or the source itself."""
     if folder.resolve() == source.resolve() or folder.resolve() in source.resolve().parents:
         raise UserError(f"{folder} holds the model that is to be converted: choose another place.")
+    if source.resolve() in folder.resolve().parents:  # a checkpoint of ours would no longer be what its manifest says
+        raise UserError(f"{folder} is within the model that is to be converted: choose another place.")
     if not folder.exists() and not folder.is_symlink():
         return
-    is_model = (folder / "config.json").is_file() if folder.is_dir() else folder.suffix == ".gguf"
-    if not is_model:
+    if not (_is_model(folder) if folder.is_dir() else folder.suffix == ".gguf"):
         raise UserError(f"{folder} exists and is no model: choose another place.")
     if not force:
         raise UserError(f"{folder} exists already: choose another place, or replace it with --force.")
 
 
-def _told(tensors: Iterable[tuple[str, Array]], progress: Progress) -> Iterator[tuple[str, Array]]:
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a model's: projects of all kinds have a config.json too."""
+    tensors = (file for pattern in ("*.safetensors", "*.pt", "*.bin") for file in folder.glob(pattern))
+    return (folder / "config.json").is_file() and any(file.is_file() for file in tensors)
+
+
+def _check_quantization(quantization: Quantization, config: GPTConfig, to: str) -> None:
+    """Raise UserError where a format has no quantized matrices, or the model none that can be."""
+    if to not in QUANTIZED:
+        raise UserError(f"--q-bits is for --to {' or '.join(QUANTIZED)}: {to} has no such matrices.")
+    if not quantization.matrices(config):
+        size = quantization.group_size
+        raise UserError(f"No matrix of the model can be quantized: no width is a multiple of --q-group-size {size}.")
+
+
+def _keeps_bits(model: Model, to: str, quantization: Quantization | None) -> bool:
+    """Whether a quantized model passes as it is stored, since it is to stay as it is: again would be a bit worse."""
+    if model.quantization is None or to not in QUANTIZED or quantization not in (None, model.quantization):
+        return False
+    return to == "twingpt" or not _family(model.config).transposed
+
+
+def _told(
+    tensors: Iterable[tuple[str, Array]], progress: Progress, quantization: Quantization | None
+) -> Iterator[tuple[str, Array]]:
+    """The tensors; `progress` is told the bytes of each in float32."""
     for name, array in tensors:
         yield name, array
-        progress(array.nbytes)
+        if array.dtype == np.uint32 and quantization:
+            progress(array.nbytes * 32 // quantization.bits)
+        elif not name.endswith((".scales", ".biases")):
+            progress(array.nbytes)
 
 
 def _tokenizer(model: Model) -> Tokenizer | None:
@@ -117,31 +151,18 @@ def _needed(tokenizer: Tokenizer | None, model: Model) -> Tokenizer:
     return tokenizer
 
 
-def _settings(model: Model) -> dict[str, str]:
-    """The settings for generation that lie beside the model."""
+def _settings_text(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:
+    """generation_config.json as it lies beside the model; or what the model's config.json says, which had it once."""
     path = model.folder / GENERATION
-    if not path.is_file():
-        return {}
-    try:
-        text = path.read_text("utf-8")
-        json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read: {error}.") from None
-    return {GENERATION: text}
+    if path.is_file():
+        return {GENERATION: path.read_text("utf-8")}
+    return {GENERATION: json.dumps(settings, indent=2)} if settings else {}
 
 
-def _write_ours(
-    folder: Path,
-    model: Model,
-    tensors: Iterable[tuple[str, Array]],
-    tokenizer: Tokenizer | None,
-    quantization: Quantization | None,
-    texts: Mapping[str, str],
-) -> None:
-    if quantization is None and model.quantization:  # its very bits
-        save_model(folder, model.config, tokenizer, model.stored(), model.quantization, texts, quantized=True)
-    else:
-        save_model(folder, model.config, tokenizer, tensors, quantization, texts)
+def _ids(settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """bos_token_id and eos_token_id for config.json: those of the settings, else the tokenizer's end of text."""
+    end = tokenizer.end_of_text if tokenizer else None
+    return {key: settings.get(key, end) for key in ("bos_token_id", "eos_token_id")}
 
 
 def _write_theirs(
@@ -151,18 +172,19 @@ def _write_theirs(
     tokenizer: Tokenizer | None,
     quantization: Quantization | None,
     texts: Mapping[str, str],
+    ids: Mapping[str, Any],
+    stored: bool,
 ) -> dict[str, str]:
     """A directory under Hugging Face's names; the matrices that a quantized one keeps in float32, and why."""
     family = _family(config)
     beside = {name: text for name, text in model_texts(config, tokenizer, None).items() if name != "config.json"}
     beside |= texts
-    end_of_text = tokenizer.end_of_text if tokenizer else None
     if quantization is None:
-        write(folder, config, tensors, end_of_text, beside)
+        write(folder, config, tensors, ids, beside)
         return {}
-    content = family.content(config) | {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    content = {**family.content(config), **ids}
     arrays = joined(tensors, family, family.layout(config), config)
-    return mlx_lm.write_quantized(folder, config, family, content, arrays, quantization, beside)
+    return mlx_lm.write_quantized(folder, config, family, content, arrays, quantization, beside, stored)
 
 
 def _family(config: GPTConfig) -> Family:

@@ -28,7 +28,10 @@ from twingpt.weights.huggingface import is_huggingface, open_huggingface
 Array = np.ndarray
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "model_*.pt", "meta_*.json"]
+HUB_FILES = [
+    "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+    "chat_template.jinja", "model_*.pt", "meta_*.json",
+]  # fmt: skip
 
 # What other trainers save: the module that reads it, how it is known, its name and its family, or None for ours.
 OTHERS = (
@@ -91,8 +94,21 @@ def open_model(name: str | Path) -> Found:
     if is_huggingface(path):
         found = open_huggingface(path)
         return Found("huggingface", found.family, found)
+    if path.exists() and not any((path / mark).exists() for mark in ("run.json", "config.json", "manifest.json")):
+        raise UserError(_no_model(path))
     checkpoint = open_checkpoint(name)
     return Found("twingpt", model_type(checkpoint.config), checkpoint)
+
+
+def _no_model(path: Path) -> str:
+    """Why something that is there is no model."""
+    if path.is_dir():
+        return f"{path} holds no model that is known: it has no config.json, and isn't a run."
+    if path.suffix == ".gguf":
+        return f"{path} can't be read: GGUF files are only written. Give the model that it was made from."
+    if path.suffix == ".safetensors":
+        return f"{path} has tensors alone: give the folder that has it and its config.json."
+    return f"{path} is no model that is known: give a run, a model's folder, or a checkpoint of nanoGPT or nanochat."
 
 
 def _is_hub_id(name: str) -> bool:

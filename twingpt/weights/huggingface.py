@@ -86,9 +86,7 @@ class HuggingFaceModel:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in tokenizer.json."""
-        if not (self.folder / "tokenizer.json").exists():
-            raise UserError(f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text.")
-        return load_tokenizer(self.folder)
+        return tokenizer_of(self.folder)
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter."""
@@ -103,6 +101,13 @@ def open_huggingface(path: str | Path) -> HuggingFaceModel:
     """Open a Hugging Face directory; UserError for one that can't be read as a model of ours."""
     folder = expand(path)
     return HuggingFaceModel(folder, read_config(folder), family_of(read_json(folder, "config.json")).model_type)
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer in a directory's tokenizer.json."""
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokenizer.json: the model can be converted, but takes no text.")
+    return load_tokenizer(folder)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -189,13 +194,14 @@ def write(
     folder: Path,
     config: GPTConfig,
     parameters: Iterable[tuple[str, Array]],
-    end_of_text: int | None = None,
+    ids: Mapping[str, Any] = MappingProxyType({}),
     texts: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Write a model as a Hugging Face directory, atomically, holding one tensor at a time; the family's name.
 
-    `parameters` come in the order of the parameter table; `texts` are further files, by name. What was at
-    `folder` is replaced. Raises UserError where no family in transformers computes this model.
+    `parameters` come in the order of the parameter table; `ids` are bos_token_id and eos_token_id for
+    config.json, `texts` further files, by name. What was at `folder` is replaced. Raises UserError where no
+    family in transformers computes this model.
     """
     family = family_for(config)
     if family is None:
@@ -204,7 +210,7 @@ def write(
         )
     table, layout = parameter_table(config), family.layout(config)
     shapes = {name: family.shape(name, [table[ours].shape for ours in parts]) for name, parts in layout.items()}
-    content = family.content(config) | {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    content = {**family.content(config), "bos_token_id": None, "eos_token_id": None, **ids}
     try:
         with new_folder(folder) as temporary:
             write_model(temporary, shapes, joined(parameters, family, layout, config))
@@ -219,12 +225,17 @@ def write(
 def joined(
     parameters: Iterable[tuple[str, Array]], family: Family, layout: Layout, config: GPTConfig
 ) -> Iterator[tuple[str, Array]]:
-    """Our parameters, in the order of the parameter table -> theirs, in the order of the family's layout."""
+    """Our parameters, in the order of the parameter table -> theirs, in the order of the family's layout.
+
+    Quantized matrices may come as they are stored, as words, scales and biases, but for a `transposed` family.
+    """
     homes = {ours: theirs for theirs, parts in layout.items() for ours in parts}
     waiting: dict[str, list[Array]] = {}
     for ours, array in parameters:
-        theirs = homes[ours]
-        parts = waiting.setdefault(theirs, [])
+        site, kind = ours.rsplit(".", 1)
+        theirs = homes.get(ours) or homes[f"{site}.weight"]  # of scales and biases
+        name = f"{theirs.rsplit('.', 1)[0]}.{kind}"
+        parts = waiting.setdefault(name, [])
         parts.append(array)
         if len(parts) == len(layout[theirs]):
-            yield theirs, family.joined(waiting.pop(theirs), theirs, config)
+            yield name, family.joined(waiting.pop(name), name, config)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from twingpt.core.paths import expand, new_folder, write_synced
 from twingpt.core.quantize import Quantization, dequantize, from_config, quantize
 from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.weights.families import Family, family_for, family_of, window_pattern
-from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files, tensors
+from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files, tensors, tokenizer_of
 
 Array = np.ndarray
 
@@ -87,51 +87,53 @@ class MLXModel:
         """Its `model_type`."""
         return self.layout.model_type
 
-    @property
+    @cached_property
     def quantization(self) -> Quantization | None:
         """As in the file, where its matrices are ours one by one and those that we would quantize; else None."""
         if self.source is None or any(len(parts) > 1 for parts in self.layout.layout(self.config).values()):
             return None
-        theirs = {self._ours(file, name) for file in self._files() for name in file.parts}
-        return self.source if theirs == set(self.source.matrices(self.config)) else None
+        return self.source if self._homes.keys() == set(self.source.matrices(self.config)) else None
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in tokenizer.json."""
-        if not (self.folder / "tokenizer.json").exists():
-            raise UserError(f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text.")
-        return load_tokenizer(self.folder)
+        return tokenizer_of(self.folder)
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter, dequantized where need be."""
-        files = self._files() if self.source else tensor_files(self.folder)
-        return tensors(self.folder, self.config, self.layout, files)
+        return tensors(self.folder, self.config, self.layout, self._files)
 
     def stored(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) of every tensor as `quantization` says; a quantized matrix keeps its very bits."""
         if self.quantization is None:
             yield from self.parameters()
             return
-        homes = {self._ours(file, name): (file, name) for file in self._files() for name in file.parts}
         for name, array in self.parameters():
             base = name.removesuffix(".weight")
-            if base not in homes or base == name:
+            if base not in self._homes or base == name:
                 yield name, array
                 continue
-            file, theirs = homes[base]
+            file, theirs = self._homes[base]
             yield from zip((name, f"{base}.scales", f"{base}.biases"), file.words(theirs), strict=True)
 
-    def _files(self) -> list[DequantizedFile]:
-        if self.source is None:
-            return []
-        return [DequantizedFile(file.path, self.source) for file in tensor_files(self.folder)]
+    @cached_property
+    def _files(self) -> Sequence[TensorFile]:
+        files = tensor_files(self.folder)
+        return files if self.source is None else [DequantizedFile(file.path, self.source) for file in files]
 
-    def _ours(self, file: DequantizedFile, name: str) -> str:
-        """Our name, without `.weight`, of a quantized matrix."""
+    @cached_property
+    def _homes(self) -> dict[str, tuple[DequantizedFile, str]]:
+        """Our name, without `.weight`, of every quantized matrix -> its file, and its name there."""
         layout = self.layout.layout(self.config)
-        canonical = self.layout.canonical(name, layout)
-        if canonical not in layout:
-            raise UserError(f"{file.path} has a tensor {name}, which this model has not.")
-        return layout[canonical][0].removesuffix(".weight")
+        homes: dict[str, tuple[DequantizedFile, str]] = {}
+        for file in self._files:
+            if not isinstance(file, DequantizedFile):
+                continue
+            for name in file.parts:
+                canonical = self.layout.canonical(name, layout)
+                if canonical not in layout:
+                    raise UserError(f"{file.path} has a tensor {name}, which this model has not.")
+                homes[layout[canonical][0].removesuffix(".weight")] = file, name
+        return homes
 
 
 def is_mlx_lm(path: str | Path) -> bool:
@@ -211,12 +213,14 @@ def write_quantized(
     arrays: Iterable[tuple[str, Array]],
     quantization: Quantization,
     texts: Mapping[str, str],
+    quantized: bool = False,
 ) -> dict[str, str]:
     """Write a quantized directory for mlx-lm, atomically; the matrices that stayed in float32, and why.
 
     `content` is its config.json, `arrays` are the tensors under the family's names, in the order of its
-    layout; `texts` are further files, by name. Raises UserError for a family whose files mlx-lm turns
-    around when it loads them, which it can't do to a quantized matrix; OSError where it can't be written.
+    layout, with `quantized` as they are stored; `texts` are further files, by name. Raises UserError for a
+    family whose files mlx-lm turns around when it loads them, which it can't do to a quantized matrix; OSError
+    where it can't be written.
     """
     if family.transposed:
         raise UserError(f"mlx-lm transposes the matrices of {family.model_type} when it loads them, and can't those "
@@ -241,7 +245,7 @@ def write_quantized(
 
     def stored() -> Iterator[tuple[str, Array]]:
         for name, array in arrays:
-            if name not in chosen:
+            if quantized or name not in chosen:
                 yield name, array
                 continue
             base = name.removesuffix(".weight")

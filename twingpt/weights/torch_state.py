@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -27,22 +28,28 @@ def is_torch_state(path: Path) -> bool:
 
 
 def write(
-    folder: Path, config: GPTConfig, tensors: Iterable[tuple[str, Array]], tokenizer: Tokenizer | None = None
+    folder: Path,
+    config: GPTConfig,
+    tensors: Iterable[tuple[str, Array]],
+    tokenizer: Tokenizer | None = None,
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write model.pt, config.json and the tokenizer's files, in one atomic step, holding one tensor at a time.
 
-    `tensors` are float32 parameters in the order of the parameter table, whose names they keep. A folder
-    that is there is replaced. Raises UserError where it can't be written.
+    `tensors` are float32 parameters in the order of the parameter table, whose names they keep; `texts` are
+    further files, by name. A folder that is there is replaced. Raises UserError where it can't be written.
     """
     torch = torch_files(folder / FILE)
     shapes = {name: row.shape for name, row in parameter_table(config).items()}
     try:
         with new_folder(folder) as temporary:
             torch.write_state_dict(temporary / FILE, shapes, tensors)
-            for name, text in model_texts(config, tokenizer, None).items():
+            for name, text in {**model_texts(config, tokenizer, None), **texts}.items():
                 write_synced(temporary / name, text.encode())
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}.") from error
+    except RuntimeError as error:  # of torch.save, which knows no more
+        raise UserError(f"{folder} can't be written: torch could not make {FILE}; is the disk full?") from error
 
 
 def read_config(folder: Path) -> GPTConfig:

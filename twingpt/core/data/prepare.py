@@ -220,7 +220,7 @@ def _write(
 
 @contextmanager
 def _new_folder(folder: Path, alone: bool) -> Iterator[Path]:
-    """`paths.new_folder`, held by a lock that says that its process lives; what dead ones left is removed before."""
+    """`paths.new_folder`, whose lock says that its process lives; what dead ones left for any data set is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with _lock(folder.parent):
@@ -228,7 +228,6 @@ def _new_folder(folder: Path, alone: bool) -> Iterator[Path]:
             if alone and any(re.fullmatch(rf"\.{re.escape(folder.name)}\.\w+\.tmp", other.name) for other in others):
                 raise UserError(f"{folder.name} is being prepared by another process: wait for it, or stop that.")
             temporary = stack.enter_context(paths.new_folder(folder))
-            stack.enter_context(_lock(temporary))
         yield temporary
 
 

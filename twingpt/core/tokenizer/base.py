@@ -65,6 +65,11 @@ class Tokenizer(ABC):
         return alternatives(self.specials)
 
     @property
+    def opening(self) -> tuple[int, ...]:
+        """What the scheme puts before a text that a model is to go on from, such as BOS; before data it is not put."""
+        return ()
+
+    @property
     def vocab_size(self) -> int:
         """The number of ids, special tokens included."""
         return len(self.pieces)

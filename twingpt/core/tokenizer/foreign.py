@@ -118,6 +118,14 @@ class ForeignTokenizer(Tokenizer):
         library.encode_special_tokens = False
         return library
 
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """What tokenizer.json puts before a text."""
+        with refusing("The tokenizer has no ids for any text"):
+            plain, whole = (self._with_specials.encode("a", add_special_tokens=around).ids for around in (False, True))
+        starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+        return tuple(whole[: starts[0]]) if plain and starts else ()
+
     @property
     def through_tiktoken(self) -> bool:
         """Whether tiktoken encodes, and not the slower `tokenizers`."""

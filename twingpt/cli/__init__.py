@@ -1,0 +1,52 @@
+"""The `gpt` command: parse, call, print. What a command needs is imported when it runs.
+
+`gpt X` is in X.py. These modules do without `from __future__ import annotations`: typer would
+evaluate those of every command, as text, at each start.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import typer
+
+from twingpt.cli import baseline, bench, convert, data, doctor, generate, parity, plot, runs, tokenize, train
+from twingpt.core.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train and run small GPTs, the same in MLX and in PyTorch.",
+    epilog="--debug, anywhere, shows the traceback of an error.",
+)
+for command in (train, generate, convert, plot, baseline, parity, doctor, runs, data, bench, tokenize):
+    app.add_typer(command.app)  # in the order of gpt --help
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one line on stderr and exit code 2."""
+    debug = "--debug" in sys.argv[1:]
+    sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows what it can
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except (UserError, OSError, MemoryError) as error:
+        if debug:
+            raise
+        print(f"gpt: {_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'while writing or reading'}."
+    if isinstance(error, MemoryError):
+        return f"There is not enough memory: a smaller model, --batch-size or --block-size needs less. {error}".strip()
+    return str(error)

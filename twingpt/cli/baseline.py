@@ -1,0 +1,84 @@
+"""gpt baseline: what n-grams reach."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from twingpt.cli.options import Json
+from twingpt.cli.output import make_console, print_json
+from twingpt.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt baseline python-docs                        n-grams of 1 to 5 tokens\n\n"
+    "gpt baseline novel.txt --tokenizer char --n 5   on characters\n\n"
+    "gpt baseline runs/novel --n 2,3 --sample 400    on the data of a run, with a longer text\n"
+)
+def baseline(
+    name: Annotated[str, typer.Argument(metavar="DATA|RUN", help="What gpt train --data takes, or a run: its data.")],
+    n: Annotated[str, typer.Option("--n", help="Tokens of a gram: 3, 1..5 or 1,3.")] = "1..5",
+    sample: Annotated[int, typer.Option(help="Tokens of a text that the n-gram writes; 0 is none.")] = 200,
+    tokenizer: Annotated[str | None, typer.Option(help="As of gpt train. (default: bpe)")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="As of gpt train. (default: 2048)")] = None,
+    seed: Annotated[int, typer.Option(help="Of the text.")] = 1337,
+    json_: Json = False,
+) -> None:
+    """Measure what n-grams reach on held-out text by counting alone (modified Kneser-Ney), for a model to beat.
+
+    gpt train shows the best of them beside the model's loss.
+    """
+    from twingpt.core import baseline as baselines
+    from twingpt.core.launch import data_of
+
+    orders = baselines.parse_orders(n)
+    if sample < 0:
+        raise UserError(f"--sample must be at least 0, and is {sample}.")
+    data, targets = data_of(name, tokenizer, vocab_size)
+    rows, model = baselines.measure(data, orders, targets)
+    result = [{**dataclasses.asdict(row), "perplexity": row.perplexity} for row in rows]
+    if json_:
+        texts = baselines.samples(data, model, orders, sample, seed)
+        for entry, text in zip(result, texts, strict=True):
+            entry["sample"] = text if sample else None
+        print_json({"data": data.manifest["name"], "folder": str(data.folder), "rows": result})
+        return
+    _print_baselines(make_console(), data.manifest, result)
+    if sample:
+        best = baselines.best(rows).n
+        _print_sample(make_console(), best, baselines.samples(data, model, [best], sample, seed)[0])
+
+
+def _print_baselines(console: "Console", manifest: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    used, of = rows[0]["tokens"], manifest["splits"]["train"]["tokens"]
+    counted = f"{used:,} training tokens" if used == of else f"the first {used:,} of {of:,} training tokens"
+    console.print(
+        f"{escape(manifest['name'])}: {counted} counted, {rows[0]['targets']:,} held-out tokens predicted, "
+        f"vocabulary {manifest['vocab_size']:,}"
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("n", "nats per token", "bits per byte", "perplexity", "seconds"):
+        table.add_column(title, justify="right")
+    least = min(row["val_loss"] for row in rows)
+    for row in rows:
+        figures = (f"{row['val_loss']:.4f}", f"{row['bits_per_byte']:.4f}", f"{row['perplexity']:,.2f}")
+        style = "bold green" if row["val_loss"] == least and len(rows) > 1 else None
+        table.add_row(str(row["n"]), *figures, f"{row['seconds']:.2f}", style=style)
+    console.print(table)
+
+
+def _print_sample(console: "Console", n: int, text: str) -> None:
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    console.print(Panel(escape(text), title=f"what the {n}-gram writes", border_style="dim"))

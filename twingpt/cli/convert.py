@@ -1,0 +1,141 @@
+"""gpt convert: models between formats, and what a model is."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from twingpt.cli.options import Backend, Device, Json
+from twingpt.cli.output import make_console, print_json
+from twingpt.core.errors import UserError
+
+if TYPE_CHECKING:
+    from twingpt.core.config import GPTConfig
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt convert runs/novel novel-hf\n\n"
+    "gpt convert runs/novel@best novel-4bit --q-bits 4\n\n"
+    "gpt convert path/to/Llama-3.2-1B llama --q-bits 4 --data tinystories\n\n"
+    "gpt convert nanoGPT/out/ckpt.pt shakespeare\n\n"
+    "gpt convert runs/novel novel.gguf --to gguf\n\n"
+    "gpt convert path/to/Qwen3-0.6B --inspect\n"
+)
+def convert(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A run or checkpoint; a Hugging Face or mlx-lm folder; a ckpt.pt of nanoGPT; org/name on the hub.",
+        ),
+    ],
+    folder: Annotated[Path | None, typer.Argument(metavar="DST", help="Where the result goes.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="twingpt, hf, mlx, torch or gguf. (default: hf from twingpt, and twingpt from others)"),
+    ] = None,
+    q_bits: Annotated[int | None, typer.Option(help="Quantize the matrices to 4 or 8 bits.")] = None,
+    q_group_size: Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64 or 128.")] = 64,
+    data: Annotated[
+        str | None, typer.Option(help="With --q-bits: measure the held-out loss before and after on these data.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that is at DST.")] = False,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Print what SRC is, and write nothing.")] = False,
+    backend: Backend = "auto",
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Convert a model between TwinGPT, Hugging Face, mlx-lm, PyTorch and GGUF, or quantize it."""
+    from twingpt.weights import convert as conversion
+    from twingpt.weights.formats import describe, open_model
+
+    found = open_model(model)
+    if inspect:
+        _print_model(describe(found), json_)
+        return
+    if folder is None:
+        raise UserError("Where should the result go? gpt convert SRC DST, or --inspect to see what SRC is.")
+    if data and not q_bits:
+        raise UserError("--data measures what quantization costs: give --q-bits too.")
+    from twingpt.core.quantize import Quantization
+
+    quantization = Quantization(q_bits, q_group_size) if q_bits is not None else None
+    with _conversion_bar(found.model.config, json_) as progress:
+        result = conversion.convert(found, folder, to, quantization, force, progress)
+    if data:
+        from twingpt.core.evaluate import held_out_losses
+
+        result |= held_out_losses(found.model, open_model(folder).model, data, backend, device)
+    if json_:
+        print_json(result)
+    else:
+        _print_conversion(result)
+
+
+@contextmanager
+def _conversion_bar(config: "GPTConfig", quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr, where that is a terminal and nobody wants JSON."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from twingpt.core.parameters import parameter_count
+
+    console = Console(stderr=True)
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=4 * parameter_count(config))
+        yield lambda size: bar.advance(task, size)
+
+
+def _print_conversion(result: dict[str, Any]) -> None:
+    from twingpt.core.console import human_bytes, human_count
+
+    print(
+        f"{result['target']}: {result['family']} as {result['target_format']}, "
+        f"{human_count(result['parameters'])} parameters, {human_bytes(result['bytes'])}"
+    )
+    if result["unquantized"]:
+        print(f"In float32 as before: {'; '.join(f'{name} ({why})' for name, why in result['unquantized'].items())}")
+    if "val_loss" in result:
+        change = result["val_loss_quantized"] - result["val_loss"]
+        print(f"Held-out loss: {result['val_loss']:.4f} -> {result['val_loss_quantized']:.4f} ({change:+.4f})")
+
+
+def _print_model(description: dict[str, Any], as_json: bool) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from twingpt.core.console import human_count
+
+    if as_json:
+        print_json(description)
+        return
+    console, config = make_console(), description["config"]
+    dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in description["dtypes"].items())
+    facts = {
+        "format": description["source_format"],
+        "family": description["family"],
+        "parameters": f"{human_count(description['parameters'])} ({description['parameters']:,})",
+        "tensors": dtypes,
+        "shape": f"{config['n_layer']} layers, {config['n_head']} heads ({config['n_kv_head']} for keys and values) of "
+        f"{config['head_dim']}, {config['n_embd']} wide, MLP {config['n_inner']} ({config['mlp']})",
+        "context": f"{config['block_size']:,} tokens",
+        "vocabulary": f"{config['vocab_size']:,}",
+        "tokenizer": description["tokenizer"] or "none",
+    }
+    if description["quantization"]:
+        facts["quantized"] = "{bits} bits in groups of {group_size}".format(**description["quantization"])
+    for name, value in facts.items():
+        console.print(f"[dim]{name:<12}[/]{value}", soft_wrap=True)
+    table = Table("tensor", "shape", box=box.SIMPLE_HEAD)
+    for name, shape in description["tensors"].items():
+        if ".layers." not in name or ".layers.0." in name:
+            table.add_row(name, " × ".join(map(str, shape)))
+    console.print(table)
+    if config["n_layer"] > 1:
+        console.print(f"… and so for layers 1 to {config['n_layer'] - 1}")

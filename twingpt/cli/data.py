@@ -1,0 +1,156 @@
+"""gpt data: prepare data sets; list, describe, verify and remove them."""
+
+import contextlib
+import dataclasses
+import shlex
+from typing import Annotated
+
+import typer
+
+from twingpt.cli.options import TOKENIZERS, Json, Yes
+from twingpt.cli.output import ask_to_remove, make_console, print_json
+
+app = typer.Typer(
+    name="data",
+    no_args_is_help=True,
+    help="Prepare text for training; list, describe, verify and remove it.",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt data prepare notes/ --name notes       a folder of text, to token ids\n\n"
+    "gpt train --data notes                     train on it\n\n"
+    "gpt data list                              what is prepared, and how large it is\n\n"
+    "gpt data sources                           what --data knows by name\n",
+)
+
+DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data set: gpt data list shows them.")]
+
+
+@app.command(
+    "prepare",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt data prepare novel.txt --name novel\n\n"
+    "gpt data prepare notes/ 'more/**/*.md' --tokenizer char --name notes\n\n"
+    "gpt data prepare dump.jsonl.zst --field body --tokenizer gpt2 --name dump\n\n"
+    "zcat books.gz | gpt data prepare - --errors replace --name books\n\n"
+    "gpt data prepare roneneldan/TinyStories --name stories     with pip install 'twingpt\\[hf]'\n\n"
+    "Files are .txt, .md, .rst and .jsonl, also as .gz or .zst, .parquet, and what save_to_disk of datasets wrote.\n",
+)
+def prepare_data(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE…", help="Files, folders, globs, - for stdin, a hub's org/name[:config]."),
+    ],
+    name: Annotated[str, typer.Option(help="What --data of gpt train will call it.")],
+    tokenizer: Annotated[str, typer.Option(help=TOKENIZERS)] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="Ids of a BPE that is trained on the data.")] = 2048,
+    field: Annotated[str, typer.Option(help="What has the text in JSON lines and tables.")] = "text",
+    errors: Annotated[str, typer.Option(help="What is not UTF-8: strict stops, replace takes U+FFFD.")] = "strict",
+    licence: Annotated[str | None, typer.Option(help="Noted of sources that have no licence of their own.")] = None,
+    json_: Json = False,
+) -> None:
+    """Tokenize text of any size on all cores, and keep it under a name.
+
+    A document is a file of text, a line of JSON, or a row of a table. A tenth of them is held out, by
+    hash; of few documents the last tenth of each. For --data a NAME goes before a file or folder
+    of that name, which ./NAME names.
+    """
+    import time
+
+    from rich.console import Console
+
+    from twingpt.core.data import console as show
+    from twingpt.core.data import library
+    from twingpt.core.data.prepare import How, Progress, Reading, prepare_named
+    from twingpt.core.data.workers import PeakMemory
+
+    how, reading = How.of(tokenizer, vocab_size), Reading(field, errors, licence)
+    bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
+    start, memory = time.perf_counter(), PeakMemory()
+    with memory.watch(), bar as progress:
+        row = library.describe(prepare_named(sources, name, how, reading, progress))
+    seconds = time.perf_counter() - start
+    names = ("name", "path", "documents", "bytes", "tokens", "val_tokens")
+    result = {key: getattr(row, key) for key in names} | {"seconds": seconds, "peak_rss_bytes": memory.bytes}
+    if json_:
+        print_json(result)
+    else:
+        show.print_prepared(make_console(), result, shlex.quote(name))
+
+
+@app.command("list", epilog="[bold]Examples[/]\n\ngpt data list\n\ngpt data list --json | jq '.data_sets[].name'\n")
+def list_data(json_: Json = False) -> None:
+    """List the prepared data sets: by name, and those that gpt train made of its --data."""
+    from twingpt.core.data import library
+
+    rows = library.find_all()
+    if json_:
+        print_json({"data_sets": [dataclasses.asdict(row) for row in rows]})
+    elif rows:
+        from twingpt.core.data.console import print_list
+
+        print_list(make_console(), rows)
+    else:
+        print("No data set is prepared yet: gpt data prepare does it.")
+
+
+@app.command(epilog="[bold]Examples[/]\n\ngpt data info novel\n\ngpt data info novel --json\n")
+def info(name: DataName, json_: Json = False) -> None:
+    """Show a data set: size, tokens, sources, how long its documents are, and some of them."""
+    from twingpt.core.data import library
+
+    facts = library.info(name)
+    if json_:
+        print_json(facts)
+    else:
+        from twingpt.core.data.console import print_info
+
+        print_info(make_console(), facts)
+
+
+@app.command(epilog="[bold]Examples[/]\n\ngpt data verify novel && gpt train --data novel\n")
+def verify(name: DataName, json_: Json = False) -> None:
+    """Read a data set again, and compare digests, counts and ids with its manifest; exit 2 if one differs."""
+    from twingpt.core.data import library
+
+    result = library.verify(library.get(name))
+    if json_:
+        print_json(result)
+    else:
+        print(f"{name} is as it was prepared.")
+
+
+@app.command("rm", epilog="[bold]Examples[/]\n\ngpt data rm novel\n\ngpt data rm novel --yes\n")
+def remove_data(
+    name: DataName,
+    yes: Yes = False,
+    json_: Json = False,
+) -> None:
+    """Remove a prepared data set; its sources stay."""
+    from twingpt.core.data import library
+
+    doomed = library.to_remove(name)
+    if not yes:
+        ask_to_remove(doomed, library.size(doomed))
+    library.remove(name)
+    if json_:
+        print_json({"removed": str(doomed)})
+    else:
+        print(f"Removed {doomed}.")
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "gpt data sources\n\n"
+    "gpt data sources --json | jq '.sources[] | {name, licence, files}'\n\n"
+    "gpt train --data fineweb-edu@8  its first 8 shards\n"
+)
+def sources(json_: Json = False) -> None:
+    """List the sources that --data knows by name: size, licence, address, and what is already here."""
+    from twingpt.core.data import named
+
+    rows = list(named.describe())
+    if json_:
+        print_json({"sources": rows})
+    else:
+        from twingpt.core.console import print_sources
+
+        print_sources(make_console(), rows)

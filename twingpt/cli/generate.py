@@ -1,0 +1,57 @@
+"""gpt generate: a model's text."""
+
+from typing import Annotated
+
+import typer
+
+from twingpt.cli.options import Backend, Device, Json, read_stdin
+from twingpt.cli.output import print_json
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    'gpt generate runs/novel -p "It was a"\n\n'
+    'gpt generate runs/novel@best -p "It was a" -m 400 --temp 0.7 --seed 7\n\n'
+    "echo -n 'def ' | gpt generate runs/code -p - --json\n"
+)
+def generate(
+    model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run: RUN@best, latest.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from; - reads it from stdin.")] = "",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Tokens to generate at most.")] = 200,
+    temp: Annotated[float, typer.Option(help="Temperature; 0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this probability.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="Drop those less likely than this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens seen before are less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text, on either backend.")] = 1337,
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Compute precision: float32 or bfloat16.")] = "float32",
+    json_: Json = False,
+) -> None:
+    """Let a model go on from a prompt, streaming its text."""
+    from twingpt.weights.formats import load
+
+    text = read_stdin() if prompt == "-" else prompt
+    completion = load(model, backend, device, dtype).complete(
+        text,
+        max_tokens,
+        temp=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if not json_:
+        print(text, end="", flush=True)
+    for piece in completion:
+        if not json_:
+            print(piece, end="", flush=True)
+    if not json_:
+        print()
+        return
+    names = ("text", "tokens", "prompt_tokens", "finish_reason", "tokens_per_second")
+    print_json({name: getattr(completion, name) for name in names})

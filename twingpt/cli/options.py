@@ -1,0 +1,45 @@
+"""What several commands take: types of options, their help, and what is behind some."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from twingpt.core.errors import UserError
+
+MODEL = "Model"  # a panel of --help
+TOKENIZERS = "bpe, char, byte, gpt2, cl100k_base, o200k_base, or a tokenizer.json, its folder, or a run."
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
+Backend = Annotated[str, typer.Option(help="auto, mlx or torch.")]
+Device = Annotated[
+    str | None, typer.Option(help="A device of the backend: cpu, cuda, cuda:1, mps, gpu … (default: best)")
+]
+Backends = Annotated[str, typer.Option("--backend", help="mlx, torch, or auto for all that are installed.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
+
+
+def option(help: str, panel: str, *names: str) -> Any:
+    """An option in a panel of --help, which says its default itself."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
+
+
+def installed_backends(backend: str) -> list[str]:
+    """The backend that is named, or all that are installed for auto."""
+    from twingpt.core import backend as backends
+
+    if backend != "auto":
+        return [backends.choose(backend)[0]]
+    return [name for name in backends.BACKENDS if backends.installed(name)] or [backends.choose()[0]]
+
+
+def read_stdin(what: str = "prompt") -> str:
+    """The text on stdin; what it is to be is for the error."""
+    if sys.stdin is None:
+        raise UserError(f"There is no stdin to read the {what} from.")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"The {what} on stdin is not UTF-8 text: byte {error.start}.") from None

@@ -1,0 +1,97 @@
+"""gpt tokenize: learn, look at and compare tokenizers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twingpt.cli.options import Json, read_stdin
+from twingpt.cli.output import make_console, print_json
+
+app = typer.Typer(
+    name="tokenize",
+    no_args_is_help=True,
+    help="Learn a tokenizer, look at what one does, compare several.",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt tokenize train novel.txt --vocab-size 4096 --out bpe4k\n\n"
+    "gpt tokenize show 'Hello world' --tokenizer bpe4k\n\n"
+    "gpt tokenize compare novel.txt --tokenizer bpe4k --tokenizer gpt2 --tokenizer byte\n",
+)
+
+TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, a tokenizer.json, its folder, or a run or checkpoint."
+
+
+@app.command(
+    "train",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt tokenize train python-docs --out bpe2k\n\n"
+    "gpt tokenize train notes/ novel.txt --vocab-size 8192 --pattern llama3 --chat --out bpe8k\n\n"
+    "gpt train --data novel.txt --tokenizer bpe8k\n",
+)
+def tokenize_train(
+    data: Annotated[list[str], typer.Argument(metavar="SOURCE…", help="Text files, folders or named sources.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for tokenizer.json and its settings.")],
+    vocab_size: Annotated[int, typer.Option(help="Ids at most, special tokens included.")] = 2048,
+    pattern: Annotated[str, typer.Option(help="gpt2, llama3 or qwen2: how text is split into words.")] = "gpt2",
+    chat: Annotated[bool, typer.Option("--chat", help="Add <|im_start|>, <|im_end|> and a chat template.")] = False,
+    json_: Json = False,
+) -> None:
+    """Learn a byte-level BPE from texts, for gpt train --tokenizer, transformers and mlx-lm."""
+    from rich.console import Console
+
+    from twingpt.core.tokenizer.examine import learn
+
+    with Console(stderr=True).status(f"Learning from {', '.join(data)}"):
+        result = learn(data, vocab_size, pattern, chat, out)
+    if json_:
+        print_json(result)
+        return
+    print(f"{out}: {result['vocab_size']} ids from {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s")
+    if result["vocab_size"] < vocab_size:
+        print(f"The text has no more pairs to join, so it is fewer than {vocab_size}.")
+
+
+@app.command(
+    "show",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt tokenize show 'naïve café' --tokenizer gpt2\n\n"
+    "gpt tokenize show '<|endoftext|>' -t runs/novel --special   the token, and not its spelling\n\n"
+    "gpt tokenize show - -t tokenizer.json --json < page.txt\n",
+)
+def tokenize_show(
+    text: Annotated[str, typer.Argument(help="The text; - reads it from stdin.")],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help=TOKENIZER)],
+    special: Annotated[bool, typer.Option("--special", help="Read special tokens where they are spelled.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show the tokens of a text: a colour for each, ids and bytes."""
+    from twingpt.core.tokenizer import find
+    from twingpt.core.tokenizer.examine import print_tokens, tokens
+
+    found = find(tokenizer)
+    rows = tokens(found, read_stdin("text") if text == "-" else text, special)
+    if json_:
+        print_json({"tokenizer": tokenizer, "vocab_size": found.vocab_size, "tokens": rows})
+    else:
+        print_tokens(make_console(), rows)
+
+
+@app.command(
+    "compare",
+    epilog="[bold]Examples[/]\n\n"
+    "gpt tokenize compare novel.txt --tokenizer byte --tokenizer gpt2\n\n"
+    "gpt tokenize compare python-docs -t char -t runs/first -t gpt2 --json\n",
+)
+def tokenize_compare(
+    data: Annotated[str, typer.Argument(metavar="SOURCE", help="A text file, a folder or a named source.")],
+    tokenizer: Annotated[list[str], typer.Option("--tokenizer", "-t", help=f"{TOKENIZER} Repeatable.")],
+    json_: Json = False,
+) -> None:
+    """Compare tokenizers on a text: tokens, bytes per token, vocabulary, speed on one core."""
+    from twingpt.core.tokenizer.examine import compare, print_comparison
+
+    result = compare(tokenizer, data)
+    if json_:
+        print_json(result)
+    else:
+        print_comparison(make_console(), result)
