@@ -131,7 +131,7 @@ class ForeignTokenizer(Tokenizer):
     def opening(self) -> tuple[int, ...]:
         """What tokenizer.json puts before a text."""
         with refusing("The tokenizer has no ids for any text"):
-            plain, whole = (self._with_specials.encode("a", add_special_tokens=around).ids for around in (False, True))
+            plain, whole = (self._library.encode("a", add_special_tokens=around).ids for around in (False, True))
         starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
         return tuple(whole[: starts[0]]) if plain and starts else ()
 
