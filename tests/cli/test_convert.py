@@ -79,6 +79,9 @@ def test_quantized_directories_are_read_back_to_the_bit(gpt, source, tmp_path, t
     assert result["bytes"] < 4 * result["parameters"] / 2
     assert set(result["unquantized"]) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
     assert "width 200 is not a multiple of 32" in next(iter(result["unquantized"].values()))
+    _, out, _ = gpt("convert", folder, tmp_path / "q", "--force", "--to", to, "--q-bits", 4, "--q-group-size", 32)
+    why = "Not quantized, as its width 200 is not a multiple of 32: model.layers.*.mlp.down_proj.weight\n"
+    assert "parameters in 4 bits, " in out and why in out
     wanted = dict(
         Quantization(4, 32).apply(initialise(open_checkpoint(folder).config, 1), open_checkpoint(folder).config)
     )
@@ -175,6 +178,7 @@ def test_inspect(gpt, source):
     assert described["tensors"]["model.embed_tokens.weight"] == [257, 64]
     code, out, _ = gpt("convert", folder, "--inspect")
     assert code == 0 and "2 layers, 4 heads (2 for keys and values) of 16" in out and "257 × 64" in out
+    assert "… and so for layer 1\n" in out
 
 
 def test_the_card_says_what_the_model_is(gpt, source, tmp_path):

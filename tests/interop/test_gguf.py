@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import foreign
 from twingpt import GPTConfig, UserError
 from twingpt.core import reference
 from twingpt.core.config import SHAPES
 from twingpt.core.data.sources import load
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, train_bpe
+from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.weights import gguf as ours
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -114,6 +116,24 @@ def test_the_tokenizer_is_in_it(tmp_path, bpe):
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     assert found["tokenizer.ggml.eos_token_id"] == found["tokenizer.ggml.bos_token_id"] == bpe.end_of_text
     assert found["tokenizer.ggml.add_bos_token"] is False and found["general.name"] == "a name"
+
+
+@pytest.mark.parametrize("scheme", ["llama3", "qwen2"])
+def test_the_tokenizers_of_imported_models(tmp_path, scheme):
+    """BOS where the scheme puts it; tokens that are special, and those that are not."""
+    foreign.BYTE_LEVEL[scheme]().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    config = GPTConfig.from_dict({**SMALL, **LLAMA})
+    ours.write(tmp_path / "x.gguf", config, parameters(config), tokenizer, "x")
+    found = fields(tmp_path / "x.gguf")
+    kinds = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True))
+    assert found["tokenizer.ggml.add_bos_token"] is (scheme == "llama3")
+    if scheme == "llama3":
+        assert found["tokenizer.ggml.bos_token_id"] == tokenizer.specials["<|begin_of_text|>"]
+        assert kinds["<|eot_id|>"] == gguf.TokenType.CONTROL
+    else:
+        assert kinds["<|im_end|>"] == gguf.TokenType.CONTROL
+        assert kinds["<tool_call>"] == gguf.TokenType.USER_DEFINED
 
 
 def test_the_chat_template_is_in_it(tmp_path):

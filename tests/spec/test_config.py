@@ -51,6 +51,10 @@ from twingpt.core.parameters import parameter_count
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "needs original_block_size"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be at least 1"),
         ({"rope_scaling": {"kind": "linear"}}, "Unknown rope_scaling key 'kind'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_block_size": 8, "attention_factor": 0.0}},
+            "attention_factor must be positive",
+        ),
         ({"n_heads": 4}, "Unknown model configuration key 'n_heads': did you mean 'n_head'?"),
     ],
 )

@@ -1,5 +1,6 @@
 """gpt convert: models between formats, and what a model is."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,12 +96,17 @@ def _conversion_bar(config: "GPTConfig", quiet: bool) -> Iterator[Callable[[int]
 def _print_conversion(result: dict[str, Any]) -> None:
     from twingpt.core.console import human_bytes, human_count
 
+    numbers = "{bits} bits".format(**result["quantization"]) if result["quantization"] else "float32"
     print(
         f"{result['target']}: {result['family']} as {result['target_format']}, "
-        f"{human_count(result['parameters'])} parameters, {human_bytes(result['bytes'])}"
+        f"{human_count(result['parameters'])} parameters in {numbers}, "
+        f"{human_bytes(result['bytes'])}"
     )
-    if result["unquantized"]:
-        print(f"In float32 as before: {'; '.join(f'{name} ({why})' for name, why in result['unquantized'].items())}")
+    reasons: dict[str, list[str]] = {}
+    for name, why in result["unquantized"].items():
+        reasons.setdefault(why, []).append(re.sub(r"\.\d+\.", ".*.", name))
+    for why, names in reasons.items():
+        print(f"Not quantized, as {why}: {', '.join(dict.fromkeys(names))}")
     if "val_loss" in result:
         change = result["val_loss_quantized"] - result["val_loss"]
         print(f"Held-out loss: {result['val_loss']:.4f} -> {result['val_loss_quantized']:.4f} ({change:+.4f})")
@@ -138,4 +144,5 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
             table.add_row(name, " × ".join(map(str, shape)))
     console.print(table)
     if config["n_layer"] > 1:
-        console.print(f"… and so for layers 1 to {config['n_layer'] - 1}")
+        layers = f"layers 1 to {config['n_layer'] - 1}" if config["n_layer"] > 2 else "layer 1"
+        console.print(f"… and so for {layers}")

@@ -145,9 +145,10 @@ def describe(found: Found) -> dict[str, Any]:
     """What a model is, for people and scripts: format, family, parameters, dtypes, tokenizer, tensors."""
     model = found.model
     try:
-        tokenizer: str | None = f"{model.tokenizer().kind}, {model.tokenizer().vocab_size} ids"
+        tokenizer = model.tokenizer()
+        spoken: str | None = f"{tokenizer.kind}, {tokenizer.vocab_size} ids"
     except UserError:
-        tokenizer = None
+        spoken = None
     table = parameter_table(model.config)
     quantization = model.quantization
     return {
@@ -157,7 +158,7 @@ def describe(found: Found) -> dict[str, Any]:
         "parameters": parameter_count(model.config),
         "dtypes": dtypes(model),
         "quantization": quantization.to_json() if quantization else None,
-        "tokenizer": tokenizer,
+        "tokenizer": spoken,
         "config": model.config.to_dict(),
         "tensors": {name: list(row.shape) for name, row in table.items()},
     }

@@ -175,11 +175,11 @@ def _vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
             "GPT-2, Llama 3 or Qwen 2."
         )
     tokens = {token: piece for piece, token in model["vocab"].items()}
-    special = {entry["id"]: entry["content"] for entry in added}
-    if max(tokens.keys() | special.keys()) >= size:
+    beside = {entry["id"]: entry for entry in added}
+    if max(tokens.keys() | beside.keys()) >= size:
         raise UserError(f"The tokenizer has more ids than the model, whose vocabulary is of {size}.")
-    spelled = [special.get(i, tokens.get(i, f"[PAD{i}]")) for i in range(size)]
-    kinds = [_token_type(i, tokens, special) for i in range(size)]
+    spelled = [beside[i]["content"] if i in beside else tokens.get(i, f"[PAD{i}]") for i in range(size)]
+    kinds = [_token_type(i, tokens, beside) for i in range(size)]
     merges = [f"{left} {right}" for left, right in _pairs(model)] or [NO_MERGE]
     return {"tokens": spelled, "types": kinds, "merges": merges, "split": split}
 
@@ -188,11 +188,11 @@ def _pairs(model: Mapping[str, Any]) -> list[list[str]]:
     return [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
 
 
-def _token_type(token: int, tokens: Mapping[int, str], special: Mapping[int, str]) -> int:
+def _token_type(token: int, tokens: Mapping[int, str], beside: Mapping[int, Mapping[str, Any]]) -> int:
     from gguf import TokenType
 
-    if token in special:
-        return TokenType.CONTROL
+    if token in beside:  # those that are not special are taken from any text
+        return TokenType.CONTROL if beside[token].get("special") else TokenType.USER_DEFINED
     return TokenType.NORMAL if token in tokens else TokenType.UNUSED
 
 
@@ -219,7 +219,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Mapping[str, Any], toke
     writer.add_eos_token_id(tokenizer.roles.get("eos", tokenizer.end_of_text))
     if template := tokenizer.settings().get("chat_template"):
         writer.add_chat_template(template)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(tokenizer.roles.get("bos") in tokenizer.opening)
 
 
 def _stored_name(name: str, shape: str) -> str:
