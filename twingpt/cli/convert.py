@@ -39,7 +39,7 @@ def convert(
     to: Annotated[
         str | None,
         typer.Option(
-            help="twingpt, hf, mlx, torch or gguf. (default: gguf for a DST.gguf, else hf from twingpt, twingpt from others)"
+            help="twingpt, hf, mlx, torch or gguf. (default: gguf for DST.gguf, hf from twingpt, twingpt from others)"
         ),
     ] = None,
     q_bits: Annotated[int | None, typer.Option(help="Quantize the matrices to 4 or 8 bits.")] = None,
