@@ -1,17 +1,18 @@
 """Files of torch.save as an enemy or a bad disk would leave them: read, or refused, and nothing in them run."""
 
-import io
+import json
 import pickle
-import random
-import zipfile
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.conftest import needs
-from tests.mutate import Judge, bytes_changed, pickle_changed
-from twingpt import UserError
-from twingpt.weights import nanogpt, pickles
+from tests.mutate import Judge, SavedByTorch, header_at, mutations, overwrite, whole
+from twingpt import GPTConfig, UserError
+from twingpt.core.parameters import initialise
+from twingpt.core.tokenizer import CharTokenizer
+from twingpt.weights import nanochat, nanogpt, pickles, torch_state
 from twingpt.weights.formats import open_model
 
 pytestmark = needs("torch")
@@ -25,46 +26,94 @@ SHAPES = {
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A checkpoint of nanoGPT of 4 KB, the records of its zip file, and its pickle."""
+    """A checkpoint of nanoGPT of 4 KB."""
     import torch
 
     state = {f"transformer.{name}.weight": torch.ones(shape) for name, shape in SHAPES.items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
     path = tmp_path / "ckpt.pt"
     torch.save({"model": state, "model_args": ARGUMENTS, "iter_num": 3, "config": {"dataset": "x"}}, path)
-    with zipfile.ZipFile(path) as archive:
-        return path, {name: archive.read(name) for name in archive.namelist()}
+    return path
 
 
-def zipped(records, content):
-    """The zip file with another pickle."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, record in records.items():
-            archive.writestr(name, content if name.endswith("data.pkl") else record)
-    return file.getvalue()
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Fail where a pickle calls what OPERATIONS put into it."""
+    monkeypatch.setattr("os.system", lambda command: pytest.fail(f"{command} was run"))
 
 
 @pytest.mark.slow
-def test_ten_thousand_mutated_files(tiny, monkeypatch):
-    (path, records), judge, chance = tiny, Judge(), random.Random(5)
-    whole, content = path.read_bytes(), records["ckpt/data.pkl"]
-    monkeypatch.setattr("os.system", lambda command: pytest.fail(f"{command} was run"))
+def test_ten_thousand_mutated_checkpoints_of_nanogpt(tiny, nothing_runs):
+    judge = Judge(5)
 
     def read():
-        _, state = nanogpt._open(path)
+        _, state = nanogpt._open(tiny)
         assert all(array.dtype == np.float32 for array in (stored.read() for stored in state.values()))
 
-    for i in range(10_000):
-        if i % 4 == 0:
-            mutated = bytes_changed(whole, chance)
-        elif i % 4 == 1:  # the directory of the zip file
-            mutated = whole[:-1400] + bytes_changed(whole[-1400:], chance)
-        else:
-            mutated = zipped(records, pickle_changed(content, chance))
-        path.write_bytes(mutated)
+    for mutated in SavedByTorch(tiny).mutations(5, 10_000):
+        overwrite(tiny, mutated)
         judge(read, len(mutated))
-    assert judge.read + judge.refused == 10_000 and 100 < judge.read < 6000
+    assert judge.judged == 10_000 and 100 < judge.read < 6000
+
+
+def every_parameter(module, path):
+    """Read a model through a module of `weights`, as `gpt convert` does."""
+    config = module.read_config(path)
+    assert all(array.dtype == np.float32 for _, array in module.tensors(path, config))
+
+
+def judged(judge, module, folder, name, mutated_files):
+    """Read the folder with each of the files in the place of the one called `name`, which is put back."""
+    good = (folder / name).read_bytes()
+    for mutated in mutated_files:
+        overwrite(folder / name, mutated)
+        judge(lambda: every_parameter(module, folder), len(mutated))
+    overwrite(folder / name, good)
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_models_of_nanochat(tmp_path, nothing_runs):
+    """Both layouts: its own, of torch.save and a JSON file, and that of transformers."""
+    import torch
+
+    own, theirs, judge = tmp_path / "own", tmp_path / "theirs", Judge(7)
+    options = {"sequence_len": 8, "vocab_size": 3, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 2}
+    config = nanochat._config(options, own)
+    shapes = nanochat._shapes(config, {}, nanochat.OWN)
+    own.mkdir()
+    torch.save({name: torch.ones(shape) for name, shape in shapes.items()}, own / "model_000003.pt")
+    meta = {"step": 3, "model_config": options, "user_config": {"run": "x"}}
+    (own / "meta_000003.json").write_text(json.dumps(meta))
+    theirs.mkdir()
+    shapes = nanochat._shapes(config, {}, nanochat.TRANSFORMERS)
+    content = {
+        "model_type": "nanochat", "max_position_embeddings": 8, "vocab_size": 3, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 2, "intermediate_size": 8, "head_dim": 2,
+        "hidden_act": "relu2", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rms_norm_eps": 1e-6,
+        "final_logit_softcapping": 15.0, "attention_bias": False, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (theirs / "config.json").write_text(json.dumps(content))
+    save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, theirs / "model.safetensors")
+    for folder, name, text, count in (
+        (own, "meta_000003.json", whole, 2500),
+        (theirs, "config.json", whole, 2000),
+        (theirs, "model.safetensors", header_at, 1500),
+    ):
+        judged(judge, nanochat, folder, name, mutations((folder / name).read_bytes(), 7, count, text))
+    judged(judge, nanochat, own, "model_000003.pt", SavedByTorch(own / "model_000003.pt").mutations(7, 4000))
+    assert judge.judged == 10_000 and 500 < judge.read < 6000
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_state_dicts(tmp_path, nothing_runs):
+    folder, judge = tmp_path / "x", Judge(9)
+    sizes = {"vocab_size": 4, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 2, "n_inner": 2}
+    config = GPTConfig.from_dict({**sizes, "qk_norm": False, "mlp": "gelu"})
+    torch_state.write(folder, config, initialise(config, 0), CharTokenizer("abc"))
+    content = (folder / "config.json").read_bytes()
+    judged(judge, torch_state, folder, "config.json", mutations(content, 9, 4000, whole))
+    judged(judge, torch_state, folder, "model.pt", SavedByTorch(folder / "model.pt").mutations(9, 6000))
+    assert judge.judged == 10_000 and 500 < judge.read < 6000
 
 
 DEEP = b"N" + b"\x85" * 100_000  # a tuple in a tuple in a tuple…
@@ -73,23 +122,21 @@ BRANCHED = b"N\x85q\x01" + b"".join(bytes([0x68, i, 0x68, i, 0x86, 0x71, i + 1])
 
 @pytest.mark.parametrize("key", [DEEP, BRANCHED], ids=["deep", "branched"])
 def test_keys_that_take_for_ever_to_hash(tiny, tmp_path, key):
-    path, records = tiny
     content = b"\x80\x02}" + key + b"Ns."
-    path.write_bytes(zipped(records, content))
+    tiny.write_bytes(SavedByTorch(tiny).with_pickle(content))
     with pytest.raises(UserError, match="has more objects, or deeper ones, than the tensors of a model need"):
-        open_model(path)
+        open_model(tiny)
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(UserError, match="more than plain values"):
         pickles.read_plain_pickle(tmp_path / "meta.pkl")
 
 
 def test_more_objects_than_a_model_needs(tiny, tmp_path):
-    path, records = tiny
     content, judge = pickle.dumps([None] * 400_000, 2), Judge()
-    path.write_bytes(zipped(records, content))
+    tiny.write_bytes(SavedByTorch(tiny).with_pickle(content))
     with pytest.raises(UserError, match="has more objects"):
-        open_model(path)
-    assert not judge(lambda: open_model(path), len(content))
+        open_model(tiny)
+    assert not judge(lambda: open_model(tiny), len(content))
     (tmp_path / "meta.pkl").write_bytes(content)
     assert not judge(lambda: pickles.read_plain_pickle(tmp_path / "meta.pkl"), len(content))
 
@@ -97,10 +144,9 @@ def test_more_objects_than_a_model_needs(tiny, tmp_path):
 def test_a_deep_value_where_a_plain_one_belongs(tiny):
     import torch
 
-    path, _ = tiny
     deep = []
     for _ in range(300):
         deep = [deep, deep]
-    torch.save({"model": {}, "model_args": ARGUMENTS | {"bias": deep}}, path)
+    torch.save({"model": {}, "model_args": ARGUMENTS | {"bias": deep}}, tiny)
     with pytest.raises(UserError, match=r"bias in the model_args of .* must be true or false, and is "):
-        open_model(path)
+        open_model(tiny)

@@ -41,8 +41,8 @@ def test_two_hundred_half_precision_steps_end_within_a_hundredth(full, docs, dty
     assert not np.array_equal(half, plain)
 
 
-def engine_of(engines, dtype="float32", config=CONFIG, **settings):
-    engine = engines.TrainEngine(config, cpu(engines), "muon", dtype, **settings)
+def engine_of(engines, dtype="float32", config=CONFIG, optimizer="muon", **settings):
+    engine = engines.TrainEngine(config, cpu(engines), optimizer, dtype, **settings)
     engine.load(initialise(config, 1))
     return engine
 

@@ -57,6 +57,15 @@ def test_every_event_is_shown(terminal):
         assert part in text, part
 
 
+def test_text_that_would_command_the_terminal_is_written_out():
+    out = io.StringIO()
+    reporter = ConsoleReporter(Console(file=out, force_terminal=True, width=60, color_system=None))
+    reporter.report(Sampled(1, "a\x1b[2Jb\x9b1m\x07\tc\r\n\n\x00d\x7f\n"))
+    top, first, second, bottom = out.getvalue().splitlines()
+    assert r"a\x1b[2Jb\x9b1m\x07  c " in first and r"\x00d\x7f " in second
+    assert len(top) == len(first) == len(second) == len(bottom) == 60
+
+
 def test_the_sources_of_a_mixture_are_shown():
     out = io.StringIO()
     reporter = ConsoleReporter(Console(file=out, width=120, color_system=None))

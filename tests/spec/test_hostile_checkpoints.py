@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from tests.conftest import training_state
-from tests.mutate import Judge, header_at, mutations, whole
+from tests.mutate import DENSE, HASHING, ROOM, Judge, header_at, mutations, overwrite, whole
 from twingpt import GPTConfig, UserError
 from twingpt.core import checkpoint
 from twingpt.core.checkpoint import open_checkpoint
 from twingpt.core.parameters import initialise
-from twingpt.core.tokenizer import CharTokenizer
+from twingpt.core.reading import read_json
+from twingpt.core.tokenizer import CharTokenizer, load
 
 SCALING = {"type": "llama3", "factor": 8.0, "original_block_size": 4}
 TINY = {"vocab_size": 4, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 4, "n_inner": 4}
@@ -32,9 +33,9 @@ def tiny(tmp_path):
 def put(folder, name, content, manifest=None):
     """Write a file, and a manifest that trusts it."""
     manifest = manifest or json.loads((folder / "manifest.json").read_text())
-    (folder / name).write_bytes(content)
+    overwrite(folder / name, content)
     manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    overwrite(folder / "manifest.json", json.dumps(manifest).encode())
 
 
 # Each file, how many of its mutations, and who reads it.
@@ -50,7 +51,7 @@ READERS = {
 
 @pytest.mark.slow
 def test_ten_thousand_mutated_files(tiny):
-    judge = Judge()
+    judge = Judge(1, ROOM + HASHING)
     manifest = json.loads((tiny / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
         entry.pop("crc32", None)
@@ -62,9 +63,9 @@ def test_ten_thousand_mutated_files(tiny):
             judge(lambda read=read: read(open_checkpoint(tiny)), len(mutated))
         put(tiny, name, content, manifest)
     for mutated in mutations((tiny / "manifest.json").read_bytes(), 1, 1500, whole):
-        (tiny / "manifest.json").write_bytes(mutated)
+        overwrite(tiny / "manifest.json", mutated)
         judge(lambda: list(open_checkpoint(tiny).parameters()), len(mutated))
-    assert judge.read + judge.refused == 10_000 and 1000 < judge.read < 6000
+    assert judge.judged == 10_000 and 1000 < judge.read < 6000
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "training_state.json", "tokenizer.json"])
@@ -78,6 +79,27 @@ def test_deep_json(tiny, name, depth):
         opened = open_checkpoint(tiny)
         opened.training(), opened.tokenizer()
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("densest", ['{"":1}', "{}", "[[]]", "[0]", "1.5", '"😀"'])
+def test_dense_json_takes_what_pythons_objects_take(tmp_path, densest):
+    text = f"[{','.join([densest] * 20_000)}]".encode()
+    (tmp_path / "x").write_bytes(text)
+    assert Judge(0, times=DENSE)(lambda: read_json(tmp_path / "x"), len(text))
+
+
+@pytest.mark.parametrize(("name", "most"), [("config.json", "4,194,304"), ("tokenizer.json", "67,108,864")])
+def test_a_huge_json_file_is_refused_before_it_is_read(tiny, name, most):
+    with (tiny / name).open("r+b") as file:
+        file.truncate(2**34)  # sparse
+    judge = Judge()
+
+    def read():
+        load(tiny) if name == "tokenizer.json" else read_json(tiny / name)
+
+    with pytest.raises(UserError, match=f"has 17,179,869,184 bytes, and at most {most} are read"):
+        read()
+    assert not judge(read, 0)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +121,7 @@ def test_numbers_and_names_that_are_too_large(tiny, change, message):
     content = json.loads((tiny / "config.json").read_text())
     content["twingpt"] |= change
     put(tiny, "config.json", json.dumps(content).encode())
-    judge = Judge()
+    judge = Judge(0, ROOM + HASHING, DENSE)
     with pytest.raises(UserError, match=message):
         list(open_checkpoint(tiny).parameters())
     assert not judge(lambda: list(open_checkpoint(tiny).parameters()), (tiny / "config.json").stat().st_size)

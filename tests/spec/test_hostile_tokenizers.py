@@ -6,7 +6,7 @@ import os
 import pytest
 
 from tests import foreign
-from tests.mutate import Judge, mutations, whole
+from tests.mutate import Judge, mutations, overwrite, whole
 from twingpt import UserError
 from twingpt.core.tokenizer import find
 
@@ -40,7 +40,7 @@ def small(content):
 @pytest.mark.slow
 def test_ten_thousand_mutated_files(tmp_path, monkeypatch):
     monkeypatch.setenv("RUST_BACKTRACE", "0")  # of a panic in `tokenizers`; to name its places takes 50 MB
-    path, judge = tmp_path / "tokenizer.json", Judge()
+    path, judge = tmp_path / "tokenizer.json", Judge(2)
 
     def read():
         tokenizer = find(str(path))
@@ -49,14 +49,16 @@ def test_ten_thousand_mutated_files(tmp_path, monkeypatch):
         assert isinstance(tokenizer.decode(ids), str) and len(tokenizer.byte_lengths) == tokenizer.vocab_size
 
     for name, count in COUNTS.items():
+        if name in foreign.BYTE_LEVEL:  # tried on 720 texts, whose words `tokenizers` keeps
+            judge.room, judge.resident = 2**20, 2**23
         content = small(json.loads({**foreign.OTHERS, **foreign.BYTE_LEVEL}[name]().to_str()))
         text = json.dumps(content).encode()
         path.write_bytes(text)
         read()
         for mutated in mutations(text, 2, count, whole):
-            path.write_bytes(mutated)
+            overwrite(path, mutated)
             judge(read, len(mutated))
-    assert judge.read + judge.refused == 10_000 and 1000 < judge.read < 6000
+    assert judge.judged == 10_000 and 1000 < judge.read < 6000
 
 
 @pytest.mark.parametrize(

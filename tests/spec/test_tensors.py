@@ -7,10 +7,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.mutate import Judge, header_at, mutations
+from tests.mutate import Judge, header_at, mutations, overwrite
 from twingpt import UserError
 from twingpt.core import tensors as module
-from twingpt.core.tensors import TensorFile, write_safetensors
+from twingpt.core.tensors import DTYPES, TensorFile, write_safetensors
 
 SOME = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -141,9 +141,9 @@ def test_null_metadata_as_mlx_writes_it(tmp_path):
 def test_ten_thousand_mutated_files(tmp_path):
     """Each is refused in one sentence, or read as the safetensors library reads it; quickly, and never more."""
     save_file(SOME, tmp_path / "good", {"format": "pt"})
-    content, path, judge = (tmp_path / "good").read_bytes(), tmp_path / "x", Judge()
+    content, path, judge = (tmp_path / "good").read_bytes(), tmp_path / "x", Judge(1)
     for mutated in mutations(content, 1, 10_000, header_at):
-        path.write_bytes(mutated)
+        overwrite(path, mutated)
         if not judge(lambda: every_tensor(path), len(mutated)):
             continue
         read = every_tensor(path)
@@ -158,6 +158,17 @@ def test_ten_thousand_mutated_files(tmp_path):
 def every_tensor(path):
     file = TensorFile(path)
     return {name: file.read(name) for name in file.entries}
+
+
+@pytest.mark.parametrize(("dtype", "times"), [("F32", 1), ("F64", 1.5), ("F16", 5), ("BF16", 5)])
+def test_a_tensor_takes_its_own_bytes_and_no_more(tmp_path, dtype, times):
+    """Its numbers, of another dtype than float32 beside a converted piece of them; none that only the header claims."""
+    bits = np.zeros(10**5, DTYPES[dtype])
+    write_safetensors(tmp_path / "x", {"a": (10**5,)}, [("a", bits)], {"a": dtype})
+    content = (tmp_path / "x").read_bytes()
+    assert Judge(0, 2**14, times)(lambda: TensorFile(tmp_path / "x").read_float("a"), len(content))
+    (tmp_path / "x").write_bytes(content[:-1])
+    assert not Judge(0, 2**14, 0)(lambda: TensorFile(tmp_path / "x").read_float("a"), 0)
 
 
 def test_the_largest_header_is_read_quickly(tmp_path):

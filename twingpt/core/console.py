@@ -54,6 +54,17 @@ def human_documents(count: int) -> str:
     return f"{count:,} document{'s' * (count != 1)}"
 
 
+def visible(text: str) -> str:
+    """The text with what a terminal would not show, or would obey, written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def beginning(text: str, lines: int) -> str:
+    """The first so many lines of a text that are not blank, as `visible` has them."""
+    kept = [line.expandtabs(4) for line in text.splitlines() if line.strip()][:lines]
+    return "\n".join(map(visible, kept))
+
+
 def human_flops(flops_per_second: float) -> str:
     """A speed of arithmetic to read: 4.57 GFLOP/s, 174 GFLOP/s, 312 TFLOP/s."""
     unit, scale = next(((u, s) for u, s in (("P", 1e15), ("T", 1e12)) if flops_per_second >= s), ("G", 1e9))
@@ -135,8 +146,7 @@ class ConsoleReporter:
             self._baseline(event)
         elif isinstance(event, Sampled):
             title = f"a sample after {event.step:,} steps"
-            lines = [line for line in event.text.splitlines() if line.strip()][:SAMPLE_LINES]
-            self.console.print(Panel(escape("\n".join(lines)), title=title, border_style="dim"))
+            self.console.print(Panel(escape(beginning(event.text, SAMPLE_LINES)), title=title, border_style="dim"))
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
         elif isinstance(event, MemoryPlanned | SaveFailed | ReporterFailed):

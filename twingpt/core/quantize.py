@@ -16,7 +16,7 @@ import numpy as np
 
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.parameters import VECTOR, parameter_table
+from twingpt.core.parameters import VECTOR, Parameter, parameter_table
 from twingpt.core.reading import short
 from twingpt.core.tensors import PIECE, Shapes
 
@@ -163,7 +163,7 @@ def _dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array
 
 def dequantized(tensors: Iterable[tuple[str, Array]], config: GPTConfig) -> Iterator[tuple[str, Array]]:
     """Stored tensors in the order of `Quantization.table`, or of the parameter table -> float32 parameters."""
-    table = parameter_table(config)
+    table: Mapping[str, Parameter] = {}  # made where one is quantized, after what the config says was checked
     words: tuple[str, Array] | None = None
     scales: Array | None = None
     for name, array in tensors:
@@ -172,6 +172,7 @@ def dequantized(tensors: Iterable[tuple[str, Array]], config: GPTConfig) -> Iter
         elif words is not None and scales is None:
             scales = array
         elif words is not None and scales is not None:
+            table = table or parameter_table(config)
             yield words[0], dequantize(words[1], scales, array, table[words[0]].shape[-1])
             words = scales = None
         else:

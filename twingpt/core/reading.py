@@ -9,6 +9,8 @@ from typing import Any
 
 from twingpt.core.errors import UserError
 
+MAX_JSON = 2**22  # bytes: 4096 layers in an index; a longer one would take seconds to read, and 30 times its length
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel = 2
@@ -38,11 +40,13 @@ def inside(folder: Path, name: str, whole: str = "model directory") -> Path:
     return path
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file says; UserError where it can't be read, or is none."""
+def read_json(path: Path, most: int = MAX_JSON) -> Any:
+    """What a JSON file says; UserError where it can't be read, is none, or has more than `most` bytes."""
     try:
         if path.exists() and not path.is_file():  # a pipe would keep its reader waiting, a device never end
             raise UserError(f"{path} can't be read: it is not a file.")
+        if (size := path.stat().st_size) > most:
+            raise UserError(f"{path} can't be read: it has {size:,} bytes, and at most {most:,} are read.")
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from None

@@ -97,7 +97,9 @@ class TensorFile:
 
     def _in_float32(self, array: Array, name: str, entry: Entry) -> Array:
         if entry.dtype == "BF16":
-            return (array.astype(np.uint32) << 16).view(np.float32)
+            bits = array.astype(np.uint32)
+            bits <<= 16  # in place: a piece is in memory twice as it is
+            return bits.view(np.float32)
         if entry.dtype not in ("F64", "F32", "F16"):
             raise UserError(f"The tensor {name} in {self.path} is {entry.dtype}, and must be of floating point.")
         return array.astype(np.float32, copy=False)

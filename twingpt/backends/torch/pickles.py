@@ -109,7 +109,7 @@ def _check(path: Path) -> None:
     stack: list[int | None] = []
     memo: dict[Any, int | None] = {}
     for number, (operation, argument, _) in enumerate(pickletools.genops(content)):
-        if number == MAX_OPERATIONS or _weighed(operation, argument, stack, memo) > MAX_TUPLE:
+        if number == MAX_OPERATIONS or _weighed(operation.name, argument, stack, memo) > MAX_TUPLE:
             raise UserError(f"{path} has more objects, or deeper ones, than the tensors of a model need.")
         if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in HARMLESS:
             name = str(argument or "something").replace(" ", ".")[:80]
@@ -118,24 +118,40 @@ def _check(path: Path) -> None:
             )
 
 
-def _weighed(operation: pickletools.OpcodeInfo, argument: Any, stack: list[int | None], memo: dict[Any, Any]) -> int:
+def _effect(operation: pickletools.OpcodeInfo) -> tuple[bool, int, list[bool], bool]:
+    """What an operation does to the stack: whether it takes all down to a mark, and how many values then.
+
+    And, for each that it puts there, whether that is a mark; and whether it makes a tuple.
+    """
+    before, after = operation.stack_before, operation.stack_after
+    marked = pickletools.markobject in before
+    taken = before.index(pickletools.markobject) if marked else len(before)
+    return marked, taken, [kind is pickletools.markobject for kind in after], operation.name.startswith("TUPLE")
+
+
+EFFECTS = {operation.name: _effect(operation) for operation in pickletools.opcodes}
+PUTS, GETS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), ("GET", "BINGET", "LONG_BINGET")
+
+
+def _weighed(name: str, argument: Any, stack: list[int | None], memo: dict[Any, Any]) -> int:
     """Follow an operation of pickle; how many tuples are in the value on top, each counted as often as it is there.
 
     To hash a tuple, as the key of a dictionary, goes through all of these, on the C stack. None is a mark.
     """
-    if operation.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+    if name in PUTS:
         memo[len(memo) if argument is None else argument] = stack[-1]
-    elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
+    elif name in GETS:
         stack.append(memo[argument])
     else:
-        before, inside = operation.stack_before, 0
-        if pickletools.markobject in before:
-            before = before[: before.index(pickletools.markobject)]
+        marked, taken, put, is_tuple = EFFECTS[name]
+        weight = 1
+        if marked:
             while (value := stack.pop()) is not None:
-                inside += value
-        inside += sum(stack.pop() or 0 for _ in before)
-        weight = inside + 1 if operation.name.startswith("TUPLE") else 0
-        stack += [None if kind is pickletools.markobject else weight for kind in operation.stack_after]
+                weight += value
+        for _ in range(taken):
+            weight += stack.pop() or 0
+        if put:
+            stack += [None if mark else weight if is_tuple else 0 for mark in put]
     return (stack[-1] if stack else 0) or 0
 
 

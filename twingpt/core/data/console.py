@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from twingpt.core.console import human_bytes, human_count, human_documents, human_time
+from twingpt.core.console import beginning, human_bytes, human_count, human_documents, human_time
 from twingpt.core.data.library import Row
 from twingpt.core.data.prepare import Progress
 
@@ -99,6 +99,5 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
         span = f"{row['least']:,}–{row['most']:,}"
         console.print(f"{span:>25}  [cyan]{bar:{WIDTH}}[/]  {row['documents']:,}")
     for text in info["samples"]:
-        lines = [line for line in text.splitlines() if line.strip()][:SAMPLE_LINES]
         console.print("\n[bold]A document begins[/]")
-        console.print(escape("\n".join(lines)), overflow="ellipsis", no_wrap=True)
+        console.print(escape(beginning(text, SAMPLE_LINES)), overflow="ellipsis", no_wrap=True)

@@ -91,16 +91,13 @@ def compare(names: Sequence[str], spec: str) -> dict[str, Any]:
     return {"source": spec, "documents": documents, "bytes": size, "rows": rows}
 
 
-def visible(text: str) -> str:
-    """The text with what a terminal would not show, or would obey, written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def print_tokens(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """The text with a colour for each token, then a table of them."""
     from rich import box
     from rich.table import Table
     from rich.text import Text as Line
+
+    from twingpt.core.console import visible
 
     line = Line()
     table = Table("", "id", "text", "bytes", box=box.SIMPLE_HEAD)

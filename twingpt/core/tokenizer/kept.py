@@ -28,6 +28,7 @@ from twingpt.core.tokenizer.plain import ByteTokenizer, CharTokenizer
 LEARNED = ("bpe", "char")
 TOKENIZERS = (*LEARNED, "byte", *TIKTOKEN_PATTERNS)
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+MAX_FILE = 2**26  # bytes: twice the largest that a known model has
 
 
 def make(kind: str, texts: Iterable[str], all_texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -99,7 +100,7 @@ def load(folder: Path) -> Tokenizer:
 
 def load_file(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json of any name; see `load`."""
-    content, beside = check(read_json(path), str(path)), path.with_name(SETTINGS)
+    content, beside = check(read_json(path, MAX_FILE), str(path)), path.with_name(SETTINGS)
     settings = read_json(beside) if beside.exists() else {}
     if not isinstance(settings, dict):
         raise UserError(f"{beside} is not a tokenizer_config.json.")
