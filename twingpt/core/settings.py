@@ -27,7 +27,7 @@ TRAIN_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(Trai
 TABLES: dict[str, dict[str, str]] = {
     "model": {"preset": "str", "depth": "int", "shape": "str", **MODEL_FIELDS},
     "train": TRAIN_FIELDS,
-    "run": {"out": "str", "init_from": "str", "backend": "str", "device": "str", "compile": "bool"},
+    "run": {"out": "str", "init_from": "str", "backend": "str", "device": "str", "compile": "bool", "report_to": "str"},
 }
 FIELDS = {key: annotation for table in TABLES.values() for key, annotation in table.items()}
 SIZE_KEYS = {"preset", "depth", "shape"}
