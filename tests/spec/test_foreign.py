@@ -195,6 +195,7 @@ def vocab_alone(piece, ignore_merges):
         (vocab(the=-1), "-1 is no token id"),
         (vocab(the=2**63), "9223372036854775808 is no token id"),
         (vocab(the=2_000_000), "2000000 is no token id"),
+        (vocab(the=999_999), r"has \d+ tokens, and one with the id 999999: a table of all ids would be mostly empty"),
         (vocab(the=7), "two tokens have the same id"),
         (lambda content: content["added_tokens"][0].update(id=2000), "the id 2000, and .tokenizers. reads it as 420"),
         (lambda content: content["added_tokens"][0].pop("id"), "None is no token id"),

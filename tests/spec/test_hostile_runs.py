@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tests.conftest import story, training_state, write_run
 from tests.mutate import Judge, bytes_changed, mutations, overwrite, whole
-from twingpt import GPTConfig, TrainConfig
+from twingpt import GPTConfig, TrainConfig, UserError
 from twingpt.core import console, inventory, launch, plot, report, settings
 from twingpt.core.data.shards import TokenDataset, Writer, finish
 from twingpt.core.events import Saved, read_events, rewind, seconds_so_far
@@ -71,6 +71,25 @@ def test_mutated_training_states_and_pointers(run):
             judge(lambda read=read: read(run), len(mutated))
         overwrite(path, good)
     assert judge.judged == judge.read == 300  # what is wrong is told beside the rest
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"train":' * 100_000, "{}".ljust(2**23), "\xff"])
+def test_a_description_that_is_deep_or_huge_is_damage(run, content):
+    (run / "run.json").write_text(content, "latin-1")
+    assert inventory.inspect(run).error == "run.json is damaged"
+    with pytest.raises(UserError, match=r"run.json is damaged, so the run can't be shown"):
+        inventory.describe(str(run))
+    with pytest.raises(UserError, match="is not what twingpt wrote"):
+        launch._read_run(run)
+
+
+def test_numbers_that_no_curve_can_show(run):
+    events = [{"event": "trained", "step": 10**400, "loss": 1}, {"event": "trained", "step": 5, "loss": 10**400}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, events)) + "\n" + "[" * 100_000 + "\n")
+    assert [event["step"] for event in read_events(run / "metrics.jsonl")] == [5]
+    assert "No step" not in report.render("x", {}, list(read_events(run / "metrics.jsonl")))
+    with pytest.raises(UserError, match="has no losses to plot yet"):
+        plot.read_curves([str(run)])
 
 
 def changes(content, seed, n):
