@@ -72,6 +72,14 @@ def test_a_model_of_ours_becomes_a_hugging_face_directory_unless_told_otherwise(
     assert converted(gpt, tmp_path / "hf", tmp_path / "ours")["target_format"] == "twingpt"
 
 
+def test_a_gguf_file_is_known_by_its_name(gpt, source, tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    converted(gpt, source(), tmp_path / "hf")
+    assert converted(gpt, tmp_path / "hf", tmp_path / "x.gguf")["target_format"] == "gguf"
+    assert (tmp_path / "x.gguf").read_bytes()[:4] == b"GGUF"
+    assert "--q-bits is for --to" in refused(gpt, tmp_path / "hf", tmp_path / "y.gguf", "--q-bits", 4)
+
+
 @pytest.mark.parametrize("to", ["twingpt", "mlx"])
 def test_quantized_directories_are_read_back_to_the_bit(gpt, source, tmp_path, to):
     folder = source(n_kv_head=2, n_inner=200)
@@ -130,6 +138,9 @@ def test_what_quantization_costs_is_measured(gpt, source, tmp_path):
     code, out, _ = gpt("convert", tmp_path / "source", tmp_path / "q", "--force", *options)
     assert code == 0 and "Held-out loss: " in out
     assert "give --q-bits too" in refused(gpt, tmp_path / "source", tmp_path / "r", "--data", data)
+    options = ("--q-bits", 4, "--data", tmp_path / "nowhere.txt", "--backend", "torch")
+    assert "nowhere.txt" in refused(gpt, tmp_path / "source", tmp_path / "r", *options)
+    assert not (tmp_path / "r").exists()  # it is asked for before the work
 
 
 @needs("mlx")

@@ -1,6 +1,7 @@
 """gpt parity of every format that is read, and against transformers and mlx-lm."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -140,6 +141,23 @@ def test_a_model_that_mlx_lm_computes_otherwise(gpt, native):
     library("mlx-lm")
     message = refused(gpt, native(**{**SHAPES["gpt2"], "mlp": "gelu"}), "--against", "mlx-lm")
     assert "it computes gpt2 models without the activation of gelu." in message
+
+
+@needs("mlx")
+@pytest.mark.parametrize(("n_embd", "exact"), [(64, True), (40, False)])
+def test_mlx_lm_rounds_gemmas_factor_on_embeddings(gpt, native, tmp_path, n_embd, exact):
+    """The root of 64 has few digits, that of 40, as those of all published widths, has not."""
+    library("mlx-lm")
+    folder = native(
+        n_embd=n_embd, embed_scale=math.sqrt(n_embd), mlp="geglu_tanh", norm_placement="both", norm_offset=True,
+        sliding_window=8, full_attention_layers=[1], local_rope_theta=1e4,
+    )  # fmt: skip
+    assert convert(open_model(folder), tmp_path / "mlx", "mlx")["family"] == "gemma3_text"
+    if exact:
+        compared(gpt, tmp_path / "mlx", "mlx-lm")
+    else:
+        message = refused(gpt, tmp_path / "mlx", "--against", "mlx-lm")
+        assert "it computes gemma3_text models without the exact factor on embeddings" in message
 
 
 @needs("mlx")

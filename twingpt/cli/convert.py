@@ -24,7 +24,7 @@ app = typer.Typer()
     "gpt convert runs/novel@best novel-4bit --q-bits 4\n\n"
     "gpt convert path/to/Llama-3.2-1B llama --q-bits 4 --data tinystories\n\n"
     "gpt convert nanoGPT/out/ckpt.pt shakespeare\n\n"
-    "gpt convert runs/novel novel.gguf --to gguf\n\n"
+    "gpt convert runs/novel novel.gguf\n\n"
     "gpt convert path/to/Qwen3-0.6B --inspect\n"
 )
 def convert(
@@ -38,7 +38,9 @@ def convert(
     folder: Annotated[Path | None, typer.Argument(metavar="DST", help="Where the result goes.")] = None,
     to: Annotated[
         str | None,
-        typer.Option(help="twingpt, hf, mlx, torch or gguf. (default: hf from twingpt, and twingpt from others)"),
+        typer.Option(
+            help="twingpt, hf, mlx, torch or gguf. (default: gguf for DST.gguf, hf from twingpt, twingpt from others)"
+        ),
     ] = None,
     q_bits: Annotated[int | None, typer.Option(help="Quantize the matrices to 4 or 8 bits.")] = None,
     q_group_size: Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64 or 128.")] = 64,
@@ -63,15 +65,16 @@ def convert(
         raise UserError("Where should the result go? gpt convert SRC DST, or --inspect to see what SRC is.")
     if data and not q_bits:
         raise UserError("--data measures what quantization costs: give --q-bits too.")
+    from twingpt.core.evaluate import HeldOut
     from twingpt.core.quantize import Quantization
 
     quantization = Quantization(q_bits, q_group_size) if q_bits is not None else None
+    held_out = HeldOut.of(found.model, data, backend, device) if data else None
     with _conversion_bar(found.model.config, json_) as progress:
         result = conversion.convert(found, folder, to, quantization, force, progress)
-    if data:
-        from twingpt.core.evaluate import held_out_losses
-
-        result |= held_out_losses(found.model, open_model(folder).model, data, backend, device)
+    if held_out:
+        before, after = (held_out.loss(model) for model in (found.model, open_model(folder).model))
+        result |= {"val_loss": before, "val_loss_quantized": after}
     if json_:
         print_json(result)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,25 +18,30 @@ Array = np.ndarray
 WINDOW, BATCH, BATCHES = 1024, 4, 100  # positions, windows, and how many batches of them at most
 
 
-def held_out_losses(before: Model, after: Model, source: str, backend: str, device: str | None) -> dict[str, float]:
-    """The nats per held-out token of `source` for a model, `val_loss`, and for it quantized, `val_loss_quantized`."""
-    engines = backends.get(backend)
-    target = backends.find_device(engines, device)
-    tokenizer = before.tokenizer()
-    data = prepare(source, tokenizer.kind, tokenizer.vocab_size, tokenizer)
-    data.check(dataclasses.replace(before.config, block_size=min(WINDOW, before.config.block_size)))
-    return {
-        "val_loss": held_out_loss(before, data, engines, target),
-        "val_loss_quantized": held_out_loss(after, data, engines, target),
-    }
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that models with the same tokenizer are measured on, on a device."""
 
+    data: TokenDataset
+    engines: Backend
+    device: Device
 
-def held_out_loss(model: Model, data: TokenDataset, engines: Backend, device: Device) -> float:
-    """Nats per token over the first held-out windows, in float32."""
-    engine = engines.TrainEngine(model.config, device, "adamw", "float32", False, False, False)
-    engine.load(model.parameters())
-    handles, count = [], 0
-    for tokens, targets in data.validation(BATCH, min(WINDOW, model.config.block_size), BATCHES):
-        handles.append(engine.evaluate(tokens, targets))
-        count += int((targets >= 0).sum())
-    return float(engine.read(handles).sum()) / count
+    @classmethod
+    def of(cls, model: Model, source: str, backend: str, device: str | None) -> HeldOut:
+        """The held-out part of `source` in a model's tokens; UserError where there is none, or no such device."""
+        engines = backends.get(backend)
+        target = backends.find_device(engines, device)
+        tokenizer = model.tokenizer()
+        data = prepare(source, tokenizer.kind, tokenizer.vocab_size, tokenizer)
+        data.check(dataclasses.replace(model.config, block_size=min(WINDOW, model.config.block_size)))
+        return cls(data, engines, target)
+
+    def loss(self, model: Model) -> float:
+        """Nats per token over the first held-out windows, in float32."""
+        engine = self.engines.TrainEngine(model.config, self.device, "adamw", "float32", False, False, False)
+        engine.load(model.parameters())
+        handles, count = [], 0
+        for tokens, targets in self.data.validation(BATCH, min(WINDOW, model.config.block_size), BATCHES):
+            handles.append(engine.evaluate(tokens, targets))
+            count += int((targets >= 0).sum())
+        return float(engine.read(handles).sum()) / count

@@ -31,6 +31,7 @@ from twingpt.core.flops import peak
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
+from twingpt.core.reading import read_json
 from twingpt.core.report import HTMLReporter
 from twingpt.core.runs import check_untrained, checkpoints, find_run, latest, owner, point, remove_leftovers
 from twingpt.core.settings import FIELDS, MODEL_FIELDS, SIZE_KEYS, TRAIN_FIELDS, spelled_out
@@ -335,7 +336,7 @@ def _read_run(run: Path) -> dict[str, Any]:
     """run.json as `_write_run` left it."""
     kinds = {"config": dict, "train": dict, "data": dict, "starts": list}
     try:
-        described = json.loads((run / "run.json").read_text("utf-8"))
+        described = read_json(run / "run.json")
         data = described["data"]
         _, is_text_or_texts = KINDS["str | tuple[str, ...]"]
         if (
@@ -344,7 +345,7 @@ def _read_run(run: Path) -> dict[str, Any]:
             and isinstance(data["fingerprint"], str)
         ):
             return dict(described)
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         pass
     raise UserError(f"{run / 'run.json'} is not what twingpt wrote: the run can't be resumed.")
 

@@ -98,7 +98,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start}.") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise UserError(f"{path} is not TOML: it is nested too deeply.") from None
+    except ValueError as error:  # also of a number of thousands of digits
         last = f"at the end, line {len(text.splitlines())}"
         raise UserError(f"{path} is not TOML: {str(error).replace('at end of document', last)}.") from None
 

@@ -78,7 +78,7 @@ class Library:
 
 LIBRARIES = {
     "hf": Library("transformers", "transformers", "torch", _opens_in_transformers, _open_in_transformers),
-    "mlx-lm": Library("mlx-lm", "mlx_lm", "mlx", _opens_in_mlx_lm, _open_in_mlx_lm, mlx_lm.lacks),
+    "mlx-lm": Library("mlx-lm", "mlx_lm", "mlx", _opens_in_mlx_lm, _open_in_mlx_lm, mlx_lm.differs),
 }
 
 

@@ -39,12 +39,14 @@ def convert(
 ) -> dict[str, Any]:
     """Write a model in the format `to` at `folder`, atomically; what was written, as `gpt convert --json` prints it.
 
-    Without `to`, a model of ours becomes a Hugging Face directory, and any other one of ours. `progress`
-    is told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a
-    format that can't hold the model, and for a `folder` that exists, unless it holds a model and `force` is given.
+    Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
+    Hugging Face directory, and any other one of ours. `progress` is told the bytes of each parameter as it
+    passes. Raises UserError, before anything is written, for a format that can't hold the model, and for a
+    `folder` that exists, unless it holds a model and `force` is given.
     """
     model = found.model
-    to = to or ("hf" if found.format == "twingpt" and not quantization else "twingpt")
+    usual = "hf" if found.format == "twingpt" and not quantization else "twingpt"
+    to = to or ("gguf" if folder.suffix == ".gguf" else usual)
     if to not in TARGETS:
         raise unknown_choice("format", to, TARGETS)
     if to == "mlx":

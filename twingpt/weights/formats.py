@@ -147,8 +147,8 @@ def describe(found: Found) -> dict[str, Any]:
     try:
         tokenizer = model.tokenizer()
         spoken: str | None = f"{tokenizer.kind}, {tokenizer.vocab_size} ids"
-    except UserError:
-        spoken = None
+    except UserError as error:
+        spoken = f"broken: {error}" if (model.folder / "tokenizer.json").exists() else None
     table = parameter_table(model.config)
     quantization = model.quantization
     return {

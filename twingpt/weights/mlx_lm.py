@@ -205,6 +205,18 @@ def lacks(config: GPTConfig, family: str) -> str | None:
     return next((problem for problem, there in problems.items() if there), None)
 
 
+def differs(config: GPTConfig, family: str) -> str | None:
+    """What of a model of this family keeps mlx-lm's logits from being ours, or None: what it `lacks`, and more.
+
+    It rounds Gemma's factor on embeddings to bfloat16, as transformers does for weights in that. Such a
+    model is still written for it, or there would be none of Gemma 3's.
+    """
+    rounded = (np.float32(config.embed_scale).view(np.uint32) & 0xFFFF) > 0
+    if family == "gemma3_text" and rounded:
+        return "the exact factor on embeddings, which it rounds to bfloat16"
+    return lacks(config, family)
+
+
 def write_quantized(
     folder: Path,
     config: GPTConfig,

@@ -202,6 +202,6 @@ def _copy_of_hub(folder: Path) -> list[Path] | None:
         if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
             state = json.loads((folder / "state.json").read_text("utf-8"))
             return [folder / file["filename"] for file in state["_data_files"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder} is a damaged copy of a Hugging Face data set: save it again.") from None
     return None
