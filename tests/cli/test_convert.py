@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.conftest import needs, write_prose
 from twingpt.core import checkpoint, reference
 from twingpt.core.checkpoint import open_checkpoint, save_model
 from twingpt.core.config import SHAPES, GPTConfig
+from twingpt.core.evaluate import HeldOut
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.paths import new_folder
 from twingpt.core.portable import end_ids
@@ -141,6 +143,19 @@ def test_what_quantization_costs_is_measured(gpt, source, tmp_path):
     options = ("--q-bits", 4, "--data", tmp_path / "nowhere.txt", "--backend", "torch")
     assert "nowhere.txt" in refused(gpt, tmp_path / "source", tmp_path / "r", *options)
     assert not (tmp_path / "r").exists()  # it is asked for before the work
+
+
+@needs("torch")
+def test_a_context_of_a_million_tokens_is_measured_in_windows(gpt, source, tmp_path):
+    source(block_size=2**20)
+    model, text = open_model(tmp_path / "source").model, write_prose(tmp_path)
+    held_out = HeldOut.of(model, str(text), "torch", "cpu")
+    tracemalloc.start()
+    try:
+        assert held_out.loss(model) > 1
+        assert tracemalloc.get_traced_memory()[1] < 30e6  # of its tables alone would be 400
+    finally:
+        tracemalloc.stop()
 
 
 @needs("mlx")
