@@ -294,6 +294,11 @@ def test_what_is_no_model(gpt, tmp_path, name, message):
     assert message in error and str(tmp_path / name) in error
 
 
+def test_a_file_of_a_model(gpt, source, tmp_path):
+    error = refused(gpt, source() / "model.safetensors", tmp_path / "new")
+    assert "is a part of a model: give the folder that it is in" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
