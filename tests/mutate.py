@@ -96,7 +96,7 @@ class Judge:
             read()
         except UserError as error:
             sound = False
-            assert "\n" not in str(error) and len(str(error)) < 1000, f"{str(error)[:2000]!r} is not one sentence"
+            assert "\n" not in str(error) and len(str(error)) < 1500, f"{str(error)[:2000]!r} is not one sentence"
         took, (resident, addresses) = time.process_time() - begin, self._memory()
         self._addresses = self._addresses or addresses  # after the first, which opens libraries
         problem = f"{took:.1f} s" if took > 1 else ""

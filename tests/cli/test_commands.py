@@ -145,6 +145,27 @@ def mistake(gpt, *arguments) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "--max-iters", "ten"], "Invalid value for '--max-iters'"),
+        (["train", "--optimiser", "muon"], "No such option: --optimiser"),
+        (["trian"], "No such command 'trian'"),
+        (["data", "rm"], "Missing argument 'NAME'"),
+        (["data", "prepare", "novel.txt"], "Missing option '--name'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(gpt, arguments, message):
+    error = mistake(gpt, *arguments)
+    assert message in error and error.endswith(" --help.\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["data"], ["bench"]])
+def test_a_group_alone_shows_its_help(gpt, arguments):
+    code, out, err = gpt(*arguments)
+    assert code in (0, 2) and "Usage:" in out + err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--preset", "tinny"], "Unknown preset 'tinny': did you mean 'tiny'?"),
         (["--shape", "gpt3"], "Unknown shape 'gpt3': did you mean 'gpt2'?"),
         (["--n-embd", 30, "--n-head", 4], "n_embd 30 is not divisible by n_head 4"),

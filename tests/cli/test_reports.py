@@ -369,6 +369,12 @@ def test_plot_draws_runs_over_one_another(gpt, several):
     assert code == 0 and (several / "same.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error")  # one would be printed on the terminal
+def test_plot_of_a_run_whose_name_the_font_lacks(gpt, several):
+    write_run(Path("runs/東京"), story(40))
+    assert gpt("plot", "東京", "-o", "x.png") == (0, "x.png\n", "")
+
+
 @pytest.mark.parametrize(("x", "scale"), [("step", 1), ("tokens", 2048), ("time", 0.5)])
 def test_plot_prints_its_series(gpt, several, x, scale):
     code, out, err = gpt("plot", "short", "runs/short", "a/same", "b/same", "--x", x, "--json")

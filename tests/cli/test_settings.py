@@ -38,6 +38,19 @@ def file(tmp_path):
     return path
 
 
+@needs("torch")
+def test_a_file_says_where_to_report(gpt, prose, file, tmp_path):
+    pytest.importorskip("tensorboardX")
+    file.write_text(f'{FILE}\n[run]\nreport_to = "tensorboard"\n')
+    rest = ["--config", file, "--data", prose, "--max-iters", 2, "--backend", "torch"]
+    train(gpt, *rest, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "tensorboard").is_dir()
+    assert read(tmp_path / "run" / "config.toml")["report_to"] == "tensorboard"
+    train(gpt, *rest, "--report-to", "", "--out", tmp_path / "plain")
+    assert not (tmp_path / "plain" / "tensorboard").exists()
+    assert "Unknown --report-to 'tensorbord'" in mistake(gpt, "train", *rest, "--set", "report_to=tensorbord")
+
+
 @both
 def test_a_run_is_repeated_bit_for_bit_from_its_config(gpt, prose, file, tmp_path, backend):
     first, second = tmp_path / "first", tmp_path / "second"

@@ -47,6 +47,14 @@ def test_train_says_when_the_text_has_no_more(gpt, prose, tmp_path):
     assert code == 0 and "no more pairs to join" in out and "MB" in out
 
 
+def test_a_text_that_is_empty(gpt, tmp_path):
+    empty, out = tmp_path / "empty.txt", tmp_path / "out"
+    empty.write_text("")
+    assert f"{empty} is empty" in mistake(gpt, "tokenize", "compare", empty, "-t", "byte")
+    assert f"{empty} is empty" in mistake(gpt, "tokenize", "train", empty, "-o", out)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

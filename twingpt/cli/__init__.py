@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any
 
 import typer
 
 from twingpt.cli import baseline, bench, convert, data, doctor, generate, parity, plot, runs, tokenize, train
 from twingpt.core.errors import UserError
+
+UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer uses, its own or the package
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +37,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows what it can
             stream.reconfigure(errors="replace")
     try:
-        app()
+        code = app(standalone_mode=False)  # which would print a box of several lines for a mistake
+    except UsageError as error:
+        sys.exit(_usage(error))
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        sys.exit(1)
     except (UserError, OSError, MemoryError) as error:
         if debug:
             raise
@@ -42,6 +50,18 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> int:
+    """Say what is wrong with a command line, a UsageError; the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: its help
+        error.show()
+    else:
+        message = str(error.format_message())
+        command = error.ctx.command_path if error.ctx else "gpt"
+        print(f"gpt: {message}{'' if message[-1:] in '.?' else '.'} See {command} --help.", file=sys.stderr)
+    return int(error.exit_code)
 
 
 def _sentence(error: Exception) -> str:

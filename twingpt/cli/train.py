@@ -81,8 +81,8 @@ def train(
     checkpoint_interval: Annotated[int | None, option("Steps between checkpoints; 0 is off.", REPORT)] = None,
     keep: Annotated[int | None, option("Latest checkpoints to keep, beside the best.", REPORT)] = None,
     report_to: Annotated[
-        str, option("tensorboard, wandb, mlflow: one or several, with commas. (default: none)", REPORT)
-    ] = "",
+        str | None, option("tensorboard, wandb, mlflow: one or several, with commas. (default: none)", REPORT)
+    ] = None,
     out: Annotated[Path | None, option("The run's folder. (default: runs/DATA-DATE)", WHERE)] = None,
     init_from: Annotated[
         str | None, option("Fine-tune this model: a run, a checkpoint, or what gpt convert reads.", WHERE)
@@ -114,10 +114,11 @@ def train(
     What is not given comes from a recipe for the kind of device, and the run's config.toml keeps all of it.
     """
     given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("json_", "wizard", "report_to"):
+    for key in ("json_", "wizard"):
         given.pop(key)
     if wizard:
-        config, given = _ask_wizard([*given, *["json"] * json_]), {}
+        beside = [*(key for key in given if key != "report_to"), *["json"] * json_]
+        config, given = _ask_wizard(beside), {key: given[key] for key in given.keys() & {"report_to"}}
     for key in ("config", "set_", "stop_after", "resume"):
         given.pop(key, None)
     from rich.console import Console
@@ -126,10 +127,10 @@ def train(
     from twingpt.core.console import ConsoleReporter
     from twingpt.weights.formats import open_model
 
-    track = trackers.parse(report_to)
     console = Console(stderr=json_, highlight=False)
     options, names = settings.gather(config, given, set_ or [])
     where = {key: options.pop(key, None) for key in settings.TABLES["run"]}
+    track = trackers.parse(where["report_to"] or "")
     for key in ("out", "init_from"):
         if resume is not None and where[key]:
             raise UserError(f"--resume goes on in the run's own folder, with its own model: leave out {names[key]}.")
@@ -137,10 +138,12 @@ def train(
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
     place = (where["backend"] or "auto", where["device"], where["compile"])
     if resume is not None:
-        trainer = launch.resume_run(resume, options, *place, stop_after, names)
+        trainer = launch.resume_run(resume, options, *place, stop_after, names, where["report_to"])
     else:
         init = open_model(where["init_from"]).model if where["init_from"] else None
-        trainer = launch.new_run(options, Path(where["out"]) if where["out"] else None, *place, init)
+        trainer = launch.new_run(
+            options, Path(where["out"]) if where["out"] else None, *place, init, where["report_to"]
+        )
     _print_settings(console, trainer, options)
     reporter = ConsoleReporter(console)
     trainer.reporters = [*trainer.reporters, *trackers.make(track, trainer.run), reporter]

@@ -18,6 +18,7 @@ from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
 from twingpt.core.ngram import LONGEST, NGram
 from twingpt.core.paths import write_atomically
+from twingpt.core.reading import read_json
 
 Array = np.ndarray
 
@@ -148,9 +149,9 @@ def _quick_rows(data: TokenDataset, targets: int) -> list[Row]:
 def _kept(data: TokenDataset) -> list[Row]:
     """What was measured earlier on these data."""
     try:
-        content = json.loads((data.folder / FILE).read_text("utf-8"))
+        content = read_json(data.folder / FILE)
         rows = [Row(**row) for row in content["rows"]] if content["fingerprint"] == data.fingerprint else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return []
     return rows
 

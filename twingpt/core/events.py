@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections import deque
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 from twingpt.core.paths import naming, write_atomically
 
 WAITING_EVENTS = 10_000  # at most kept in memory while they can't be written, the oldest dropped first
+LARGEST = 1e100  # a number in an event that is drawn or printed
 
 
 @dataclass(frozen=True)
@@ -222,13 +222,14 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """The events of a metrics.jsonl; what is none, as a last line cut short by a crash, is left out."""
     if not path.is_file():
         return
-    for line in path.read_text("utf-8", errors="replace").split("\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event and isinstance(event.get("step"), int):
-            yield event
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_step(event.get("step")):
+                yield event
 
 
 def rewind(path: Path, saved: Saved, again: Collection[str]) -> None:
@@ -274,8 +275,13 @@ def points(events: Iterable[dict[str, Any]], kind: str, field: str, x: str = "st
 def tokens_per_step(events: Iterable[dict[str, Any]]) -> int:
     """The tokens of each step of a run, or 0 where no event says it."""
     counts = (event.get("tokens_per_step") for event in events if event["event"] == "run_started")
-    return next((count for count in counts if isinstance(count, int)), 0)
+    return next((count for count in counts if isinstance(count, int) and _is_number(count) and count > 0), 0)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that can be drawn, as one of hundreds of digits can't."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 0

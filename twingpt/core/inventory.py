@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from twingpt.core import runs
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import sync_folder
+from twingpt.core.reading import read_json
 
 FOLDERS = ("checkpoints", "tensorboard", "wandb")  # what training and its trackers write beside runs.FILES
 
@@ -61,11 +61,11 @@ class Run:
 
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object; UserError where the file holds none."""
+    if not path.exists():
+        raise UserError(f"{path.name} is missing")
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.name} is missing") from None
-    except (OSError, ValueError):
+        content = read_json(path)
+    except UserError:
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path.name} is damaged")
@@ -94,7 +94,10 @@ def _mtime(path: Path) -> float:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
 
 
 def _dict(value: object) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from twingpt.core.flops import peak
 from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand, write_atomically
 from twingpt.core.plot import PlotReporter
+from twingpt.core.reading import read_json
 from twingpt.core.report import HTMLReporter
 from twingpt.core.runs import check_untrained, checkpoints, find_run, latest, owner, point, remove_leftovers
 from twingpt.core.settings import FIELDS, MODEL_FIELDS, SIZE_KEYS, TRAIN_FIELDS, spelled_out
@@ -132,11 +133,13 @@ def new_run(
     device: str | None,
     compile: bool | None,
     init: Model | None = None,
+    report_to: str | None = None,
 ) -> Trainer:
     """A Trainer for a new run in `out`, or in a folder of its own under runs/, with the options of `resolve`.
 
-    It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`). Raises
-    UserError for anything that can't be; then nothing has been written but the prepared data.
+    It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`), and
+    `report_to` is noted in its config.toml. Raises UserError for anything that can't be; then nothing has been
+    written but the prepared data.
     """
     chosen = set(options)
     if init:
@@ -158,7 +161,7 @@ def new_run(
     trainer.init_from = str(init.folder) if init else None
     _check_free(run)  # another may have begun it while data were prepared
     _write_run(trainer, [], None)
-    _write_config(trainer, compile)
+    _write_config(trainer, compile, report_to)
     return trainer
 
 
@@ -230,6 +233,7 @@ def resume_run(
     compile: bool | None,
     stop_after: int | None = None,
     names: Mapping[str, str] = MappingProxyType({}),
+    report_to: str | None = None,
 ) -> Trainer:
     """A Trainer that goes on from the latest checkpoint of a run (RUN@STEP: from that one), on any backend.
 
@@ -269,7 +273,7 @@ def resume_run(
     trainer.init_from = described.get("init_from")
     check_untrained(run)  # another may have gone on with it while data were prepared
     _write_run(trainer, described["starts"], saved)
-    _write_config(trainer, compile)
+    _write_config(trainer, compile, report_to)
     trainer.seconds_before = seconds_so_far(run / "metrics.jsonl")
     return trainer
 
@@ -332,7 +336,7 @@ def _read_run(run: Path) -> dict[str, Any]:
     """run.json as `_write_run` left it."""
     kinds = {"config": dict, "train": dict, "data": dict, "starts": list}
     try:
-        described = json.loads((run / "run.json").read_text("utf-8"))
+        described = read_json(run / "run.json")
         data = described["data"]
         _, is_text_or_texts = KINDS["str | tuple[str, ...]"]
         if (
@@ -341,7 +345,7 @@ def _read_run(run: Path) -> dict[str, Any]:
             and isinstance(data["fingerprint"], str)
         ):
             return dict(described)
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         pass
     raise UserError(f"{run / 'run.json'} is not what twingpt wrote: the run can't be resumed.")
 
@@ -419,10 +423,10 @@ def differences(trainer: Trainer, options: Options) -> dict[str, Any]:
     return {key: value for key, value in now.items() if key not in usual or value != usual[key]}
 
 
-def _write_config(trainer: Trainer, compile: bool | None) -> None:
+def _write_config(trainer: Trainer, compile: bool | None, report_to: str | None) -> None:
     """config.toml, which starts the same run again."""
     values: dict[str, Any] = {"backend": trainer.backend.NAME, "device": trainer.device.name, "compile": compile}
-    values["init_from"] = trainer.init_from
+    values |= {"init_from": trainer.init_from, "report_to": report_to}
     run = {key: value for key, value in values.items() if value is not None}
     again = "Every setting of this run. It runs again with: gpt train --config THIS_FILE --out FOLDER"
     write_toml(trainer.run / "config.toml", spelled_out(trainer.config, trainer.train) | run, again)

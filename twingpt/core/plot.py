@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,5 +128,7 @@ def _label(run: dict[str, Any]) -> str:
 
 def _write(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix(".").lower())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in a script that the font lacks
+        figure.savefig(content, format=path.suffix.removeprefix(".").lower())
     write_atomically(path, content.getvalue())

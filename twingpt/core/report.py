@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from twingpt.core.console import human_bytes, human_count, human_share, human_time
+from twingpt.core.errors import UserError
 from twingpt.core.events import Event, RunEnded, Saved, last_baseline, points, read_events, tokens_per_step
 from twingpt.core.inventory import starts
 from twingpt.core.paths import write_atomically
+from twingpt.core.reading import read_json
 
 Points = Sequence[tuple[float, float]]
 Events = Sequence[dict[str, Any]]
@@ -38,8 +40,8 @@ class HTMLReporter:
 def write_report(run: Path) -> None:
     """Write report.html of a run from its metrics.jsonl and run.json; what they lack is left out."""
     try:
-        described = json.loads((run / "run.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        described = read_json(run / "run.json")
+    except UserError:
         described = {}
     described = described if isinstance(described, dict) else {}
     page = render(run.resolve().name, described, list(read_events(run / "metrics.jsonl")))

@@ -27,7 +27,7 @@ TRAIN_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(Trai
 TABLES: dict[str, dict[str, str]] = {
     "model": {"preset": "str", "depth": "int", "shape": "str", **MODEL_FIELDS},
     "train": TRAIN_FIELDS,
-    "run": {"out": "str", "init_from": "str", "backend": "str", "device": "str", "compile": "bool"},
+    "run": {"out": "str", "init_from": "str", "backend": "str", "device": "str", "compile": "bool", "report_to": "str"},
 }
 FIELDS = {key: annotation for table in TABLES.values() for key, annotation in table.items()}
 SIZE_KEYS = {"preset", "depth", "shape"}
@@ -98,7 +98,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start}.") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise UserError(f"{path} is not TOML: it is nested too deeply.") from None
+    except ValueError as error:  # also of a number of thousands of digits
         last = f"at the end, line {len(text.splitlines())}"
         raise UserError(f"{path} is not TOML: {str(error).replace('at end of document', last)}.") from None
 

@@ -17,6 +17,7 @@ from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.events import Baseline, Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
 from twingpt.core.paths import write_atomically
+from twingpt.core.reading import read_json
 
 Report = Callable[[Any, Event], None]
 
@@ -91,8 +92,8 @@ def _configuration(run: Path) -> dict[str, Any]:
 
 def _read_ids(run: Path) -> dict[str, str]:
     try:
-        ids = json.loads((run / IDS).read_text("utf-8"))
-    except (OSError, ValueError):
+        ids = read_json(run / IDS)
+    except UserError:
         return {}
     return {name: id for name, id in ids.items() if isinstance(id, str)} if isinstance(ids, Mapping) else {}
 

@@ -191,7 +191,7 @@ def _check(name: str, file: File, path: Path, progress: download.Progress) -> No
     It is read for that only where its size or date are not those of the last time.
     """
     kept = {}
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         kept = dict(json.loads(_beside(path).read_text()))
     expected = file.sha256 or kept.get("sha256")
     if expected and kept == {"sha256": expected, **_stamp(path)}:

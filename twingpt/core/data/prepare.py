@@ -329,7 +329,7 @@ class Preparation:
             counts.count(result)
             self.progress.documents, self.progress.tokens = sum(counts.documents.values()), counts.n_tokens
         if not sum(counts.characters.values()):
-            raise UserError(f"{self._what()} is empty: give --data a file with text.")
+            raise sources.empty(self._what())
         if not work.tails:
             share = counts.characters["val"] / sum(counts.characters.values())
             self.tails, self.lengths = not VAL_FRACTION / 2 < share < VAL_FRACTION * 2, lengths

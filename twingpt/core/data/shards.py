@@ -50,6 +50,8 @@ def _check_types(facts: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
     for key, kind in kinds.items():
         if type(facts[key]) is not kind or (kind is int and facts[key] < 0):
             raise ValueError(f"{key} is {short(facts[key])}")
+        if kind is str:
+            facts[key].encode()  # half a surrogate pair is a ValueError
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -113,16 +115,15 @@ class TokenDataset:
             self.splits = {split: self._map(split) for split in SPLITS}
         except FileNotFoundError as error:
             raise UserError(f"{folder} is not a prepared data set: {Path(error.filename).name} is missing.") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"The manifest of {folder} is broken ({error}): delete the folder.") from None
         self.tokenizer = load_tokenizer(folder)
 
     def _map(self, split: str) -> Array:
         path, facts = self.folder / f"{split}.bin", self.manifest["splits"][split]
-        dtype = np.dtype(self.manifest["dtype"])
-        size = path.stat().st_size
-        if dtype not in (token_dtype(0), token_dtype(2**32)):
-            raise ValueError(f"dtype is {dtype}")
+        if self.manifest["dtype"] not in (token_dtype(0).str, token_dtype(2**32).str):
+            raise ValueError(f"dtype is {short(self.manifest['dtype'])}")
+        dtype, size = np.dtype(self.manifest["dtype"]), path.stat().st_size
         if size != facts["tokens"] * dtype.itemsize:
             raise UserError(
                 f"{path} has {size} bytes where its manifest says {facts['tokens'] * dtype.itemsize}: "

@@ -89,8 +89,13 @@ def load(spec: str, field: str = "text", errors: str = "strict") -> Source:
     if glob.has_magic(spec):
         return Source(_word(path.name), [File(file, field, errors) for file in _glob(spec)])
     if path.suffix or os.sep in spec:
-        raise UserError(f"There is no file or folder {spec}: check the path given to --data.")
+        raise UserError(f"There is no file or folder {spec}: check the path.")
     raise unknown_choice("data source", spec, named.NAMES)
+
+
+def empty(what: object) -> UserError:
+    """The error of a source without text."""
+    return UserError(f"{what} is empty: give a file with text.")
 
 
 def _named(spec: str, name: str, shards: int | None) -> Source:
@@ -197,6 +202,6 @@ def _copy_of_hub(folder: Path) -> list[Path] | None:
         if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
             state = json.loads((folder / "state.json").read_text("utf-8"))
             return [folder / file["filename"] for file in state["_data_files"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder} is a damaged copy of a Hugging Face data set: save it again.") from None
     return None

@@ -26,7 +26,7 @@ COLORS = ("blue", "dark_orange3", "dark_green", "purple4", "dark_red", "deep_sky
 def learn(specs: Sequence[str], vocab_size: int, pattern: str, chat: bool, out: Path) -> dict[str, Any]:
     """Learn a BPE from data sources and write it to the new folder `out`; what was learned, with the seconds it took.
 
-    Raises UserError where `out` exists or can't be written, or for what `train_bpe` refuses.
+    Raises UserError where `out` exists or can't be written, without text, or for what `train_bpe` refuses.
     """
     folder = expand(out)
     if folder.exists():
@@ -40,6 +40,8 @@ def learn(specs: Sequence[str], vocab_size: int, pattern: str, chat: bool, out: 
             yield text
 
     tokenizer = train_bpe(texts(), vocab_size, pattern, chat)
+    if not counts["bytes"]:
+        raise sources.empty(", ".join(specs))
     try:
         with new_folder(folder) as temporary:
             for name, text in files(tokenizer, UNLIMITED).items():
@@ -71,7 +73,7 @@ def tokens(tokenizer: Tokenizer, text: str, special: bool = False) -> list[dict[
 def compare(names: Sequence[str], spec: str) -> dict[str, Any]:
     """What tokenizers make of a data source: a row for each with tokens, bytes per token, and MB encoded a second.
 
-    `char` knows the characters of the source itself.
+    `char` knows the characters of the source itself. Raises UserError for a source without text.
     """
     source, rows = sources.load(spec), []
     for name in names:
@@ -86,6 +88,8 @@ def compare(names: Sequence[str], spec: str) -> dict[str, Any]:
             count += len(tokenizer.encode(text))
             seconds += time.perf_counter() - start
             documents, size = documents + begins, size + len(text.encode())
+        if not size:
+            raise sources.empty(spec)
         row = {"tokenizer": name, "vocab_size": tokenizer.vocab_size, "tokens": count}
         rows.append({**row, "bytes_per_token": size / max(1, count), "mb_per_second": size / 1e6 / seconds})
     return {"source": spec, "documents": documents, "bytes": size, "rows": rows}
