@@ -18,7 +18,7 @@ from twingpt.core.paths import new_folder
 from twingpt.core.portable import end_ids
 from twingpt.core.quantize import Quantization
 from twingpt.core.tokenizer import ByteTokenizer
-from twingpt.weights.formats import open_model
+from twingpt.weights.formats import HUB_FILES, open_model
 
 SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64, "init_std": 0.1}
 
@@ -328,6 +328,19 @@ def test_the_hub_is_not_reached_without_a_network(gpt, tmp_path):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     message = refused(gpt, "someone/some-model", tmp_path / "new")
     assert "There is no folder someone/some-model, and the Hugging Face hub did not give it" in message
+
+
+def test_what_is_fetched_of_a_repository():
+    """No second copy of the weights in another layout, and nothing of other frameworks."""
+    utils = pytest.importorskip("huggingface_hub.utils")
+    wanted = [
+        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model_000650.pt",
+        "meta_000650.json",
+    ]  # fmt: skip
+    others = ["consolidated.safetensors", "onnx/model.onnx", "onnx/config.json", "original/model.safetensors"]
+    others += ["pytorch_model.bin", "model.gguf", "README.md", "adapter_model.safetensors"]
+    assert list(utils.filter_repo_objects([*wanted, *others], allow_patterns=HUB_FILES)) == wanted
 
 
 def test_a_disk_that_is_full_leaves_nothing(gpt, source, tmp_path, monkeypatch):
