@@ -35,7 +35,8 @@ def test_both_backends_side_by_side(gpt, twins, mode):
         config = GPTConfig.from_dict(row["config"])
         assert config.n_embd == 32 and config.vocab_size == 300 and row["parameters"] == parameter_count(config)
         per_token = flops_per_token(config) * (1 if mode == "train" else 1 / 3)
-        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * per_token / row["peak_flops"])
+        share = row["tokens_per_second"] * per_token / row["peak_flops"]
+        assert row["mfu"] == (pytest.approx(share) if share <= 1 else None)  # on a machine that was busy meanwhile
         assert row["peak_source"] == "measured" and 2**24 < row["peak_memory_bytes"] < 2**34
         assert (row["optimizer"] == "muon") == (mode == "train")
         if mode == "train":

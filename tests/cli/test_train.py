@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 
 from tests.conftest import BOTH, needs
 from twingpt.core import backend as backends
-from twingpt.core import runs
+from twingpt.core import launch, runs
 from twingpt.core.checkpoint import open_checkpoint
 from twingpt.core.events import read_events
+from twingpt.core.flops import Peak
 from twingpt.core.trainer import Trainer
 
 SMALL = [
@@ -51,7 +53,8 @@ def logged(run, event="trained") -> list[dict]:
 
 
 @both
-def test_a_run_from_text_to_checkpoints(gpt, prose, tmp_path, backend):
+def test_a_run_from_text_to_checkpoints(gpt, prose, tmp_path, backend, monkeypatch):
+    monkeypatch.setattr(launch, "peak", lambda *_: Peak(1e15, "documented"))
     run = tmp_path / "run"
     result = train(gpt, "--data", prose, "--out", run, "--backend", backend, *SMALL)
     assert set(result) >= KEYS
@@ -261,6 +264,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(gpt, 
     code, _, err = gpt("train", *common, "--learning-rate", 1e30, "--eval-interval", 0)
     assert code == 2 and "is not finite: lower the learning rate" in err
     assert not runs.checkpoints(run)
+    code, _, err = gpt("train", *common, "--learning-rate", 1e30, "--log-interval", 100)  # seen by an evaluation first
+    assert code == 2 and re.search(r"gpt: The (loss|gradient) of step \d is not finite", err), err
 
 
 @both

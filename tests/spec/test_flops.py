@@ -128,3 +128,4 @@ def test_mfu_is_the_share_of_the_peak():
     config = GPTConfig(vocab_size=100)
     speed = 1e12 / flops.flops_per_token(config)
     assert math.isclose(flops.mfu(speed, config, flops.Peak(4e12, "measured")), 0.25)
+    assert flops.mfu(speed, config, flops.Peak(0.9e12, "measured")) is None  # it can't have been the peak

@@ -303,7 +303,7 @@ def _row(
     accumulated = train.gradient_accumulation_steps if mode == "train" else 1
     step = statistics.median(seconds)
     speed = train.batch_size * accumulated * config.block_size / step
-    share = flops.mfu(speed, config, peak)
+    share = flops.mfu(speed * (FORWARD_SHARE if mode == "forward" else 1), config, peak)
     return {
         "backend": process.backend,
         "device": facts["device"],
@@ -315,7 +315,7 @@ def _row(
         "spread": (max(seconds) - min(seconds)) / step,
         "repeats": len(seconds),
         "steps": steps,
-        "mfu": share * FORWARD_SHARE if share and mode == "forward" else share,
+        "mfu": share,
         "peak_flops": peak and peak.flops_per_second,
         "peak_source": peak and peak.source,
         "peak_memory_bytes": process.ask("memory"),

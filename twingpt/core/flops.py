@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
@@ -126,5 +127,9 @@ def flops_per_token(config: GPTConfig) -> float:
 
 
 def mfu(tokens_per_second: float, config: GPTConfig, peak: Peak | None) -> float | None:
-    """The share of a device's peak that training at this speed uses, or None where the peak isn't known."""
-    return tokens_per_second * flops_per_token(config) / peak.flops_per_second if peak else None
+    """The share of a device's peak that training at this speed uses, or None where the peak isn't known.
+
+    It isn't where training is faster: then the machine was busy with something else when it was measured.
+    """
+    share = tokens_per_second * flops_per_token(config) / peak.flops_per_second if peak else math.inf
+    return share if share <= 1 else None

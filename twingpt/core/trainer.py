@@ -267,6 +267,7 @@ class Trainer:
             measured = [self._held_out(part.data) for part in sources]
         loss, size, _ = np.average(measured, axis=0, weights=[part.share for part in sources]).tolist()
         if not math.isfinite(loss):
+            self._report_training(unread=0)  # which names the step where that was not finite either
             raise self._diverged(f"The held-out loss after {progress.step} steps")
         each: dict[str, SourceLoss] = {}
         if isinstance(self.data, Mixture):
