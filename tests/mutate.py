@@ -8,6 +8,7 @@ import pickletools
 import random
 import re
 import struct
+import sys
 import time
 import tracemalloc
 import warnings
@@ -44,11 +45,13 @@ TIMES = 2.5
 DENSE = 40  # instead, for JSON of little but braces: 28 was measured for `{"":1},`, and is 37 before Python 3.11
 HASHING = 2**18  # a file is hashed in pieces of so many bytes
 # Of Python's objects and NumPy's arrays, as tracemalloc counts them. Lists within lists down to Python's own
-# limit, of which each takes 100 bytes, are most of it.
-ROOM = 2**18
-# Of the process: Python takes memory by the megabyte, malloc more for a large piece, and Linux counts in batches.
-RESIDENT = 2**21
-ADDRESSES = 2**29  # which are no memory yet: libraries that are opened late, and what malloc reserves for a thread
+# limit, of which each takes 100 bytes, are most of it; from Python 3.12 that is tens of thousands, not a thousand.
+ROOM = 2**18 if sys.version_info < (3, 12) else 2**22
+# Of the process: Python takes memory by the megabyte, malloc more for a large piece, Linux two megabytes where
+# its pages are huge, and it counts in batches.
+RESIDENT = 2**22
+# Which are no memory yet: libraries that are opened late, and what malloc reserves for each of a library's threads.
+ADDRESSES = 2**29 + 2**27 * (os.cpu_count() or 1)
 TRACED = 47  # one file of so many is read with tracemalloc, which takes thrice the time; prime, to meet all kinds
 
 
@@ -126,7 +129,8 @@ class Judge:
             return 0, 0
         status, clear = self._files
         found = re.search(rb"VmPeak:\s+(\d+) kB.*VmHWM:\s+(\d+) kB", os.pread(status, 2**14, 0), re.DOTALL)
-        os.pwrite(clear, b"5", 0)  # begins again
+        with suppress(OSError):  # a kernel that can't
+            os.pwrite(clear, b"5", 0)  # begins again
         return (int(found[2]) * 1024, int(found[1]) * 1024) if found else (0, 0)
 
 
