@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from tests.conftest import needs, write_prose
 from twingpt.core import checkpoint, reference
 from twingpt.core.checkpoint import open_checkpoint, save_model
 from twingpt.core.config import SHAPES, GPTConfig
+from twingpt.core.evaluate import HeldOut
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.paths import new_folder
 from twingpt.core.portable import end_ids
 from twingpt.core.quantize import Quantization
 from twingpt.core.tokenizer import ByteTokenizer
-from twingpt.weights.formats import open_model
+from twingpt.weights.formats import HUB_FILES, open_model
 
 SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64, "init_std": 0.1}
 
@@ -141,6 +143,19 @@ def test_what_quantization_costs_is_measured(gpt, source, tmp_path):
     options = ("--q-bits", 4, "--data", tmp_path / "nowhere.txt", "--backend", "torch")
     assert "nowhere.txt" in refused(gpt, tmp_path / "source", tmp_path / "r", *options)
     assert not (tmp_path / "r").exists()  # it is asked for before the work
+
+
+@needs("torch")
+def test_a_context_of_a_million_tokens_is_measured_in_windows(gpt, source, tmp_path):
+    source(block_size=2**20)
+    model, text = open_model(tmp_path / "source").model, write_prose(tmp_path)
+    held_out = HeldOut.of(model, str(text), "torch", "cpu")
+    tracemalloc.start()
+    try:
+        assert held_out.loss(model) > 1
+        assert tracemalloc.get_traced_memory()[1] < 30e6  # of its tables alone would be 400
+    finally:
+        tracemalloc.stop()
 
 
 @needs("mlx")
@@ -279,6 +294,11 @@ def test_what_is_no_model(gpt, tmp_path, name, message):
     assert message in error and str(tmp_path / name) in error
 
 
+def test_a_file_of_a_model(gpt, source, tmp_path):
+    error = refused(gpt, source() / "model.safetensors", tmp_path / "new")
+    assert "is a part of a model: give the folder that it is in" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -308,6 +328,19 @@ def test_the_hub_is_not_reached_without_a_network(gpt, tmp_path):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     message = refused(gpt, "someone/some-model", tmp_path / "new")
     assert "There is no folder someone/some-model, and the Hugging Face hub did not give it" in message
+
+
+def test_what_is_fetched_of_a_repository():
+    """No second copy of the weights in another layout, and nothing of other frameworks."""
+    utils = pytest.importorskip("huggingface_hub.utils")
+    wanted = [
+        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model_000650.pt",
+        "meta_000650.json",
+    ]  # fmt: skip
+    others = ["consolidated.safetensors", "onnx/model.onnx", "onnx/config.json", "original/model.safetensors"]
+    others += ["pytorch_model.bin", "model.gguf", "README.md", "adapter_model.safetensors"]
+    assert list(utils.filter_repo_objects([*wanted, *others], allow_patterns=HUB_FILES)) == wanted
 
 
 def test_a_disk_that_is_full_leaves_nothing(gpt, source, tmp_path, monkeypatch):

@@ -47,12 +47,12 @@ def write(folder, family, monkeypatch, quantization=None):
 
 
 def judged(judge, folder, opened, counts):
-    """Read mutations of the folder's files by `opened`; one of eight as `gpt convert` does, which asks all readers."""
+    """Read mutations of the folder's files by `opened`; one of 25 as `gpt convert` does, which asks all readers."""
     for name, count in counts.items():
         content = (folder / name).read_bytes()
         for mutated in mutations(content, 3, count, header_at if name.endswith("safetensors") else whole):
             overwrite(folder / name, mutated)
-            model = opened if judge.judged % 8 else lambda path: open_model(path).model
+            model = opened if judge.judged % 25 else lambda path: open_model(path).model
             judge(lambda model=model: list(model(folder).parameters()), len(mutated))
         overwrite(folder / name, content)
 

@@ -32,8 +32,8 @@ def test_the_compiled_step_is_the_same_step(engines, docs):
     np.testing.assert_allclose(plain, compiled, rtol=1e-5)
 
 
-def test_the_compiled_half_precision_step(engines, docs):
-    """Checkpointing, skipping and scaling in one compiled step."""
+def test_the_compiled_step_that_checkpoints_and_skips(engines, docs):
+    """AdamW, gradient checkpointing and skipping in one compiled step."""
     tokens, targets = docs.batch(0, 4, 32, 1)
     settings = {"gradient_checkpointing": True, "skip_nonfinite": True, "optimizer": "adamw"}
     train = TrainConfig(warmup_iters=0)

@@ -58,6 +58,8 @@ def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path):
     assert host.total_memory() == whole
     limit.write_text(f"{2**20}\n")
     assert host.total_memory() == 2**20 and host.free_memory() == 2**20 - 1000
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 400\nactive_file 7\n")
+    assert host.free_memory() == 2**20 - 600  # the rest are files that were read or written, as in an installation
     used.write_text(f"{2**21}\n")
     assert host.free_memory() == 0
 

@@ -278,14 +278,10 @@ def _read_json(folder: Path, name: str) -> Any:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
-
-
-def _hash(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     sha = hashlib.sha256()
-    while chunk := file.read(2**20):
-        sha.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(2**18):
+            sha.update(chunk)
     return sha.hexdigest()
 
 

@@ -38,7 +38,10 @@ class HeldOut:
 
     def loss(self, model: Model) -> float:
         """Nats per token over the first held-out windows, in float32."""
-        engine = self.engines.TrainEngine(model.config, self.device, "adamw", "float32", False, False, False)
+        config = model.config
+        if config.position != "learned":  # a table for each of a million positions would take gigabytes
+            config = dataclasses.replace(config, block_size=min(WINDOW, config.block_size))
+        engine = self.engines.TrainEngine(config, self.device, "adamw", "float32", False, False, False)
         engine.load(model.parameters())
         handles, count = [], 0
         for tokens, targets in self.data.validation(BATCH, min(WINDOW, model.config.block_size), BATCHES):

@@ -74,10 +74,19 @@ def _container_memory() -> tuple[int, int] | None:
     """Bytes that this container may use, and that it uses; None outside one, and where nothing limits it."""
     for limit, used in CGROUPS:
         try:
-            return int(Path(limit).read_text()), int(Path(used).read_text())
+            return int(Path(limit).read_text()), max(0, int(Path(used).read_text()) - _idle_cache(Path(used)))
         except (OSError, ValueError):  # no such hierarchy, or "max"
             continue
     return None
+
+
+def _idle_cache(used: Path) -> int:
+    """Bytes of files that a container keeps in memory, and gives up when a process wants them; 0 if unknown."""
+    try:
+        stat = used.with_name("memory.stat").read_text()
+    except OSError:
+        return 0
+    return max(map(int, re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)), default=0)
 
 
 def total_memory() -> int:

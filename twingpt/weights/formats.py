@@ -106,6 +106,8 @@ def _no_model(path: Path) -> str:
         return f"{path} holds no model that is known: it has no config.json, and isn't a run."
     if path.suffix == ".gguf":
         return f"{path} can't be read: GGUF files are only written. Give the model that it was made from."
+    if (path.parent / "config.json").is_file():
+        return f"{path} is a part of a model: give the folder that it is in."
     if path.suffix == ".safetensors":
         return f"{path} has tensors alone: give the folder that has it and its config.json."
     return f"{path} is no model that is known: give a run, a model's folder, or a checkpoint of nanoGPT or nanochat."
