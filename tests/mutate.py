@@ -45,7 +45,7 @@ TIMES = 2.5
 DENSE = 40  # instead, for JSON of little but braces: 28 was measured for `{"":1},`, and is 37 before Python 3.11
 HASHING = 2**18  # a file is hashed in pieces of so many bytes
 # Of Python's objects and NumPy's arrays, as tracemalloc counts them. Lists within lists down to Python's own
-# limit, of which each takes 100 bytes, are most of it; from Python 3.12 that is tens of thousands, not a thousand.
+# limit, of which each takes 100 bytes, are most of it; that is a thousand, and ten thousand in Python 3.13.
 ROOM = 2**18 if sys.version_info < (3, 12) else 2**22
 # Of the process: Python takes memory by the megabyte, malloc more for a large piece, Linux two megabytes where
 # its pages are huge, and it counts in batches.
