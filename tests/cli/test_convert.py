@@ -263,7 +263,7 @@ def test_nothing_is_overwritten_without_being_told(gpt, source, tmp_path):
     (tmp_path / "mine" / "config.json").write_text("{}")  # as any project may have
     assert "exists and is no model" in refused(gpt, folder, tmp_path / "mine", "--force")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
-    assert "is within the model that is to be converted" in refused(gpt, folder, folder / "hf")
+    assert "is within the checkpoint that is to be converted" in refused(gpt, folder, folder / "hf")
     open_checkpoint(folder)
 
 

@@ -93,8 +93,8 @@ def check_place(folder: Path, source: Path, force: bool) -> None:
     """Raise UserError where nothing may be written at `folder`: there is something else, or the source itself."""
     if folder.resolve() == source.resolve() or folder.resolve() in source.resolve().parents:
         raise UserError(f"{folder} holds the model that is to be converted: choose another place.")
-    if source.resolve() in folder.resolve().parents:  # a checkpoint of ours would no longer be what its manifest says
-        raise UserError(f"{folder} is within the model that is to be converted: choose another place.")
+    if source.resolve() in folder.resolve().parents and (source / "manifest.json").exists():  # which lists all files
+        raise UserError(f"{folder} is within the checkpoint that is to be converted: choose another place.")
     if not folder.exists() and not folder.is_symlink():
         return
     if not (_is_model(folder) if folder.is_dir() else folder.suffix == ".gguf"):
