@@ -370,7 +370,7 @@ def test_a_state_dict_that_torch_cannot_finish(gpt, source, tmp_path, monkeypatc
 
 def test_what_a_killed_conversion_left_is_removed(gpt, source, tmp_path):
     folder = source()
-    for name in (".new.abc.tmp", ".new.abc.old", ".other.abc.tmp"):
+    for name in (".new.abc.tmp", ".other.abc.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     with new_folder(tmp_path / "new") as alive:  # another process's, which goes on

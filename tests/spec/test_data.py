@@ -11,6 +11,7 @@ from twingpt.core.data import shards
 from twingpt.core.data.prepare import _lock, prepare
 from twingpt.core.data.shards import TokenDataset, token_dtype
 from twingpt.core.data.sources import load
+from twingpt.core.paths import new_folder
 
 
 @pytest.fixture(autouse=True)
@@ -201,3 +202,12 @@ def test_python_without_its_topics(monkeypatch):
 def test_manifest_is_json(prose):
     manifest = json.loads((prepare(str(prose), "char", 0).folder / "manifest.json").read_text())
     assert manifest["name"] == "prose" and manifest["documents"] == {"train": 1, "val": 1}
+
+
+def test_what_was_to_be_replaced_stays_where_nothing_replaced_it(tmp_path):
+    old = tmp_path / ".set.x1y2.old"
+    old.mkdir()
+    with new_folder(tmp_path / "set"):
+        assert old.exists()  # a process was killed between two renames: this is all that there is
+    with new_folder(tmp_path / "set"):
+        assert not old.exists()

@@ -89,9 +89,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary folders for `path` that nobody writes to any more."""
-    name = glob.escape(path.name)
-    for leftover in [*path.parent.glob(f".{name}.*.tmp"), *path.parent.glob(f".{name}.*.old")]:
+    """Remove the temporary folders for `path` that nobody writes to any more.
+
+    What was to be replaced goes too, but where a killed process left nothing at `path` it is all that there is.
+    """
+    endings = ("tmp", "old") if path.exists() else ("tmp",)
+    for leftover in [folder for end in endings for folder in path.parent.glob(f".{glob.escape(path.name)}.*.{end}")]:
         with suppress(OSError), _locked(leftover) as free:
             if free:
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from twingpt.backends.mlx.quantized import dequantize, quantized_matmul
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
 from twingpt.core.rope import rope_periods
 
@@ -91,20 +92,11 @@ def keep_all(x: Array) -> Array:
     return x
 
 
-def dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array:
-    """(…, width) numbers of MLX's affine layout (see `core.quantize`)."""
-    bits, group_size = 32 * words.shape[-1] // width, width // scales.shape[-1]
-    return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
-
-
 def product(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T for the matrix called `name`, by the quantized kernel where it is quantized."""
-    weight = p[f"{name}.weight"]
+    """x W^T for the matrix called `name`, by the quantized kernel where it is quantized (see `quantized`)."""
     if f"{name}.scales" in p:
-        scales, biases, width = p[f"{name}.scales"], p[f"{name}.biases"], x.shape[-1]
-        bits, group_size = 32 * weight.shape[-1] // width, width // scales.shape[-1]
-        return mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits)
-    return x @ weight.T
+        return quantized_matmul(x, p[f"{name}.weight"], p[f"{name}.scales"], p[f"{name}.biases"])
+    return x @ p[f"{name}.weight"].T
 
 
 def linear(x: Array, p: Parameters, name: str) -> Array:
