@@ -194,14 +194,21 @@ def test_a_run_goes_on_in_other_micro_batches_of_the_same_steps(gpt, prose, tmp_
     assert (train["batch_size"], train["gradient_accumulation_steps"]) == (4, 2)
 
 
+@pytest.mark.parametrize("fast", [("float32",), ("float32", "bfloat16")])
 @pytest.mark.parametrize("backend", BOTH)
-def test_out_of_memory_is_answered_with_what_to_change(gpt, prose, tmp_path, backend, monkeypatch):
+def test_out_of_memory_is_answered_with_what_to_change(gpt, prose, tmp_path, backend, fast, monkeypatch):
     def fails(*_):
         raise MemoryError
 
-    monkeypatch.setattr(backends.get(backend).TrainEngine, "micro", fails)
+    engines = backends.get(backend)
+    monkeypatch.setattr(engines.TrainEngine, "micro", fails)
+    device = dataclasses.replace(backends.find_device(engines, "cpu"), fast_dtypes=fast)  # whatever this one has
+    monkeypatch.setattr(engines, "devices", lambda: [device])
     code, _, err = gpt(
-        "train", "--data", prose, "--out", tmp_path / "run", *SMALL, "--backend", backend, "--device", "cpu"
-    )
+        "train", "--data", prose, "--out", tmp_path / "run", *SMALL, "--backend", backend, "--device", "cpu",
+        "--dtype", "float32",
+    )  # fmt: skip
     assert code == 2 and "cpu ran out of memory after 0 steps; nothing was saved. Less is needed with" in err
-    assert "--batch-size 8 --gradient-accumulation-steps 2, or with --gradient-checkpointing." in " ".join(err.split())
+    advice = "--batch-size 8 --gradient-accumulation-steps 2, or with --gradient-checkpointing"
+    advice += ", or with --dtype bfloat16." if "bfloat16" in fast else "."
+    assert advice in " ".join(err.split())
