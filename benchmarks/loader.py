@@ -23,14 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import backend as backends
-from twingpt.core.config import SHAPES, GPTConfig, TrainConfig
-from twingpt.core.data.ahead import Ahead
-from twingpt.core.data.mixture import Mixture
-from twingpt.core.data.prepare import prepare
-from twingpt.core.data.shards import TokenDataset
+from twingpt.backends import registry
+from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.parameters import initialise
+from twingpt.core.presets import SHAPES
 from twingpt.core.schedule import hyperparameters
+from twingpt.data.mixture import Mixture
+from twingpt.data.prefetch import Ahead
+from twingpt.data.prepare import prepare
+from twingpt.data.shards import TokenDataset
 
 SECONDS = 0.5  # of each measurement
 MODEL = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 257}
@@ -58,15 +59,15 @@ def rate(make: Callable[[int], Any], tokens: int) -> float:
 def training(data: TokenDataset) -> tuple[str, Callable[[], float]]:
     """The device, and a function that measures the tokens per second of training steps on a batch that lies ready."""
     config, train = GPTConfig.from_dict(SHAPES["nano"] | MODEL), TrainConfig(optimizer="muon", batch_size=16)
-    engines = backends.get("torch")
-    device = backends.find_device(engines, None)
+    engines = registry.get("torch")
+    device = registry.find_device(engines, None)
     engine = engines.TrainEngine(config, device, "muon")
     engine.load(initialise(config, 1))
     batch, hyper = data.batch(0, 16, 64, 1), hyperparameters(train, 1)
 
     def step(number: int) -> None:
-        engine.micro(*batch, key=number)
-        engine.read([engine.update(hyper)])
+        engine.forward_backward(*batch, key=number)
+        engine.read([engine.optimizer_step(hyper)])
 
     for number in range(3):
         step(number)

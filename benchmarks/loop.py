@@ -16,20 +16,21 @@ import statistics
 import time
 from collections.abc import Callable
 
-from twingpt.core import backend as backends
-from twingpt.core.config import TrainConfig, preset
-from twingpt.core.data.ahead import Ahead
-from twingpt.core.data.prepare import prepare
+from twingpt.backends import registry
+from twingpt.core.config import TrainConfig
 from twingpt.core.parameters import initialise
+from twingpt.core.presets import preset
 from twingpt.core.schedule import hyperparameters
+from twingpt.data.prefetch import Ahead
+from twingpt.data.prepare import prepare
 
 
 def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | str]:
     """Median seconds a step of each way of stepping."""
     data = prepare("python-docs", "bpe", 2048)
     config, train = preset(size, data.tokenizer.vocab_size), TrainConfig(optimizer="muon", batch_size=16)
-    engines = backends.get(name)
-    device = backends.find_device(engines, None)
+    engines = registry.get(name)
+    device = registry.find_device(engines, None)
     engine = engines.TrainEngine(config, device, "muon", device.default_dtype, device.kind != "cpu")
     engine.load(initialise(config, 1))
     hyper = hyperparameters(train, 10)
@@ -43,8 +44,8 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
         handles = []
         start = time.perf_counter()
         for number in range(steps):
-            engine.micro(*next_batch(number), key=0)
-            handles.append(engine.update(hyper))
+            engine.forward_backward(*next_batch(number), key=0)
+            handles.append(engine.optimizer_step(hyper))
             if not read_late:
                 engine.read(handles[-1:])
             elif len(handles) > 1:
@@ -56,8 +57,8 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
         start = time.perf_counter()
         handles = []
         for _ in range(steps):
-            engine.micro(*ready, key=0)
-            handles.append(engine.update(hyper))
+            engine.forward_backward(*ready, key=0)
+            handles.append(engine.optimizer_step(hyper))
         engine.read(handles)
         return (time.perf_counter() - start) / steps
 
@@ -75,7 +76,7 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
 def main() -> None:
     """Parse the command line and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="torch", choices=backends.BACKENDS)
+    parser.add_argument("--backend", default="torch", choices=registry.BACKENDS)
     parser.add_argument("--preset", default="micro")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--turns", type=int, default=5)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from twingpt.core.data import sources, workers
+from twingpt.data import sources, workers
 
 PARAGRAPHS = 24  # of a document: some 3 kB
 SINGLE = 8_000_000  # bytes that one thread encodes each time

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import backend as backends
-from twingpt.core.backend import BACKENDS
+from twingpt.backends import registry
+from twingpt.backends.registry import BACKENDS
+from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise
-from twingpt.core.quantize import Quantization
 from twingpt.core.sampler import Sampling
 
 DTYPES = ("float32", "bfloat16")
@@ -30,9 +30,9 @@ BITS = (None, 8, 4)
 TURNS, TOKENS = 5, 4
 
 
-def decoder(engines: Any, config: GPTConfig, tensors: Iterable[Any], dtype: str) -> Callable[[], float]:
+def inference(engines: Any, config: GPTConfig, tensors: Iterable[Any], dtype: str) -> Callable[[], float]:
     """What measures the milliseconds that a token takes."""
-    engine = engines.DecodeEngine(config, tensors, backends.find_device(engines, None), dtype)
+    engine = engines.InferenceEngine(config, tensors, registry.find_device(engines, None), dtype)
     greedy, draw = Sampling(temp=0), np.zeros(1)
     handle = engine.prefill(np.zeros((1, 8), np.int64))
 
@@ -52,13 +52,13 @@ def rows(config: GPTConfig) -> list[dict[str, Any]]:
     """A row for each backend, number of bits and dtype."""
     full = list(initialise(config, 1))
     found, measures = [], []
-    for backend in filter(backends.installed, BACKENDS):
+    for backend in filter(registry.installed, BACKENDS):
         for bits in BITS:
             tensors = list(Quantization(bits, 64).apply(full, config)) if bits else full
             size = sum(array.nbytes for _, array in tensors)
             for dtype in DTYPES:
                 found.append({"backend": backend, "bits": bits or 32, "dtype": dtype, "stored_bytes": size})
-                measures.append(decoder(backends.get(backend), config, tensors, dtype))
+                measures.append(inference(registry.get(backend), config, tensors, dtype))
     times = [[measure() for measure in measures] for _ in range(TURNS)]
     base: dict[str, float] = {}
     for row, taken in zip(found, zip(*times, strict=True), strict=True):

@@ -32,10 +32,11 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import backend as backends
-from twingpt.core.config import SHAPES, GPTConfig, TrainConfig
-from twingpt.core.data.order import window_starts
+from twingpt.backends import registry
+from twingpt.core.config import GPTConfig, TrainConfig
+from twingpt.core.order import window_starts
 from twingpt.core.parameters import initialise
+from twingpt.core.presets import SHAPES
 from twingpt.core.schedule import Hyper, hyperparameters
 
 Array = np.ndarray
@@ -108,8 +109,8 @@ class Runner:
         vocab_size = int(max(train.max(), val.max())) + 1
         self.config = GPTConfig.from_dict(SHAPES["nano"] | model | {"vocab_size": vocab_size})
         self.settings = TrainConfig.from_dict(COMMON | settings)
-        engines = backends.get(name)
-        self.engine = engines.TrainEngine(self.config, backends.find_device(engines, "cpu"), "muon")
+        engines = registry.get(name)
+        self.engine = engines.TrainEngine(self.config, registry.find_device(engines, "cpu"), "muon")
         self.batch(0)
         self.engine.load(initialise(self.config, SEED))
         for step in range(3):  # warm the caches, then forget what was learned
@@ -126,8 +127,8 @@ class Runner:
 
     def step(self, step: int, hyper: Hyper) -> Any:
         """Enqueue a step; its handle."""
-        self.engine.micro(*self.batch(step), key=step)
-        return self.engine.update(hyper)
+        self.engine.forward_backward(*self.batch(step), key=step)
+        return self.engine.optimizer_step(hyper)
 
     def run(self, hyper: Callable[[int, float], Hyper | None]) -> dict[str, float]:
         """Train until `hyper` of (step, seconds so far) is None: seconds, steps and final loss."""
@@ -230,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--data", type=Path, required=True, help="Tiny Shakespeare's input.txt")
-    parser.add_argument("--backend", nargs="+", default=[n for n in ("torch", "mlx") if backends.installed(n)])
+    parser.add_argument("--backend", nargs="+", default=[n for n in ("torch", "mlx") if registry.installed(n)])
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)  # one run of ours, in a process of its own
     arguments = parser.parse_args()

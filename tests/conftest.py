@@ -35,12 +35,14 @@ import hypothesis
 import numpy as np
 import pytest
 
-from twingpt.core import backend as backends
-from twingpt.core import checkpoint, flops
+from twingpt.backends import registry
+from twingpt.core.checkpoint import schema
 from twingpt.core.config import GPTConfig, TrainConfig
-from twingpt.core.events import Evaluated, JSONLReporter, RunEnded, RunStarted, Sampled, Saved, Trained
 from twingpt.core.parameters import initialise
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.runs import folder as runs
+from twingpt.runs.events import Evaluated, JSONLReporter, RunEnded, RunStarted, Sampled, Saved, Trained
+from twingpt.training import flops
 
 flops.SECONDS = 0.02  # no test looks at how fast a device is
 # The same examples in every run, however slow the machine.
@@ -50,7 +52,7 @@ hypothesis.settings.load_profile("same")
 
 
 def needs(name: str):
-    return pytest.mark.skipif(not backends.installed(name), reason=f"the {name} backend is not installed")
+    return pytest.mark.skipif(not registry.installed(name), reason=f"the {name} backend is not installed")
 
 
 BOTH = [pytest.param("torch", marks=needs("torch")), pytest.param("mlx", marks=needs("mlx"))]
@@ -59,20 +61,25 @@ BOTH = [pytest.param("torch", marks=needs("torch")), pytest.param("mlx", marks=n
 @pytest.fixture(params=BOTH)
 def engines(request):
     """Each installed backend in turn."""
-    return backends.get(request.param)
+    return registry.get(request.param)
 
 
 @pytest.fixture(scope="session")
 def twins():
     """Both backends, or a skip."""
-    missing = [name for name in backends.BACKENDS if not backends.installed(name)]
+    missing = [name for name in registry.BACKENDS if not registry.installed(name)]
     if missing:
         pytest.skip(f"the {missing[0]} backend is not installed")
-    return backends.get("mlx"), backends.get("torch")
+    return registry.get("mlx"), registry.get("torch")
+
+
+def open_checkpoint(name) -> schema.Checkpoint:
+    """The checkpoint that a folder, a run, RUN@best or RUN@STEP is or names."""
+    return schema.open_checkpoint(runs.resolve(name))
 
 
 def cpu(engines):
-    return backends.find_device(engines, "cpu")
+    return registry.find_device(engines, "cpu")
 
 
 @pytest.fixture
@@ -140,7 +147,7 @@ def saved(tmp_path) -> Path:
     folder = tmp_path / "run" / "checkpoints" / "step-00000003"
     tensors = dict(initialise(config, 0))
     tensors |= {f"adamw.{slot}.{name}": np.abs(array) for name, array in tensors.items() for slot in "mv"}
-    checkpoint.save(folder, config, ByteTokenizer(), tensors, training_state(3))
+    schema.save(folder, config, ByteTokenizer(), tensors, training_state(3))
     return folder
 
 

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from twingpt import UserError
+from twingpt.core.errors import UserError
 
 NUMBERS = [
     "NaN", "Infinity", "-1", "0", "1.5", "1e999", "1e300", "65536", "999999", "1000000", str(2**31), str(2**63),

@@ -6,20 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from twingpt.core.config import GPTConfig, TrainConfig, preset
+    from twingpt.core.config import GPTConfig, TrainConfig
     from twingpt.core.errors import UserError
-    from twingpt.core.generator import LanguageModel
-    from twingpt.weights.formats import load
+    from twingpt.core.presets import preset
+    from twingpt.inference.generator import LanguageModel
+    from twingpt.inference.load import load
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "GPTConfig": "core.config",
     "TrainConfig": "core.config",
-    "preset": "core.config",
+    "preset": "core.presets",
     "UserError": "core.errors",
-    "LanguageModel": "core.generator",
-    "load": "weights.formats",
+    "LanguageModel": "inference.generator",
+    "load": "inference.load",
 }
 
 __all__ = ["GPTConfig", "LanguageModel", "TrainConfig", "UserError", "load", "preset"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from twingpt.cli import baseline, bench, convert, data, doctor, generate, parity, plot, runs, tokenize, train
+from twingpt.commands import baseline, bench, convert, data, doctor, generate, parity, plot, runs, tokenize, train
 from twingpt.core.errors import UserError
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer uses, its own or the package

@@ -111,7 +111,7 @@ def send_at(moment: str, call: int, signals: list[int]) -> None:
 def be_born(request: dict[str, Any]) -> None:
     """Be the process that a request asks for."""
     from twingpt import cli
-    from twingpt.core import flops
+    from twingpt.training import flops
 
     flops.SECONDS = 0.02  # no test looks at how fast a device is
     os.chdir(request["folder"])
@@ -173,7 +173,7 @@ def warm_up(backend: str) -> None:
     from matplotlib.figure import Figure
 
     from twingpt import cli
-    from twingpt.core import console, launch  # noqa: F401
+    from twingpt.training import launch  # noqa: F401
 
     figure = Figure(layout="constrained")
     figure.add_subplot().set_title("fonts and all", parse_math=False)

@@ -10,14 +10,15 @@ import pytest
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, logged, train
 from tests.conftest import needs
-from twingpt.core import baseline, console
-from twingpt.core.baseline import FILE, parse_orders
-from twingpt.core.data import shards
-from twingpt.core.data.prepare import prepare
-from twingpt.core.data.shards import TokenDataset
-from twingpt.core.events import Baseline, last_baseline, read_events
-from twingpt.core.ngram import NGram
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.data import shards
+from twingpt.data.prepare import prepare
+from twingpt.data.shards import TokenDataset
+from twingpt.evaluation import baseline
+from twingpt.evaluation.baseline import FILE, parse_orders
+from twingpt.evaluation.ngram import NGram
+from twingpt.runs import console
+from twingpt.runs.events import Baseline, last_baseline, read_events
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ import pytest
 
 from tests.cli.test_commands import mistake
 from tests.conftest import BOTH, needs
-from twingpt.core import backend as backends
-from twingpt.core import bench, host
+from twingpt.backends import host, registry
+from twingpt.checks import bench
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.flops import Peak, flops_per_token
 from twingpt.core.parameters import parameter_count
+from twingpt.training.flops import Peak, flops_per_token
 
 SMALL = [
     "--n-layer", 2, "--n-head", 4, "--n-embd", 32, "--block-size", 32, "--vocab-size", 300, "--batch-size", 4,
@@ -183,7 +183,7 @@ def test_the_chunked_loss_takes_a_fraction_of_the_memory(gpt):
     code, out, err = gpt("bench", "memory", "--tokens", 4096, "--vocab-size", 40960, "--n-embd", 64, "--json")
     assert code == 0, err
     rows = json.loads(out)["rows"]
-    names = [name for name in backends.BACKENDS if backends.installed(name)]
+    names = [name for name in registry.BACKENDS if registry.installed(name)]
     assert [(row["backend"], row["way"]) for row in rows] == [(n, way) for n in names for way in ("plain", "chunked")]
     for row in rows:
         assert row["peak_memory_bytes"] > 0 and row["tokens_per_second"] > 0 and row["mfu"] is None

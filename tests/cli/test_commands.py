@@ -9,9 +9,9 @@ import pytest
 
 from tests.cli.test_train import SMALL, train
 from tests.conftest import BOTH, needs
-from twingpt.core import backend as backends
-from twingpt.core import runs
-from twingpt.core.events import read_events
+from twingpt.backends import registry
+from twingpt.runs import folder as runs
+from twingpt.runs.events import read_events
 
 
 def test_parity_of_random_models(gpt, twins):
@@ -53,7 +53,7 @@ def test_doctor(gpt):
     code, out, err = gpt("doctor", "--json")
     assert code == 0, err
     report = json.loads(out)
-    chosen, why = backends.choose()
+    chosen, why = registry.choose()
     assert report["choice"]["backend"] == chosen and report["choice"]["why"] == why
     assert report["self_test"]["ok"] is True and 0 < report["self_test"]["max_rel_diff"] <= 1e-5
     assert report["libraries"]["numpy"] and report["backends"][chosen]["version"]
@@ -75,7 +75,7 @@ def test_doctor_says_which_blas_mlx_got(gpt):
 
 
 def test_doctor_without_mlx(gpt, monkeypatch):
-    monkeypatch.setattr(backends, "installed", lambda name: name == "torch")
+    monkeypatch.setattr(registry, "installed", lambda name: name == "torch")
     code, out, _ = gpt("doctor")
     assert code == 0 and "mlx: not installed: pip install" in out
 
@@ -316,8 +316,8 @@ def test_doctor_refuses_what_is_not_there(gpt):
 
 
 def test_a_backend_that_is_not_installed_names_the_extra(gpt, monkeypatch):
-    monkeypatch.setattr(backends, "installed", lambda name: name == "torch")
-    monkeypatch.setattr(backends.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(registry, "installed", lambda name: name == "torch")
+    monkeypatch.setattr(registry.platform, "system", lambda: "Linux")
     assert "pip install 'twingpt[mlx-cpu]'" in mistake(gpt, "train", "--backend", "mlx")
 
 

@@ -8,16 +8,18 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from tests.conftest import needs, write_prose
-from twingpt.core import checkpoint, reference
-from twingpt.core.checkpoint import open_checkpoint, save_model
-from twingpt.core.config import SHAPES, GPTConfig
-from twingpt.core.evaluate import HeldOut
+from tests.conftest import needs, open_checkpoint, write_prose
+from twingpt.core import reference
+from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.checkpoint.config_json import end_ids
+from twingpt.core.checkpoint.quantize import Quantization
+from twingpt.core.checkpoint.schema import save_model
+from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.paths import new_folder
-from twingpt.core.portable import end_ids
-from twingpt.core.quantize import Quantization
+from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.evaluation.held_out import HeldOut
 from twingpt.weights.formats import HUB_FILES, open_model
 
 SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64, "init_std": 0.1}

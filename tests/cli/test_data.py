@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from twingpt.core.data.named import NAMES
+from twingpt.data.named import NAMES
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from tests.conftest import BOTH, needs
-from twingpt.core import checkpoint, launch
-from twingpt.core.checkpoint import open_checkpoint
-from twingpt.core.config import SHAPES, GPTConfig
+from tests.conftest import BOTH, needs, open_checkpoint
+from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.checkpoint.quantize import Quantization
+from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise
-from twingpt.core.quantize import Quantization
+from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.training import launch
 
 TINY = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.1}
 SHORT = ["--max-iters", 6, "--eval-interval", 3, "--eval-iters", 2, "--sample-interval", 0, "--batch-size", 2]

@@ -8,12 +8,12 @@ import pytest
 import twingpt
 from tests.cli.test_train import SMALL
 from tests.conftest import BOTH
-from twingpt.core import checkpoint
+from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
-from twingpt.core.generator import LanguageModel, generate_tokens
 from twingpt.core.parameters import initialise
 from twingpt.core.sampler import Sampling
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.inference.generator import LanguageModel, generate_tokens
 
 both = pytest.mark.parametrize("backend", BOTH)
 
@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("backend", BOTH)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A model that has learned something, or sampling would be tested on near-uniform distributions only."""
-    from twingpt.core import launch
+    from twingpt.training import launch
 
     options = {
         "data": "python-docs", "vocab_size": 512, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64,

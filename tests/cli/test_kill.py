@@ -8,10 +8,9 @@ import pytest
 
 from tests.cli.lives import FORKS, Lives
 from tests.cli.test_train import equal, tensors
-from tests.conftest import BOTH, write_prose
-from twingpt.core import runs
-from twingpt.core.checkpoint import open_checkpoint
-from twingpt.core.events import read_events
+from tests.conftest import BOTH, open_checkpoint, write_prose
+from twingpt.runs import folder as runs
+from twingpt.runs.events import read_events
 
 KILLS = 100 if FORKS else 10
 STEPS = 3 * KILLS
@@ -131,11 +130,11 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(lives, start, tmp
 
 
 MOMENTS = {  # with the step at which the run then stops
-    "start": ("twingpt.core.trainer:Trainer._train", 1, 0),
-    "step": ("twingpt.core.trainer:Trainer._step", 5, 5),
-    "evaluation": ("twingpt.core.data.shards:TokenDataset.validation", 2, 8),
-    "save": ("twingpt.core.checkpoint:write_safetensors", 4, 6),  # of the optimizer, in the second checkpoint
-    "pointer": ("twingpt.core.runs:point", 2, 6),
+    "start": ("twingpt.training.trainer:Trainer._train", 1, 0),
+    "step": ("twingpt.training.trainer:Trainer._step", 5, 5),
+    "evaluation": ("twingpt.data.shards:TokenDataset.validation", 2, 8),
+    "save": ("twingpt.core.checkpoint.schema:write_safetensors", 4, 6),  # of the optimizer, in the second checkpoint
+    "pointer": ("twingpt.runs.folder:point", 2, 6),
 }
 
 
@@ -186,7 +185,7 @@ def test_a_second_signal_ends_it_at_once_with_nothing_half_written(lives, start,
 
 def test_a_signal_at_the_very_end_changes_nothing(lives, start, calm, tmp_path):
     life = lives.train(
-        tmp_path, *start, "--max-iters", 12, moment="twingpt.core.plot:plot_loss", call=1, signals=[signal.SIGTERM]
+        tmp_path, *start, "--max-iters", 12, moment="twingpt.runs.plot:plot_loss", call=1, signals=[signal.SIGTERM]
     )
     assert life.code == 0 and "finished after 12 steps" in life.output
     same_run(tmp_path / "run", calm)

@@ -9,8 +9,8 @@ from tests.cli.test_commands import mistake
 from tests.cli.test_reports import tensorboard_scalars
 from tests.cli.test_train import SMALL, equal, logged, tensors, train
 from tests.conftest import BOTH, needs
-from twingpt.core.report import write_report
-from twingpt.core.settings import read
+from twingpt.runs.report import write_report
+from twingpt.training.settings import read
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import pytest
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, train
 from tests.conftest import needs
-from twingpt.core.data import prepare, readers
-from twingpt.core.data.prepare import How, Reading, prepare_named
-from twingpt.core.data.shards import TokenDataset, Writer
 from twingpt.core.errors import UserError
+from twingpt.data import prepare, readers
+from twingpt.data.prepare import How, Reading, prepare_named
+from twingpt.data.shards import TokenDataset, Writer
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +278,7 @@ def test_a_file_that_changes_meanwhile(gpt, dump, home, monkeypatch):
 KILLED = """
 import os, signal, sys
 from twingpt.core import paths
-from twingpt.core.data import prepare, shards, workers
+from twingpt.data import prepare, shards, workers
 
 module, name, count = {where!r}
 owner = {{"Writer": shards.Writer, "shards": shards, "paths": paths, "workers": workers}}[module]
@@ -314,7 +314,7 @@ def test_killed_anywhere_it_starts_again(dump, home, where):
 ENDLESS = """
 import time
 from twingpt.cli import main
-from twingpt.core.data import shards, workers
+from twingpt.data import shards, workers
 
 real = shards.Writer.append
 

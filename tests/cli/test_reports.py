@@ -11,16 +11,9 @@ import pytest
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, logged, train
 from tests.conftest import STARTED, needs, story, write_run
-from twingpt.core import report, runs, trackers
-from twingpt.core.events import (
-    JSONLReporter,
-    RunEnded,
-    RunStarted,
-    Sampled,
-    Trained,
-    points,
-    read_events,
-)
+from twingpt.runs import folder as runs
+from twingpt.runs import report, trackers
+from twingpt.runs.events import JSONLReporter, RunEnded, RunStarted, Sampled, Trained, points, read_events
 
 
 @pytest.fixture

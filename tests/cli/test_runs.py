@@ -10,8 +10,8 @@ import pytest
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, train
 from tests.conftest import needs, story, training_state, write_run
-from twingpt.core import runs
 from twingpt.core.config import GPTConfig
+from twingpt.runs import folder as runs
 
 
 def add_checkpoint(run: Path, step: int, val_loss: float | None, size: int = 1000) -> Path:

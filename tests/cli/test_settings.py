@@ -6,9 +6,8 @@ import pytest
 
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import both, equal, tensors, train
-from tests.conftest import needs
-from twingpt.core.checkpoint import open_checkpoint
-from twingpt.core.settings import read
+from tests.conftest import needs, open_checkpoint
+from twingpt.training.settings import read
 
 FILE = """
 [model]

@@ -5,11 +5,10 @@ import os
 
 import pytest
 
-from tests.conftest import needs
+from tests.conftest import needs, open_checkpoint
 from tests.foreign import BYTE_LEVEL, OTHERS
-from twingpt.core import tokenizer as tokenizers
-from twingpt.core.checkpoint import open_checkpoint
 from twingpt.core.tokenizer import CHAT, END_OF_TEXT, PATTERNS, ByteTokenizer
+from twingpt.data.tokenizers import find
 
 SMALL = ["--n-layer", 1, "--n-head", 2, "--n-kv-head", 1, "--n-embd", 16, "--block-size", 16, "--batch-size", 2,
          "--max-iters", 2, "--eval-iters", 1, "--sample-interval", 0, "--device", "cpu"]  # fmt: skip
@@ -35,7 +34,7 @@ def learned(gpt, prose, tmp_path):
 
 def test_train(learned, prose):
     folder, said = learned
-    tokenizer = tokenizers.find(str(folder))
+    tokenizer = find(str(folder))
     assert tokenizer.pattern == PATTERNS["qwen2"] and list(tokenizer.specials) == [END_OF_TEXT, *CHAT]
     size = prose.stat().st_size
     assert said["vocab_size"] == tokenizer.vocab_size == 300 and said["bytes"] == size and said["documents"] == 1
@@ -85,10 +84,11 @@ def test_show_colours_each_token(learned):
 
     from rich.console import Console
 
-    from twingpt.core.tokenizer.examine import print_tokens, tokens
+    from twingpt.commands.show_tokens import print_tokens
+    from twingpt.data.tokenizers import tokens
 
     console = Console(file=StringIO(), force_terminal=True, color_system="truecolor", width=80)
-    print_tokens(console, tokens(tokenizers.find(str(learned[0])), "the cat\n<|im_end|>", special=True))
+    print_tokens(console, tokens(find(str(learned[0])), "the cat\n<|im_end|>", special=True))
     text = console.file.getvalue()
     assert "\x1b[37;44m" in text and "\\n" in text and "tokens" in text
 

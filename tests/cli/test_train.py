@@ -11,13 +11,13 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import BOTH, needs
-from twingpt.core import backend as backends
-from twingpt.core import launch, runs
-from twingpt.core.checkpoint import open_checkpoint
-from twingpt.core.events import read_events
-from twingpt.core.flops import Peak
-from twingpt.core.trainer import Trainer
+from tests.conftest import BOTH, needs, open_checkpoint
+from twingpt.backends import registry
+from twingpt.runs import folder as runs
+from twingpt.runs.events import read_events
+from twingpt.training import launch
+from twingpt.training.flops import Peak
+from twingpt.training.trainer import Trainer
 
 SMALL = [
     "--tokenizer", "byte", "--n-layer", 2, "--n-head", 4, "--n-kv-head", 2, "--n-embd", 32, "--block-size", 32,
@@ -80,7 +80,7 @@ def test_mfu_is_null_where_no_peak_is_known(gpt, prose, tmp_path, monkeypatch):
     def fails(device, dtype, n):
         raise RuntimeError("no products here")
 
-    monkeypatch.setattr(backends.get("torch"), "matmul", fails)
+    monkeypatch.setattr(registry.get("torch"), "matmul", fails)
     run = tmp_path / "run"
     code, out, err = gpt("train", "--data", prose, "--out", run, "--backend", "torch", *SMALL)
     assert code == 0 and "MFU n/a" in out, err
@@ -270,8 +270,8 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(gpt, 
 
 @both
 def test_a_step_that_is_not_finite_can_be_skipped(gpt, prose, tmp_path, backend, monkeypatch):
-    engines = backends.get(backend)
-    micro, calls = engines.TrainEngine.micro, []
+    engines = registry.get(backend)
+    micro, calls = engines.TrainEngine.forward_backward, []
 
     def poisoned(self, tokens, targets, key):
         micro(self, tokens, targets, key)
@@ -282,7 +282,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(gpt, prose, tmp_path, backend,
             for name in grads:
                 grads[name] *= float("nan")
 
-    monkeypatch.setattr(engines.TrainEngine, "micro", poisoned)
+    monkeypatch.setattr(engines.TrainEngine, "forward_backward", poisoned)
     common = ["--data", prose, "--backend", backend, *SMALL]
     code, _, err = gpt("train", *common, "--out", tmp_path / "stops")
     assert code == 2 and "The loss of step 5 is not finite" in err and "the last checkpoint is good" in err

@@ -14,13 +14,15 @@ import pytest
 
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, equal, logged, tensors, train
-from twingpt.core import checkpoint, runs, saving
-from twingpt.core.checkpoint import open_checkpoint
-from twingpt.core.console import ConsoleReporter
-from twingpt.core.data import mixture
-from twingpt.core.data.shards import TokenDataset
+from tests.conftest import open_checkpoint
+from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.errors import UserError
-from twingpt.core.events import Saved, SaveFailed, Trained, read_events
+from twingpt.data import mixture
+from twingpt.data.shards import TokenDataset
+from twingpt.runs import folder as runs
+from twingpt.runs.console import ConsoleReporter
+from twingpt.runs.events import Saved, SaveFailed, Trained, read_events
+from twingpt.training import saving
 
 
 @pytest.fixture

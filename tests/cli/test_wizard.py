@@ -17,13 +17,16 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import needs
-from twingpt import UserError, preset
-from twingpt.core import backend as backends
-from twingpt.core import launch, wizard
+from twingpt.backends import registry
+from twingpt.commands import wizard
+from twingpt.commands.wizard import parse_span, plan
 from twingpt.core.config import TrainConfig
-from twingpt.core.data.prepare import prepare
-from twingpt.core.settings import read
-from twingpt.core.wizard import Place, Plan, Speed, parse_span, plan
+from twingpt.core.errors import UserError
+from twingpt.core.presets import preset
+from twingpt.data.prepare import prepare
+from twingpt.training import estimate, recipes
+from twingpt.training.estimate import Place, Plan, Speed
+from twingpt.training.settings import read
 
 
 class Terminal(io.StringIO):
@@ -36,7 +39,7 @@ def talk(monkeypatch, tmp_path):
     """Run the wizard with some answers, then the end of input: what it returned, and what it showed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", Terminal())
-    monkeypatch.setattr(wizard, "MEASURED_SECONDS", 0.05)
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.05)
 
     def run(*answers: object):
         left = list(answers)
@@ -65,7 +68,7 @@ def plain(text: str) -> str:
 @pytest.fixture
 def one_device(monkeypatch):
     """Torch on the CPU and nothing else, so that no device is asked for."""
-    place = Place(backends.get("torch"), backends.find_device(backends.get("torch"), "cpu"))
+    place = Place(registry.get("torch"), registry.find_device(registry.get("torch"), "cpu"))
     monkeypatch.setattr(wizard, "places", lambda: [place])
     return place
 
@@ -118,7 +121,7 @@ def test_leaving_writes_no_file(talk, one_device, prose, tmp_path, answers):
 
 @needs("torch")
 def test_a_size_that_does_not_train_is_asked_again(talk, one_device, prose, monkeypatch):
-    measured, errors = wizard.measure, [RuntimeError("CUDA out of memory.\nTried to allocate"), MemoryError()]
+    measured, errors = estimate.measure, [RuntimeError("CUDA out of memory.\nTried to allocate"), MemoryError()]
     errors.append(UserError("it needs about 9.0 GB of memory, and torch cpu has 8.0 GB."))
 
     def fails(*arguments):
@@ -136,9 +139,9 @@ def test_a_size_that_does_not_train_is_asked_again(talk, one_device, prose, monk
 def test_the_device_is_chosen_among_those_found(talk, prose, twins):
     result, shown = talk(9, "two", 2, prose, "1", "4", "y", "", "n")
     assert result == (Path("train.toml"), False) and shown.count("Answer with a number from 1 to ") == 2
-    found = wizard.places()
+    found = estimate.places()
     assert {place.engines.NAME for place in found} == {"mlx", "torch"}
-    assert backends.choose()[0] == found[0].engines.NAME
+    assert registry.choose()[0] == found[0].engines.NAME
     chosen = read(result[0])
     assert (chosen["backend"], chosen["device"]) == (found[1].engines.NAME, found[1].device.name)
 
@@ -146,10 +149,10 @@ def test_the_device_is_chosen_among_those_found(talk, prose, twins):
 @needs("torch")
 def test_a_slow_step_is_measured_by_its_windows(one_device, prose, monkeypatch):
     data = prepare(str(prose), "byte", 2048)
-    config, train = launch.resolve({"depth": 1, "batch_size": 8}, one_device.device, 257)
+    config, train = recipes.resolve({"depth": 1, "batch_size": 8}, one_device.device, 257)
     took: list[int] = []
 
-    class Slow(wizard._DryRun):
+    class Slow(estimate._DryRun):
         def seconds(self, rows, micro_batches=1, updates=1):
             took.append(rows)
             super().seconds(rows, micro_batches, updates)
@@ -158,8 +161,8 @@ def test_a_slow_step_is_measured_by_its_windows(one_device, prose, monkeypatch):
         def evaluation(self, rows):
             return 0.5 * rows
 
-    monkeypatch.setattr(wizard, "_DryRun", Slow)
-    speed = wizard.measure(config, train, data, one_device)
+    monkeypatch.setattr(estimate, "_DryRun", Slow)
+    speed = estimate.measure(config, train, data, one_device)
     windows = 8 * train.gradient_accumulation_steps
     assert took == [1, 2] and train.gradient_accumulation_steps > 1
     assert speed == Speed(step=5 + 3 * windows, evaluation_batch=4.0)
@@ -200,11 +203,11 @@ def test_a_plan_fills_the_time_evaluations_included(prose):
 
 
 def test_a_checkpoint_is_as_large_as_said(saved):
-    from twingpt.core.checkpoint import open_checkpoint
+    from tests.conftest import open_checkpoint
 
     config = open_checkpoint(saved).config
     size = sum((saved / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer"))
-    assert wizard.checkpoint_bytes(config, TrainConfig()) == pytest.approx(size, rel=0.1)
+    assert estimate.checkpoint_bytes(config, TrainConfig()) == pytest.approx(size, rel=0.1)
 
 
 def test_without_a_terminal_it_is_one_sentence():
@@ -262,7 +265,7 @@ class Child:
 @needs("torch")
 def test_on_a_real_terminal(prose, tmp_path):
     child = Child(tmp_path, "train", "--wizard")
-    if len(wizard.places()) > 1:
+    if len(estimate.places()) > 1:
         child.answer("Which device?", "\n")
     child.answer("Which data?", "prose.txt\n")
     child.answer("Which size?", "1\n")

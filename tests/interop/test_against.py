@@ -8,10 +8,11 @@ import pytest
 
 from tests.conftest import needs
 from tests.interop.test_nanogpt import ARGUMENTS, state_dict
-from twingpt.core import checkpoint
-from twingpt.core.config import SHAPES, GPTConfig
+from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.checkpoint.quantize import Quantization
+from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise
-from twingpt.core.quantize import Quantization
+from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer
 from twingpt.weights.convert import convert
 from twingpt.weights.formats import open_model
@@ -79,14 +80,14 @@ def test_a_hugging_face_directory_in_bfloat16_as_it_stands(gpt, native, tmp_path
     library(against)
     convert(open_model(native(n_kv_head=2)), tmp_path / "hf")
     in_bfloat16(tmp_path / "hf")
-    monkeypatch.setattr("twingpt.weights.against.write", None)  # no export
+    monkeypatch.setattr("twingpt.checks.others.write", None)  # no export
     compared(gpt, tmp_path / "hf", against)
 
 
 def in_bfloat16(folder):
     from safetensors import safe_open
 
-    from twingpt.core.tensors import write_safetensors
+    from twingpt.core.checkpoint.safetensors_file import write_safetensors
 
     with safe_open(folder / "model.safetensors", "np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -163,7 +164,7 @@ def test_mlx_lm_rounds_gemmas_factor_on_embeddings(gpt, native, tmp_path, n_embd
 @needs("mlx")
 def test_a_model_that_the_library_can_not_open(gpt, native, monkeypatch):
     library("mlx-lm")  # whose qwen3 has no biases
-    monkeypatch.setattr("twingpt.weights.against.Library.problem", lambda *_: None)
+    monkeypatch.setattr("twingpt.checks.others.Library.problem", lambda *_: None)
     message = refused(gpt, native(qkv_bias=True, attn_out_bias=True), "--against", "mlx-lm")
     assert "mlx-lm can't run " in message and "not in model" in message
 
@@ -186,7 +187,7 @@ def test_mistakes(gpt, saved, monkeypatch, against):
     library(against)
     options = (saved, "--against", against)
     assert "is compared in float32: leave out --dtype" in refused(gpt, *options, "--dtype", "bfloat16")
-    monkeypatch.setattr("twingpt.weights.against.installed", lambda _: False)
+    monkeypatch.setattr("twingpt.checks.others.installed", lambda _: False)
     assert f"{LIBRARIES[against]} needs {'torch' if against == 'hf' else 'mlx'}: pip" in refused(gpt, *options)
-    monkeypatch.setattr("twingpt.weights.against.find_spec", lambda _: None)
+    monkeypatch.setattr("twingpt.checks.others.find_spec", lambda _: None)
     assert f"{LIBRARIES[against]} is not installed: pip install {LIBRARIES[against]}." in refused(gpt, *options)

@@ -7,9 +7,10 @@ import pytest
 import twingpt
 from tests import foreign
 from tests.conftest import BOTH, needs, write_prose
-from twingpt import UserError
-from twingpt.core.config import SHAPES, GPTConfig
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
+from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.weights.huggingface import write
 

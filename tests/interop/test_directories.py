@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tests.mutate import mutations
-from twingpt import GPTConfig, UserError
-from twingpt.core.config import SHAPES
+from twingpt.core.checkpoint.safetensors_file import TensorFile, write_safetensors
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_count
-from twingpt.core.tensors import TensorFile, write_safetensors
+from twingpt.core.presets import SHAPES
 from twingpt.weights.families import FAMILIES, family_of
 from twingpt.weights.huggingface import INDEX, is_huggingface, open_huggingface, read_config, tensors, write
 

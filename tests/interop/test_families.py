@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import cpu, needs
-from twingpt import UserError
-from twingpt.core import backend as backends
+from twingpt.backends import registry
 from twingpt.core import reference
-from twingpt.core.generator import generate_tokens
+from twingpt.core.checkpoint.safetensors_file import TensorFile
+from twingpt.core.errors import UserError
 from twingpt.core.sampler import Sampling
-from twingpt.core.tensors import TensorFile
+from twingpt.inference.generator import generate_tokens
 from twingpt.weights import huggingface, mlx_lm
 from twingpt.weights.families import FAMILIES, family_for
 
@@ -142,9 +142,9 @@ def test_it_computes_what_transformers_computes(variant, monkeypatch):
     config, params = huggingface.read_config(folder), tensors_of(folder)
     assert sorted(read) == sorted(TensorFile(folder / "model.safetensors").entries)  # each once, none left
     assert relative(reference.forward(params, TOKENS, config), expected) <= 1e-5
-    for name in filter(backends.installed, backends.BACKENDS):
-        engines = backends.get(name)
-        engine = engines.DecodeEngine(config, params.items(), cpu(engines))
+    for name in filter(registry.installed, registry.BACKENDS):
+        engines = registry.get(name)
+        engine = engines.InferenceEngine(config, params.items(), cpu(engines))
         assert relative(engine.forward(TOKENS), expected) <= 1e-5, name
         # The same greedy text: each token is the one that transformers, after those before it, takes.
         prompt = TOKENS[0, :8]
@@ -246,7 +246,7 @@ def test_text_from_a_directory_as_transformers_goes_on(gpt, tmp_path):
     assert len(theirs) > 10
     assert gpt("convert", folder, tmp_path / "ours")[0] == 0
     for source in (folder, tmp_path / "ours"):
-        for name in filter(backends.installed, backends.BACKENDS):
+        for name in filter(registry.installed, registry.BACKENDS):
             options = ("-p", "the dog sat", "-m", 30, "--temp", 0, "--backend", name, "--json")
             code, out, err = gpt("generate", source, *options)
             assert code == 0, err

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from tests import foreign
-from twingpt import GPTConfig, UserError
 from twingpt.core import reference
-from twingpt.core.config import SHAPES
-from twingpt.core.data.sources import load
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_table
+from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, train_bpe
 from twingpt.core.tokenizer import load as load_tokenizer
+from twingpt.data.sources import load
 from twingpt.weights import gguf as ours
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")

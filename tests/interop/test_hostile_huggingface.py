@@ -5,11 +5,12 @@ import json
 import pytest
 
 from tests.mutate import Judge, header_at, mutations, overwrite, whole
-from twingpt import GPTConfig, UserError
-from twingpt.core import checkpoint
-from twingpt.core.config import SHAPES
+from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.checkpoint.quantize import Quantization
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
-from twingpt.core.quantize import Quantization
+from twingpt.core.presets import SHAPES
 from twingpt.weights import huggingface, mlx_lm
 from twingpt.weights.families import FAMILIES
 from twingpt.weights.formats import open_model

@@ -9,7 +9,8 @@ from safetensors.numpy import save_file
 
 from tests.conftest import needs
 from tests.mutate import Judge, SavedByTorch, header_at, mutations, overwrite, whole
-from twingpt import GPTConfig, UserError
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
 from twingpt.core.tokenizer import CharTokenizer
 from twingpt.weights import nanochat, nanogpt, pickles, torch_state

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tests.conftest import needs
-from twingpt import GPTConfig
-from twingpt.core import checkpoint, reference
-from twingpt.core.checkpoint import open_checkpoint
-from twingpt.core.config import SHAPES
-from twingpt.core.data.sources import load
+from tests.conftest import needs, open_checkpoint
+from twingpt.core import reference
+from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise
+from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import train_bpe
+from twingpt.data.sources import load
 from twingpt.weights.convert import convert
 from twingpt.weights.formats import open_model
 
@@ -116,7 +116,7 @@ def test_the_default_shape_is_exported_as_it_is(tmp_path, bpe):
 
 @pytest.mark.parametrize("switches", [{"mlp": "relu2"}, SHAPES["gpt2"] | {"embed_norm": True}])
 def test_a_model_without_a_family_is_refused(tmp_path, bpe, switches):
-    from twingpt import UserError
+    from twingpt.core.errors import UserError
 
     folder = save(tmp_path / "model", GPTConfig.from_dict({**SMALL, **switches}), bpe)
     with pytest.raises(UserError, match="No transformers family computes this model"):
@@ -127,7 +127,7 @@ def test_a_model_without_a_family_is_refused(tmp_path, bpe, switches):
 @needs("torch")
 def test_a_trained_run_opens_as_it_stands(tmp_path):
     """From `gpt train` to transformers' and mlx-lm's own generation, with nothing between."""
-    from twingpt.core import launch
+    from twingpt.training import launch
 
     options = {"vocab_size": 400, "n_layer": 2, "n_embd": 64, "block_size": 32, "max_iters": 40, "eval_iters": 1}
     run = tmp_path / "run"

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import cpu, needs
-from twingpt import UserError
-from twingpt.core import backend, reference
+from twingpt.backends import registry
+from twingpt.core import reference
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.tokenizer import ByteTokenizer, files
 from twingpt.weights import nanochat
@@ -90,9 +91,9 @@ def assert_computes(path, theirs):
         name: row.shape for name, row in parameter_table(config).items()
     }
     assert relative(reference.forward(tensors, some_tokens(), config), theirs) <= 1e-5
-    for name in filter(backend.installed, backend.BACKENDS):
-        engines = backend.get(name)
-        engine = engines.DecodeEngine(config, tensors.items(), cpu(engines), "float32")
+    for name in filter(registry.installed, registry.BACKENDS):
+        engines = registry.get(name)
+        engine = engines.InferenceEngine(config, tensors.items(), cpu(engines), "float32")
         assert relative(engine.forward(some_tokens()), theirs) <= 1e-5
 
 

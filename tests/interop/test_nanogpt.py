@@ -11,8 +11,9 @@ import pytest
 
 from tests.conftest import cpu, needs
 from tests.mutate import bytes_changed
-from twingpt import UserError
-from twingpt.core import backend, reference
+from twingpt.backends import registry
+from twingpt.core import reference
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.tokenizer import tiktoken_gpt2
 from twingpt.weights import nanogpt, pickles
@@ -126,9 +127,9 @@ def test_the_logits_are_nanogpts(tmp_path, variant):
     assert list(tensors) == list(parameter_table(config)) and config.vocab_size == size and config.tie_embeddings
     theirs = forward(state, torch.from_numpy(some_tokens()))
     assert relative(reference.forward(tensors, some_tokens(), config), theirs) <= 1e-5
-    for name in filter(backend.installed, backend.BACKENDS):
-        engines = backend.get(name)
-        engine = engines.DecodeEngine(config, tensors.items(), cpu(engines), "float32")
+    for name in filter(registry.installed, registry.BACKENDS):
+        engines = registry.get(name)
+        engine = engines.InferenceEngine(config, tensors.items(), cpu(engines), "float32")
         assert relative(engine.forward(some_tokens()), theirs) <= 1e-5
 
 

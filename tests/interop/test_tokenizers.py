@@ -13,7 +13,6 @@ import pytest
 from tests import foreign
 from tests.conftest import needs
 from tests.foreign import fuzzed
-from twingpt.core.data.sources import load
 from twingpt.core.tokenizer import (
     CHAT,
     END_OF_TEXT,
@@ -25,6 +24,7 @@ from twingpt.core.tokenizer import (
     train_bpe,
 )
 from twingpt.core.tokenizer import load as load_tokenizer
+from twingpt.data.sources import load
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import needs
-from twingpt import GPTConfig, UserError
-from twingpt.core import backend
-from twingpt.core.config import SHAPES
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_table
+from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer
-from twingpt.weights import torch_state
+from twingpt.weights import torch_file, torch_state
 
 pytestmark = needs("torch")
 
@@ -97,7 +97,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(backend.get("torch"), "write_state_dict", full)
+    monkeypatch.setattr(torch_file, "write_state_dict", full)
     config = GPTConfig(**SMALL)
     with pytest.raises(UserError, match="x can't be written: No space left on device"):
         torch_state.write(tmp_path / "x", config, initialise(config, 1))

@@ -12,8 +12,8 @@ import pytest
 
 from tests.parity.test_precision import engine_of, step
 from tests.parity.test_training import CONFIG, MUON, losses
-from twingpt import TrainConfig
-from twingpt.core.data.prepare import prepare
+from twingpt.core.config import TrainConfig
+from twingpt.data.prepare import prepare
 
 pytestmark = [
     pytest.mark.slow,

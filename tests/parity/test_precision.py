@@ -9,12 +9,12 @@ import pytest
 from tests.conftest import BOTH, cpu
 from tests.parity.test_training import CONFIG, TRAIN, losses
 from tests.parity.test_twins import MATRIX, batch, config_of, gradients
-from twingpt.core import backend as backends
+from twingpt.backends import registry
 from twingpt.core import reference
-from twingpt.core.config import SHAPES
-from twingpt.core.data.prepare import prepare
 from twingpt.core.parameters import initialise, state_table
+from twingpt.core.presets import SHAPES
 from twingpt.core.schedule import LOSS_SCALE_START, hyperparameters
+from twingpt.data.prepare import prepare
 
 LONG = dataclasses.replace(TRAIN, max_iters=200)
 HALVES = ("bfloat16", "float16")
@@ -28,7 +28,7 @@ def docs():
 @pytest.fixture(scope="module", params=BOTH)
 def full(request, docs):
     """A backend, and the losses of 200 float32 steps there."""
-    engines = backends.get(request.param)
+    engines = registry.get(request.param)
     return engines, losses(engines, CONFIG, docs, steps=200, train=LONG)
 
 
@@ -48,8 +48,8 @@ def engine_of(engines, dtype="float32", config=CONFIG, optimizer="muon", **setti
 
 
 def step(engine, tokens, targets, train=TRAIN):
-    engine.micro(tokens, targets, key=0)
-    return engine.read([engine.update(hyperparameters(train, 20))])[0]
+    engine.forward_backward(tokens, targets, key=0)
+    return engine.read([engine.optimizer_step(hyperparameters(train, 20))])[0]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -59,7 +59,7 @@ def test_half_precision_gradients_are_those_of_float32(engines, docs, dtype):
     found = []
     for precision in ("float32", dtype):
         engine = engine_of(engines, precision)
-        engine.micro(tokens, targets, key=0)
+        engine.forward_backward(tokens, targets, key=0)
         found.append({name: np.array(g.tolist()) for name, g in engine.gradients().items()})
     for name, g in found[0].items():
         assert np.abs(found[1][name] - g).max() <= 0.05 * np.abs(g).max(), name
@@ -121,7 +121,7 @@ def test_checkpointed_gradients_are_the_same(engines, docs, shape, dropout):
     for again in (False, True):
         engine = engines.TrainEngine(config, cpu(engines), gradient_checkpointing=again)
         engine.load(initialise(config, 1))
-        engine.micro(tokens, targets, key=3)
+        engine.forward_backward(tokens, targets, key=3)
         found.append({name: np.array(g.tolist()) for name, g in engine.gradients().items()})
     for name, g in found[0].items():
         assert np.abs(found[1][name] - g).max() <= 1e-6 * max(np.abs(g).max(), 1e-6), name
@@ -141,7 +141,9 @@ def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(engines, monkeypa
     engine.load(params.items())
     nats = engine.read([engine.evaluate(tokens, targets)])[0, 0]
     monkeypatch.setattr(
-        model, "chunked_nats", lambda x, p, targets, config: model.cross_entropy(model.logits(x, p, config), targets)
+        model,
+        "chunked_cross_entropy",
+        lambda x, p, targets, config: model.cross_entropy(model.logits(x, p, config), targets),
     )
     plain = gradients(engines, config, params, tokens, targets)
     for name, g in plain.items():

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from tests.conftest import cpu, needs
-from twingpt import GPTConfig, UserError
+from tests.conftest import cpu, needs, open_checkpoint
 from twingpt.core import reference
-from twingpt.core.checkpoint import open_checkpoint, save_model
-from twingpt.core.config import SHAPES
+from twingpt.core.checkpoint.quantize import BITS, GROUP_SIZES, Quantization, dequantize, dequantized, quantize
+from twingpt.core.checkpoint.schema import save_model
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_table
-from twingpt.core.quantize import BITS, GROUP_SIZES, Quantization, dequantize, dequantized, quantize
+from twingpt.core.presets import SHAPES
 from twingpt.core.sampler import Sampling
 from twingpt.core.tokenizer import ByteTokenizer
 
@@ -74,7 +75,7 @@ def test_the_twins_agree_with_the_reference(tmp_path, twins, switches, bits, gro
     assert any(array.dtype == np.uint32 for array in stored.values())
     expected = reference.forward(dict(opened.parameters()), tokens, opened.config)
     for engines in twins:
-        engine = engines.DecodeEngine(opened.config, stored.items(), cpu(engines))
+        engine = engines.InferenceEngine(opened.config, stored.items(), cpu(engines))
         logits = engine.forward(tokens)
         assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
         handle = engine.prefill(tokens[:, :12])
@@ -115,7 +116,7 @@ def test_dequantized_gives_every_parameter_in_order():
     ],
 )
 def test_another_quantization_is_refused(described, message):
-    from twingpt.core.quantize import from_config
+    from twingpt.core.checkpoint.quantize import from_config
 
     with pytest.raises(UserError, match=message):
         from_config({"quantization": described}, "config.json")
@@ -132,9 +133,9 @@ def test_a_quantized_file_with_other_tensors_is_refused(tmp_path):
     (opened.folder / "config.json").rename(tmp_path / "config.json")
     with pytest.raises(UserError, match=r"config.json is missing"):
         open_checkpoint(opened.folder)
-    from twingpt.core.checkpoint import read_tensors
-    from twingpt.core.quantize import stored_shapes
-    from twingpt.core.tensors import TensorFile
+    from twingpt.core.checkpoint.quantize import stored_shapes
+    from twingpt.core.checkpoint.safetensors_file import TensorFile
+    from twingpt.core.checkpoint.schema import read_tensors
 
     with pytest.raises(UserError, match=r"embed_tokens.weight in .* has shape \(257, 16\), and the model needs"):
         list(
@@ -212,7 +213,7 @@ def test_bfloat16_on_a_cpu_takes_the_kernel(tmp_path, monkeypatch, switches):
     kernel = torch_quantized.has_kernel()
     for packs in {kernel, False}:
         monkeypatch.setattr(torch_quantized, "has_kernel", lambda packs=packs: packs)
-        engine = engines.DecodeEngine(opened.config, stored.items(), cpu(engines), "bfloat16")
+        engine = engines.InferenceEngine(opened.config, stored.items(), cpu(engines), "bfloat16")
         assert ("model.layers.0.self_attn.q_proj.packed" in engine.params) == packs
         assert ("model.layers.0.self_attn.q_proj.weight" in engine.params) != packs
         error = engine.forward(tokens) - expected

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import cpu
-from twingpt import GPTConfig, TrainConfig
-from twingpt.core import backend as backends
-from twingpt.core.config import SHAPES
-from twingpt.core.data.prepare import prepare
+from twingpt.backends import registry
+from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.parameters import initialise
+from twingpt.core.presets import SHAPES
 from twingpt.core.schedule import hyperparameters
+from twingpt.data.prepare import prepare
 
 TRAIN = TrainConfig(max_iters=60, learning_rate=1e-3, warmup_iters=5, batch_size=8)
 
@@ -22,8 +22,8 @@ def losses(engines, config, data, steps=60, dtype="float32", compile=False, trai
     handles = []
     for step in range(steps):
         tokens, targets = data.batch(step * train.batch_size, train.batch_size, config.block_size, 1)
-        engine.micro(tokens, targets, key=step)
-        handles.append(engine.update(hyperparameters(train, step)))
+        engine.forward_backward(tokens, targets, key=step)
+        handles.append(engine.optimizer_step(hyperparameters(train, step)))
     return engine.read(handles)[:, 0]
 
 
@@ -57,8 +57,8 @@ def test_accumulation_equals_one_large_batch(engines, docs):
         engine = engines.TrainEngine(CONFIG, cpu(engines))
         engine.load(initialise(CONFIG, 1))
         for x, y in zip(np.split(tokens, parts), np.split(targets, parts), strict=True):
-            engine.micro(x, y, key=0)
-        loss, norm, _ = engine.read([engine.update(hyperparameters(TRAIN, 3))])[0]
+            engine.forward_backward(x, y, key=0)
+        loss, norm, _ = engine.read([engine.optimizer_step(hyperparameters(TRAIN, 3))])[0]
         states.append((loss, norm))
     np.testing.assert_allclose(states[0], states[1], rtol=1e-5)
 
@@ -84,7 +84,7 @@ def test_dropout_is_keyed_trains_and_is_off_in_evaluation(engines, docs):
     def gradient(key):
         engine = engines.TrainEngine(config, cpu(engines))
         engine.load(initialise(config, 1))
-        engine.micro(tokens, targets, key=key)
+        engine.forward_backward(tokens, targets, key=key)
         return np.array(engine.gradients()["model.layers.0.mlp.up_proj.weight"].tolist())
 
     assert np.array_equal(gradient(1), gradient(1))
@@ -128,10 +128,10 @@ def test_bfloat16_trains_on_float32_masters(engines, docs):
 def test_state_round_trip_is_exact(engines, docs):
     engine = engines.TrainEngine(CONFIG, cpu(engines))
     engine.load(initialise(CONFIG, 1))
-    engine.micro(*docs.batch(0, 4, 32, 1), key=0)
-    engine.update(hyperparameters(TRAIN, 0))
+    engine.forward_backward(*docs.batch(0, 4, 32, 1), key=0)
+    engine.optimizer_step(hyperparameters(TRAIN, 0))
     state = dict(engine.state())
-    for other in (backends.get(name) for name in backends.BACKENDS if backends.installed(name)):
+    for other in (registry.get(name) for name in registry.BACKENDS if registry.installed(name)):
         again = other.TrainEngine(CONFIG, cpu(other))
         again.load(state.items())
         assert list(dict(again.state())) == list(state)

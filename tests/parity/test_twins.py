@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import cpu
-from twingpt import GPTConfig, TrainConfig
 from twingpt.core import reference
-from twingpt.core.config import MLPS, NORM_SITES, SHAPES
+from twingpt.core.config import MLPS, NORM_SITES, GPTConfig, TrainConfig
 from twingpt.core.parameters import initialise, state_table
+from twingpt.core.presets import SHAPES
 from twingpt.core.sampler import Sampling
 from twingpt.core.schedule import hyperparameters
 
@@ -90,7 +90,7 @@ def assert_logits_agree(config, twins, B, T):
     tokens, _ = batch(config, B, T)
     expected = reference.forward(params, tokens, config)
     for engines in twins:
-        logits = engines.DecodeEngine(config, params.items(), cpu(engines)).forward(tokens)
+        logits = engines.InferenceEngine(config, params.items(), cpu(engines)).forward(tokens)
         assert logits.shape == (B, T, config.vocab_size) and logits.dtype == np.float32
         assert relative(logits, expected) <= 1e-5, engines.NAME
 
@@ -98,7 +98,7 @@ def assert_logits_agree(config, twins, B, T):
 def gradients(engines, config, params, tokens, targets):
     engine = engines.TrainEngine(config, cpu(engines))
     engine.load(params.items())
-    engine.micro(tokens, targets, key=0)
+    engine.forward_backward(tokens, targets, key=0)
     return {name: np.array(g.tolist(), np.float32) for name, g in engine.gradients().items()}
 
 
@@ -119,7 +119,7 @@ def assert_cached_decoding_agrees(config, twins, B, T):
     params = dict(initialise(config, 1))
     tokens, _ = batch(config, B, T)
     for engines in twins:
-        engine = engines.DecodeEngine(config, params.items(), cpu(engines))
+        engine = engines.InferenceEngine(config, params.items(), cpu(engines))
         full = engine.forward(tokens)
         # Feed the text itself: a prompt of every length ends in the same logits as the full pass.
         for length in {1, T // 2 or 1, T}:
@@ -213,7 +213,7 @@ def test_a_context_longer_than_any_memory_costs_nothing_until_it_is_used(engines
     switches = {"n_layer": 1, "sliding_window": 8, "local_rope_theta": 50.0}
     endless, plain = (config_of({**switches, "block_size": size}) for size in (10**12, 4224))
     tokens, _ = batch(plain, 1, 4200)
-    engine, other = (engines.DecodeEngine(c, initialise(c, 1), cpu(engines)) for c in (endless, plain))
+    engine, other = (engines.InferenceEngine(c, initialise(c, 1), cpu(engines)) for c in (endless, plain))
     first = engine.prefill(tokens[:, :20])
     assert np.array_equal(engine.logits(first), other.logits(other.prefill(tokens[:, :20])))
     assert np.array_equal(engine.logits(engine.prefill(tokens)), other.logits(other.prefill(tokens)))
@@ -221,7 +221,7 @@ def test_a_context_longer_than_any_memory_costs_nothing_until_it_is_used(engines
 
 def test_trimming_the_cache_goes_back(engines):
     config = config_of({"n_kv_head": 2})
-    engine = engines.DecodeEngine(config, initialise(config, 1), cpu(engines))
+    engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
     tokens, _ = batch(config, 1, 12)
     first = engine.prefill(tokens)
     once = engine.step(first, GREEDY, np.zeros(1))
@@ -234,14 +234,14 @@ def test_trimming_the_cache_goes_back(engines):
 
 def test_a_long_prompt_is_taken_in_chunks(engines):
     config = config_of({"block_size": 1200, "n_kv_head": 2, "sliding_window": 300})
-    engine = engines.DecodeEngine(config, initialise(config, 1), cpu(engines))
+    engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
     tokens, _ = batch(config, 1, 1100)
     assert relative(engine.logits(engine.prefill(tokens)), engine.forward(tokens)[:, -1]) <= 1e-5
 
 
 def test_repetition_penalty_remembers_the_prompt_and_what_was_written(engines):
     config = config_of({})
-    engine = engines.DecodeEngine(config, initialise(config, 1), cpu(engines))
+    engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
     sampling = Sampling(temp=0, repetition_penalty=100.0)
     handle = engine.prefill(np.array([[5, 6, 7]]))
     written = [5, 6, 7]
@@ -308,7 +308,7 @@ def step_with(engines, config, params, moments, grads, train, step):
 
         engine.grads = {name: mx.array(g) for name, g in grads.items()}
         engine.losses = [mx.zeros(())]
-    norm = engine.read([engine.update(hyperparameters(train, step))])[0, 1]
+    norm = engine.read([engine.optimizer_step(hyperparameters(train, step))])[0, 1]
     assert norm == pytest.approx(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values())), rel=1e-5)
     return dict(engine.state())
 
@@ -343,6 +343,6 @@ def test_a_cache_grows_as_it_fills(twins, monkeypatch):
 
 def test_a_long_context_takes_no_memory_before_it_is_filled(engines):
     config = config_of({"block_size": 2**20})
-    engine = engines.DecodeEngine(config, initialise(config, 0), cpu(engines))
+    engine = engines.InferenceEngine(config, initialise(config, 0), cpu(engines))
     engine.prefill(np.array([[5, 6, 7]]))
     assert engine.cache.keys[0].shape[2] < 1000

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from twingpt.core.data.ahead import Ahead
+from twingpt.data.prefetch import Ahead
 
 
 def test_numbers_in_order_are_made_once_each_in_another_thread():

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import cpu
-from twingpt import GPTConfig, UserError
-from twingpt.core import backend as backends
-from twingpt.core import host
+from twingpt.backends import host, registry
+from twingpt.core.backend import check_tokens
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 
 
 @pytest.fixture
@@ -18,32 +19,32 @@ def only(monkeypatch):
     """Pretend that only the named backends are installed, on the named system."""
 
     def pretend(*names, system="Linux", machine="x86_64"):
-        monkeypatch.setattr(backends, "installed", lambda name: name in names)
-        monkeypatch.setattr(backends.platform, "system", lambda: system)
-        monkeypatch.setattr(backends.platform, "machine", lambda: machine)
+        monkeypatch.setattr(registry, "installed", lambda name: name in names)
+        monkeypatch.setattr(registry.platform, "system", lambda: system)
+        monkeypatch.setattr(registry.platform, "machine", lambda: machine)
 
     return pretend
 
 
 def test_choice(only):
     only("torch", "mlx")
-    assert backends.choose()[0] == "torch"
+    assert registry.choose()[0] == "torch"
     only("torch", "mlx", system="Darwin", machine="arm64")
-    assert backends.choose()[0] == "mlx"
+    assert registry.choose()[0] == "mlx"
     only("mlx")
-    assert backends.choose()[0] == "mlx"
-    assert backends.choose("mlx") == ("mlx", "asked for")
+    assert registry.choose()[0] == "mlx"
+    assert registry.choose("mlx") == ("mlx", "asked for")
 
 
 def test_not_installed_names_the_extra(only):
     only("torch")
     with pytest.raises(UserError, match=r"mlx backend is not installed: pip install 'twingpt\[mlx-cpu\]'"):
-        backends.choose("mlx")
+        registry.choose("mlx")
     only()
     with pytest.raises(UserError, match="No backend is installed"):
-        backends.choose()
+        registry.choose()
     with pytest.raises(UserError, match="did you mean 'torch'"):
-        backends.choose("pytorch")
+        registry.choose("pytorch")
 
 
 def test_devices(engines):
@@ -51,16 +52,16 @@ def test_devices(engines):
     assert devices[-1].kind == "cpu" and devices[-1].memory_bytes > 2**28
     assert all(device.default_dtype in device.dtypes for device in devices)
     assert all({"float32"} <= set(device.fast_dtypes) <= set(device.dtypes) for device in devices)
-    assert backends.find_device(engines, None) == devices[0]
+    assert registry.find_device(engines, None) == devices[0]
     with pytest.raises(UserError, match=f"Unknown {engines.NAME} device 'cpus': did you mean 'cpu'"):
-        backends.find_device(engines, "cpus")
+        registry.find_device(engines, "cpus")
     with pytest.raises(UserError, match="Unknown dtype on cpu 'float8'"):
-        backends.find_dtype(cpu(engines), "float8")
+        registry.find_dtype(cpu(engines), "float8")
 
 
 def test_a_process_does_not_count_the_peak_of_the_one_that_started_it():
     held = np.ones(2**26)
-    code = "from twingpt.core.host import process_memory; print(process_memory().peak)"
+    code = "from twingpt.backends.host import process_memory; print(process_memory().peak)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < held.nbytes
 
@@ -89,14 +90,14 @@ def test_memory_of_the_process_grows_with_what_it_holds():
 )
 def test_check_tokens(tokens, message):
     with pytest.raises(UserError, match=message):
-        backends.check_tokens(np.array(tokens), GPTConfig(vocab_size=97, block_size=16))
+        check_tokens(np.array(tokens), GPTConfig(vocab_size=97, block_size=16))
 
 
 def test_every_engine_checks_its_tokens(engines):
     from twingpt.core.parameters import initialise
 
     config = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32)
-    engine = engines.DecodeEngine(config, initialise(config, 0), cpu(engines))
+    engine = engines.InferenceEngine(config, initialise(config, 0), cpu(engines))
     for call in (engine.forward, engine.prefill):
         with pytest.raises(UserError, match="Token id 97"):
             call(np.array([[97]]))

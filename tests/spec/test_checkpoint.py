@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import training_state
-from twingpt import GPTConfig, UserError
-from twingpt.core import checkpoint, paths, runs
-from twingpt.core.checkpoint import open_checkpoint
+from tests.conftest import open_checkpoint, training_state
+from twingpt.core import paths
+from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.checkpoint.config_json import model_type
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
-from twingpt.core.portable import model_type
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.runs import folder as runs
 
 
 def refusal(folder) -> str:

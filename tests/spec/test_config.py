@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from twingpt import GPTConfig, TrainConfig, UserError, preset
-from twingpt.core.config import PRESETS, SHAPES
+from twingpt.core.config import GPTConfig, TrainConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
+from twingpt.core.presets import PRESETS, SHAPES, preset
 
 
 @pytest.mark.parametrize(

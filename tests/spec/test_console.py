@@ -6,8 +6,9 @@ import io
 import pytest
 from rich.console import Console
 
-from twingpt.core.console import ConsoleReporter, human_bytes, human_count, human_flops, human_share, human_time
-from twingpt.core.events import (
+from twingpt.core.units import human_bytes, human_count, human_flops, human_share, human_time
+from twingpt.runs.console import ConsoleReporter
+from twingpt.runs.events import (
     Evaluated,
     MixedSource,
     ReporterFailed,

@@ -6,12 +6,13 @@ import sys
 import numpy as np
 import pytest
 
-from twingpt import GPTConfig, UserError
-from twingpt.core.data import shards
-from twingpt.core.data.prepare import _lock, prepare
-from twingpt.core.data.shards import TokenDataset, token_dtype
-from twingpt.core.data.sources import load
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.paths import new_folder
+from twingpt.data import shards
+from twingpt.data.prepare import _lock, prepare
+from twingpt.data.shards import TokenDataset, token_dtype
+from twingpt.data.sources import load
 
 
 @pytest.fixture(autouse=True)

@@ -2,18 +2,18 @@
 
 import pytest
 
-from twingpt import UserError, preset
-from twingpt.core import backend as backends
-from twingpt.core import depth, launch
-from twingpt.core.config import SHAPES
+from twingpt.backends import registry
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
+from twingpt.core.presets import SHAPES, preset
+from twingpt.training import depth, recipes
 
-CPU = backends.Device("cpu", "cpu", "", ("float32",), ("float32",), "float32", None)
+CPU = registry.Device("cpu", "cpu", "", ("float32",), ("float32",), "float32", None)
 DEPTHS = range(1, depth.DEEPEST + 1)
 
 
 def resolve(vocab_size=2048, **options):
-    return launch.resolve(options, CPU, vocab_size)
+    return recipes.resolve(options, CPU, vocab_size)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from twingpt import UserError
-from twingpt.core.data import download as downloads
-from twingpt.core.data.download import DownloadError, download
+from twingpt.core.errors import UserError
+from twingpt.data import download as downloads
+from twingpt.data.download import DownloadError, download
 
 CONTENT = bytes(range(256)) * 1200  # 300 kB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import cpu
-from twingpt.core import flops
 from twingpt.core.backend import Device
-from twingpt.core.config import GPTConfig, preset
+from twingpt.core.config import GPTConfig
+from twingpt.core.presets import preset
+from twingpt.training import flops
 
 
 def gpu(description: str, kind: str = "cuda") -> Device:

@@ -8,10 +8,11 @@ from tokenizers import AddedToken, Tokenizer, decoders
 
 from tests.foreign import BYTE_LEVEL, OTHERS, fuzzed, llama2, llama3, qwen2, roberta, unigram, word_level, wordpiece
 from tests.foreign import gpt2 as gpt2_like
-from twingpt import UserError
 from twingpt.core import tokenizer as tokenizers
-from twingpt.core.tokenizer import END_OF_TEXT, ForeignTokenizer, find
+from twingpt.core.errors import UserError
+from twingpt.core.tokenizer import END_OF_TEXT, ForeignTokenizer
 from twingpt.core.tokenizer.foreign import check
+from twingpt.data.tokenizers import find
 
 FUZZED = fuzzed(2000, seed=3)
 

@@ -5,8 +5,7 @@ import types
 import pytest
 
 from tests.conftest import needs
-from twingpt.core import backend as backends
-from twingpt.core import host
+from twingpt.backends import host, registry
 
 EPYC = "processor : 0\nmodel name\t: AMD EPYC 9354\nflags\t\t: fpu sse avx2 avx512f avx512_bf16 fma\n"
 XEON = "model name\t: Intel(R) Xeon(R) Platinum 8480+\nflags\t: avx512_bf16 avx512_fp16 amx_bf16 amx_tile\n"
@@ -87,7 +86,7 @@ def fake_gpu(**facts) -> types.SimpleNamespace:
 def test_cuda_and_rocm_devices(monkeypatch, properties, hip, fast, default):
     import torch
 
-    engines = backends.get("torch")
+    engines = registry.get("torch")
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -105,13 +104,13 @@ def test_cuda_and_rocm_devices(monkeypatch, properties, hip, fast, default):
 def test_xpu_devices(monkeypatch, systolic):
     import torch
 
-    engines = backends.get("torch")
+    engines = registry.get("torch")
     properties = fake_gpu(has_subgroup_matrix_multiply_accumulate=systolic)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.xpu, "mem_get_info", lambda name: (2**33, 2**34))
-    device = backends.find_device(engines, "xpu")
+    device = registry.find_device(engines, "xpu")
     assert device.name == "xpu:0" and device.default_dtype == ("bfloat16" if systolic else "float32")
     assert ("bfloat16" in device.fast_dtypes) == systolic
     assert engines.free_memory(device) == 2**33
@@ -121,13 +120,13 @@ def test_xpu_devices(monkeypatch, systolic):
 def test_mps_device(monkeypatch):
     import torch
 
-    engines = backends.get("torch")
+    engines = registry.get("torch")
     monkeypatch.setattr(host, "cpu_name", lambda: "Apple M1")
     monkeypatch.setattr(host, "free_memory", lambda: 6 * 2**30)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10 * 2**30)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2**30)
-    device = backends.find_device(engines, "mps")
+    device = registry.find_device(engines, "mps")
     assert device.description == "Apple M1" and "bfloat16" not in device.fast_dtypes
     assert device.memory_bytes == 10 * 2**30 and engines.free_memory(device) == 6 * 2**30
 
@@ -136,7 +135,7 @@ def test_mps_device(monkeypatch):
 def test_metal_device(monkeypatch):
     import mlx.core as mx
 
-    engines = backends.get("mlx")
+    engines = registry.get("mlx")
     info = {"device_name": "Apple M4", "max_recommended_working_set_size": 10 * 2**30}
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda device: info)
@@ -151,7 +150,7 @@ def test_metal_device(monkeypatch):
 def test_mlx_on_cuda(monkeypatch, major, default):
     import mlx.core as mx
 
-    engines = backends.get("mlx")
+    engines = registry.get("mlx")
     info = {
         "device_name": "NVIDIA L4", "compute_capability_major": major, "total_memory": 2**34, "free_memory": 2**33,
     }  # fmt: skip
@@ -167,5 +166,5 @@ def test_mlx_on_cuda(monkeypatch, major, default):
 def test_mlx_keeps_float32_products_in_float32():
     import os
 
-    backends.get("mlx")
+    registry.get("mlx")
     assert os.environ["MLX_ENABLE_TF32"] == "0"

@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 
-from tests.conftest import training_state
+from tests.conftest import open_checkpoint, training_state
 from tests.mutate import DENSE, HASHING, ROOM, Judge, header_at, mutations, overwrite, whole
-from twingpt import GPTConfig, UserError
-from twingpt.core import checkpoint
-from twingpt.core.checkpoint import open_checkpoint
+from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
 from twingpt.core.reading import read_json
 from twingpt.core.tokenizer import CharTokenizer, load

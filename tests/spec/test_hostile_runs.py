@@ -11,11 +11,14 @@ from rich.console import Console
 
 from tests.conftest import story, training_state, write_run
 from tests.mutate import Judge, bytes_changed, mutations, overwrite, whole
-from twingpt import GPTConfig, TrainConfig, UserError
-from twingpt.core import console, inventory, launch, plot, report, settings
-from twingpt.core.data.shards import TokenDataset, Writer, finish
-from twingpt.core.events import Saved, read_events, rewind, seconds_so_far
+from twingpt.core.config import GPTConfig, TrainConfig
+from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.data.shards import TokenDataset, Writer, finish
+from twingpt.runs import console, inventory, plot, report
+from twingpt.runs.events import Saved, read_events, rewind, seconds_so_far
+from twingpt.training import settings
+from twingpt.training.resume import _read_run
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def show_and_print(run):
 
 
 def resume(run):
-    described = launch._read_run(run)
+    described = _read_run(run)
     GPTConfig.from_dict(described["config"])
     TrainConfig.from_dict(described["train"])
 
@@ -80,7 +83,7 @@ def test_a_description_that_is_deep_or_huge_is_damage(run, content):
     with pytest.raises(UserError, match=r"run.json is damaged, so the run can't be shown"):
         inventory.describe(str(run))
     with pytest.raises(UserError, match="is not what twingpt wrote"):
-        launch._read_run(run)
+        _read_run(run)
 
 
 def test_numbers_that_no_curve_can_show(run):

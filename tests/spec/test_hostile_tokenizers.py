@@ -7,8 +7,8 @@ import pytest
 
 from tests import foreign
 from tests.mutate import Judge, mutations, overwrite, whole
-from twingpt import UserError
-from twingpt.core.tokenizer import find
+from twingpt.core.errors import UserError
+from twingpt.data.tokenizers import find
 
 # Each kind, and how many mutations: a byte-level one is tried on a page of text when it is opened.
 COUNTS = {"llama2": 2600, "unigram": 2400, "wordpiece": 2400, "word_level": 2400, "qwen2": 100, "gpt2": 100}

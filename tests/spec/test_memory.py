@@ -8,13 +8,14 @@ import sys
 import pytest
 
 from tests.conftest import BOTH
-from twingpt.core import backend as backends
-from twingpt.core import launch
+from twingpt.backends import registry
 from twingpt.core.backend import Device
-from twingpt.core.config import TrainConfig, shaped
+from twingpt.core.config import TrainConfig
 from twingpt.core.errors import UserError
-from twingpt.core.events import read_events
-from twingpt.core.memory import CHANGES, advice, estimate, needed, plan
+from twingpt.core.presets import shaped
+from twingpt.runs.events import read_events
+from twingpt.training import recipes
+from twingpt.training.memory import CHANGES, advice, estimate, needed, plan
 
 GB = 10**9
 CPU = Device("cpu", "cpu", "a chip", ("float32", "bfloat16", "float16"), ("float32",), "float32", 32 * GB)
@@ -40,11 +41,11 @@ MEASURED = [
 
 MEASURE = """
 import json, sys
-from twingpt.core import backend as backends
-from twingpt.core.bench import Worker
+from twingpt.backends import registry
+from twingpt.checks.bench import Worker
 worker = Worker()
-worker.engines = backends.get(sys.argv[1])
-worker.device = backends.find_device(worker.engines, "cpu")
+worker.engines = registry.get(sys.argv[1])
+worker.device = registry.find_device(worker.engines, "cpu")
 for config, train in json.loads(sys.argv[2]):
     print("arrays", worker.arrays(config, train, False))
 """
@@ -156,9 +157,9 @@ SMALL = [
 
 @pytest.mark.parametrize("backend", BOTH)
 def test_a_new_run_is_made_to_fit_and_goes_on_as_it_was(gpt, prose, tmp_path, backend, free):
-    run, engines = tmp_path / "run", backends.get(backend)
+    run, engines = tmp_path / "run", registry.get(backend)
     options = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32}
-    config, train = launch.resolve(options, backends.find_device(engines, "cpu"), 257)
+    config, train = recipes.resolve(options, registry.find_device(engines, "cpu"), 257)
     sizes = {
         size: needed(config, dataclasses.replace(train, batch_size=size), backend, "cpu")
         for size in (4, train.batch_size)
@@ -200,9 +201,9 @@ def test_out_of_memory_is_answered_with_what_to_change(gpt, prose, tmp_path, bac
     def fails(*_):
         raise MemoryError
 
-    engines = backends.get(backend)
-    monkeypatch.setattr(engines.TrainEngine, "micro", fails)
-    device = dataclasses.replace(backends.find_device(engines, "cpu"), fast_dtypes=fast)  # whatever this one has
+    engines = registry.get(backend)
+    monkeypatch.setattr(engines.TrainEngine, "forward_backward", fails)
+    device = dataclasses.replace(registry.find_device(engines, "cpu"), fast_dtypes=fast)  # whatever this one has
     monkeypatch.setattr(engines, "devices", lambda: [device])
     code, _, err = gpt(
         "train", "--data", prose, "--out", tmp_path / "run", *SMALL, "--backend", backend, "--device", "cpu",

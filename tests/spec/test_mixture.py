@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twingpt import GPTConfig, UserError
-from twingpt.core.config import TrainConfig
-from twingpt.core.data import mixture, prepare
-from twingpt.core.data.mixture import Mixture, parse, prepare_all, title, whole_shares
-from twingpt.core.data.order import window_count
-from twingpt.core.data.shards import TokenDataset
+from twingpt.core.config import GPTConfig, TrainConfig
+from twingpt.core.errors import UserError
+from twingpt.core.order import window_count
+from twingpt.data import mixture, prepare
+from twingpt.data.mixture import Mixture, parse, prepare_all, title, whole_shares
+from twingpt.data.shards import TokenDataset
 
 ZERO, NINE = ord("0"), ord("9")
 

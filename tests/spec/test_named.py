@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from twingpt import UserError
-from twingpt.core.data import download, named, sources
-from twingpt.core.data.named import ROWS, TABLE, File, Named
+from twingpt.core.errors import UserError
+from twingpt.data import download, named, sources
+from twingpt.data.named import ROWS, TABLE, File, Named
 
 STORY = "Once there was a fox.\nIt ran."
 TEXT = f"{STORY}\n<|endoftext|>\n\nTwo <|endoftext|> in a line.\n<|endoftext|>\r\n<|endoftext|>\nThe last"

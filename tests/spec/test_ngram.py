@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twingpt.core import ngram
-from twingpt.core.ngram import LONGEST, NGram
+from twingpt.evaluation import ngram
+from twingpt.evaluation.ngram import LONGEST, NGram
 
 
 class Plain:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from twingpt.core.data.order import interleave, permute, source_counts, window_count, window_starts
+from twingpt.core.order import interleave, permute, source_counts, window_count, window_starts
 
 SEEDS = st.integers(0, 2**64)
 PRIMES = (2, 3, 5, 7, 127, 131, 8191, 65537, 104_729, 524_287)

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from twingpt import GPTConfig
 from twingpt.core import reference
-from twingpt.core.config import SHAPES
+from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise, optimizer_plan, parameter_table, state_table
+from twingpt.core.presets import SHAPES
 
 PINNED = (0.013133191503584385, 0.02449054643511772, 0.009753716178238392)
 CONFIG = GPTConfig(vocab_size=200, block_size=16, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)

@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
-from twingpt.core.data import readers, workers
-from twingpt.core.data.readers import File, pieces
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.data import readers, workers
+from twingpt.data.readers import File, pieces
 
 
 def documents(path, **how):

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from twingpt import GPTConfig
 from twingpt.core import reference
-from twingpt.core.config import SHAPES
+from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise
+from twingpt.core.presets import SHAPES
 from twingpt.core.rope import rope_frequencies, rope_periods
 
 CONFIG = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, init_std=0.2)

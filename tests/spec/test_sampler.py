@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from twingpt import UserError
 from twingpt.core import rng
+from twingpt.core.errors import UserError
 from twingpt.core.sampler import Sampling, sample
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2]))
@@ -90,12 +90,12 @@ def test_device_sampler_equals_the_spec(engines, settings):
     if engines.NAME == "torch":
         import torch as framework
 
-        from twingpt.backends.torch.decoding import sample as device_sample
+        from twingpt.backends.torch.inference import sample as device_sample
 
         array = framework.from_numpy
     else:
-        from twingpt.backends.mlx.decoding import sample as device_sample
         from twingpt.backends.mlx.device import to_device as array
+        from twingpt.backends.mlx.inference import sample as device_sample
     penalise = sampling.repetition_penalty != 1
     tokens = device_sample(array(logits), sampling, array(u), array(seen) if penalise else None)
     expected = [sample(logits[i], sampling, float(u[i]), seen[i]) for i in range(64)]

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.conftest import training_state
-from twingpt import GPTConfig, UserError
-from twingpt.core import checkpoint, runs, saving
-from twingpt.core.checkpoint import open_checkpoint
-from twingpt.core.events import Evaluated, JSONLReporter, Saved, SaveFailed, read_events, rewind, to_dict
+from tests.conftest import open_checkpoint, training_state
+from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
-from twingpt.core.saving import Saver, Snapshot
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.runs import folder as runs
+from twingpt.runs.events import Evaluated, JSONLReporter, Saved, SaveFailed, read_events, rewind, to_dict
+from twingpt.training import saving
+from twingpt.training.saving import Saver, Snapshot
 
 CONFIG = GPTConfig(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16)
 
@@ -248,7 +250,7 @@ def test_an_event_that_was_half_written_is_written_again(tmp_path, monkeypatch, 
 
 
 def test_only_so_many_events_wait(tmp_path, monkeypatch):
-    monkeypatch.setattr("twingpt.core.events.WAITING_EVENTS", 3)
+    monkeypatch.setattr("twingpt.runs.events.WAITING_EVENTS", 3)
     reporter = JSONLReporter(tmp_path / "run" / "metrics.jsonl")
     for step in range(6):
         with pytest.raises(OSError, match="No such file"):

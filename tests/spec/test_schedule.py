@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from twingpt import TrainConfig
+from twingpt.core.config import TrainConfig
 from twingpt.core.schedule import hyperparameters, learning_rate_factor, momentum, weight_decay
 
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twingpt import GPTConfig, TrainConfig, UserError, preset
-from twingpt.core import settings
-from twingpt.core.config import KINDS, PRESETS, SHAPES
-from twingpt.core.settings import FIELDS, TABLES, gather, read
+from twingpt.core.config import KINDS, GPTConfig, TrainConfig
+from twingpt.core.errors import UserError
+from twingpt.core.presets import PRESETS, SHAPES, preset
+from twingpt.training import settings
+from twingpt.training.settings import FIELDS, TABLES, gather, read
 
 
 def written(tmp_path, text: str) -> Path:

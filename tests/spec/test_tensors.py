@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tests.mutate import Judge, header_at, mutations, overwrite
-from twingpt import UserError
-from twingpt.core import tensors as module
-from twingpt.core.tensors import DTYPES, TensorFile, write_safetensors
+from twingpt.core.checkpoint import safetensors_file as module
+from twingpt.core.checkpoint.safetensors_file import DTYPES, TensorFile, write_safetensors
+from twingpt.core.errors import UserError
 
 SOME = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),

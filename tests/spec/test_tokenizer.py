@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import SHARED
-from twingpt import UserError
 from twingpt.core import tokenizer as tokenizers
+from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, train_bpe
+from twingpt.data.tokenizers import make
 
 TEXT = "The cat's 12 hats — naïve café, 東京 🙂\n\n    def f(x):\n\treturn x\n" * 20
 BPE = train_bpe([TEXT], 300)
@@ -130,7 +131,7 @@ def test_gpt2_without_a_network(monkeypatch):
 
 def test_unknown_kind():
     with pytest.raises(UserError, match="did you mean 'byte'"):
-        tokenizers.make("bytes", [], [], 0)
+        make("bytes", [], [], 0)
 
 
 @pytest.mark.parametrize("damage", ["missing", "not json", "foreign", "settings"])

@@ -1,7 +1,7 @@
 """Speed and memory of training, of forward passes and of the loss, each backend in a process of its own.
 
 The parent drives the processes in turns, a line of JSON each way, so that a slow moment of the machine
-hits them all; they share neither memory nor threads. `python -m twingpt.core.bench` is such a process.
+hits them all; they share neither memory nor threads. `python -m twingpt.checks.bench` is such a process.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import backend as backends
-from twingpt.core import flops, rng
+from twingpt.backends import registry
+from twingpt.core import rng
 from twingpt.core.backend import Backend, Device, TrainEngine
-from twingpt.core.config import GPTConfig, TrainConfig, preset
+from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
-from twingpt.core.launch import RECIPES, make_engine
-from twingpt.core.memory import estimate
 from twingpt.core.parameters import initialise, parameter_count
+from twingpt.core.presets import preset
 from twingpt.core.schedule import hyperparameters
-from twingpt.core.settings import MODEL_FIELDS, TRAIN_FIELDS
+from twingpt.training import flops
+from twingpt.training.launch import make_engine
+from twingpt.training.memory import estimate
+from twingpt.training.recipes import RECIPES
+from twingpt.training.settings import MODEL_FIELDS, TRAIN_FIELDS
 
 WARMUP = 2  # runs that are not counted: they compile, start threads and fill caches
 PLAIN_LOSS_COPIES = 4  # float32 arrays of all logits that a plain loss may hold at a time
@@ -49,9 +52,9 @@ class Worker:
 
     def open(self, backend: str, device: str | None, dtype: str | None) -> dict[str, Any]:
         """Choose device and dtype; what they are, and the device's peak."""
-        self.engines = backends.get(backend)
-        self.device = backends.find_device(self.engines, device)
-        chosen = backends.find_dtype(self.device, dtype)
+        self.engines = registry.get(backend)
+        self.device = registry.find_device(self.engines, device)
+        chosen = registry.find_dtype(self.device, dtype)
         peak = flops.peak(self.engines, self.device, chosen)
         return {
             "device": self.device.name,
@@ -72,8 +75,8 @@ class Worker:
 
         def step() -> Any:
             for _ in range(settings.gradient_accumulation_steps):
-                self.engine.micro(inputs, targets, settings.seed)
-            return self.engine.update(hyperparameters(settings, 0))
+                self.engine.forward_backward(inputs, targets, settings.seed)
+            return self.engine.optimizer_step(hyperparameters(settings, 0))
 
         self.run_once = step if mode == "train" else lambda: self.engine.evaluate(inputs, targets)
         for _ in range(WARMUP):
@@ -132,7 +135,7 @@ class Process:
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "twingpt.core.bench"],
+            [sys.executable, "-m", "twingpt.checks.bench"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -7,10 +7,11 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from twingpt.core import backend as backends
-from twingpt.core import flops, parity
+from twingpt.backends import registry
+from twingpt.checks import parity
 from twingpt.core.backend import Backend, Device
 from twingpt.core.errors import UserError
+from twingpt.training import flops
 
 LIBRARIES = ("twingpt", "torch", "mlx", "numpy", "safetensors", "tokenizers", "tiktoken", "transformers", "mlx-lm")
 
@@ -24,10 +25,10 @@ def _version(name: str) -> str | None:
 
 def _backend(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What is to say of a backend, and its devices; none where it is missing or broken."""
-    if not backends.installed(name):
-        return {"installed": False, "install": backends.how_to_install(name)}, []
+    if not registry.installed(name):
+        return {"installed": False, "install": registry.how_to_install(name)}, []
     try:
-        engines = backends.get(name)
+        engines = registry.get(name)
         devices = [{"backend": name, **_device(engines, device)} for device in engines.devices()]
         return {"installed": True, **engines.details()}, devices
     except (UserError, RuntimeError) as error:  # a broken installation is a finding, not a crash
@@ -52,12 +53,12 @@ def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
     Raises UserError for a backend or a device that was asked for and isn't there.
     """
     # MLX first: its BLAS has to be opened before mlx is imported, and torch's import doesn't mind.
-    found = {name: _backend(name) for name in backends.BACKENDS}
+    found = {name: _backend(name) for name in registry.BACKENDS}
     working = [name for name, (_, devices) in found.items() if devices]
     choice: dict[str, str | None]
     try:
-        chosen, why = backends.choose(backend)
-        target = backends.find_device(backends.get(chosen), device)
+        chosen, why = registry.choose(backend)
+        target = registry.find_device(registry.get(chosen), device)
         choice = {"backend": chosen, "device": target.name, "dtype": target.default_dtype, "why": why}
     except UserError as error:
         if backend != "auto" or device is not None:  # what was asked for can't be had

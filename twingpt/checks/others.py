@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.backend import get, how_to_install, installed
+from twingpt.backends.registry import get, how_to_install, installed
+from twingpt.core.checkpoint.config_json import model_type
+from twingpt.core.checkpoint.quantize import dequantized
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.portable import model_type
-from twingpt.core.quantize import dequantized
 from twingpt.weights import mlx_lm
 from twingpt.weights.families import FAMILIES, family_for
 from twingpt.weights.formats import Found, dtypes

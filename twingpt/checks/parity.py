@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from twingpt.core import backend as backends
+from twingpt.backends import registry
 from twingpt.core import reference, rng
-from twingpt.core.config import SHAPES, GPTConfig
+from twingpt.core.checkpoint.quantize import dequantized
+from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
-from twingpt.core.quantize import dequantized
+from twingpt.core.presets import SHAPES
 
 Array = np.ndarray
 
@@ -92,10 +93,10 @@ def logits_by_engine(
     """Yield (implementation, device, logits): the reference, then each backend on each device that has `dtype`."""
     yield "reference", "numpy", reference.forward(dict(dequantized(params.items(), config)), tokens, config)
     for name in names:
-        engines = backends.get(name)
+        engines = registry.get(name)
         for device in engines.devices():
             if dtype in device.dtypes:
-                engine = engines.DecodeEngine(config, params.items(), device, dtype)
+                engine = engines.InferenceEngine(config, params.items(), device, dtype)
                 label = device.name if device.name in (device.kind, f"{device.kind}:0") else device.kind
                 yield name, label, engine.forward(tokens)
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twingpt.cli.options import Json
-from twingpt.cli.output import make_console, print_json
+from twingpt.commands.options import Json
+from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def baseline(
 
     gpt train shows the best of them beside the model's loss.
     """
-    from twingpt.core import baseline as baselines
-    from twingpt.core.launch import data_of
+    from twingpt.evaluation import baseline as baselines
+    from twingpt.training.resume import data_of
 
     orders = baselines.parse_orders(n)
     if sample < 0:
@@ -81,7 +81,7 @@ def _print_sample(console: "Console", n: int, text: str) -> None:
     from rich.markup import escape
     from rich.panel import Panel
 
-    from twingpt.core.console import visible
+    from twingpt.core.units import visible
 
     shown = "\n".join(map(visible, text.split("\n")))
     console.print(Panel(escape(shown), title=f"what the {n}-gram writes", border_style="dim"))

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twingpt.cli.options import MODEL, Backends, Device, Json, installed_backends, option
-from twingpt.cli.output import make_console, print_json
+from twingpt.commands.options import MODEL, Backends, Device, Json, installed_backends, option
+from twingpt.commands.output import make_console, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,8 +114,8 @@ def bench_memory(
     from rich import box
     from rich.table import Table
 
-    from twingpt.core.bench import measure_loss
-    from twingpt.core.console import human_bytes
+    from twingpt.checks.bench import measure_loss
+    from twingpt.core.units import human_bytes
 
     result = measure_loss(installed_backends(backend), vocab_size, n_embd, tokens, device, dtype)
     if json_:
@@ -134,7 +134,7 @@ def bench_memory(
 def _bench(mode: str, values: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from twingpt.core.bench import measure
+    from twingpt.checks.bench import measure
 
     json_, names = values.pop("json_"), installed_backends(values.pop("backend"))
     settings = {key: values.pop(key) for key in ("device", "dtype", "compile", "repeats", "steps")}
@@ -151,7 +151,7 @@ def _print_bench(console: "Console", result: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from twingpt.core.console import human_bytes, human_count, human_flops, human_share
+    from twingpt.core.units import human_bytes, human_count, human_flops, human_share
 
     row = result["rows"][0]
     accumulated = f" x {row['gradient_accumulation_steps']}" if row["gradient_accumulation_steps"] > 1 else ""

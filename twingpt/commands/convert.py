@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twingpt.cli.options import Backend, Device, Json
-from twingpt.cli.output import make_console, print_json
+from twingpt.commands.options import Backend, Device, Json
+from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def convert(
         raise UserError("Where should the result go? gpt convert SRC DST, or --inspect to see what SRC is.")
     if data and not q_bits:
         raise UserError("--data measures what quantization costs: give --q-bits too.")
-    from twingpt.core.evaluate import HeldOut
-    from twingpt.core.quantize import Quantization
+    from twingpt.core.checkpoint.quantize import Quantization
+    from twingpt.evaluation.held_out import HeldOut
 
     quantization = Quantization(q_bits, q_group_size) if q_bits is not None else None
     held_out = HeldOut.of(found.model, data, backend, device) if data else None
@@ -97,7 +97,7 @@ def _conversion_bar(config: "GPTConfig", quiet: bool) -> Iterator[Callable[[int]
 
 
 def _print_conversion(result: dict[str, Any]) -> None:
-    from twingpt.core.console import human_bytes, human_count
+    from twingpt.core.units import human_bytes, human_count
 
     numbers = "{bits} bits".format(**result["quantization"]) if result["quantization"] else "float32"
     print(
@@ -119,7 +119,7 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
     from rich import box
     from rich.table import Table
 
-    from twingpt.core.console import human_count
+    from twingpt.core.units import human_count
 
     if as_json:
         print_json(description)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from twingpt.cli.options import TOKENIZERS, Json, Yes
-from twingpt.cli.output import ask_to_remove, make_console, print_json
+from twingpt.commands.options import TOKENIZERS, Json, Yes
+from twingpt.commands.output import ask_to_remove, make_console, print_json
 
 app = typer.Typer(
     name="data",
@@ -57,10 +57,10 @@ def prepare_data(
 
     from rich.console import Console
 
-    from twingpt.core.data import console as show
-    from twingpt.core.data import library
-    from twingpt.core.data.prepare import How, Progress, Reading, prepare_named
-    from twingpt.core.data.workers import PeakMemory
+    from twingpt.commands import show_data as show
+    from twingpt.data import library
+    from twingpt.data.prepare import How, Progress, Reading, prepare_named
+    from twingpt.data.workers import PeakMemory
 
     how, reading = How.of(tokenizer, vocab_size), Reading(field, errors, licence)
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
@@ -79,13 +79,13 @@ def prepare_data(
 @app.command("list", epilog="[bold]Examples[/]\n\ngpt data list\n\ngpt data list --json | jq '.data_sets[].name'\n")
 def list_data(json_: Json = False) -> None:
     """List the prepared data sets: by name, and those that gpt train made of its --data."""
-    from twingpt.core.data import library
+    from twingpt.data import library
 
     rows = library.find_all()
     if json_:
         print_json({"data_sets": [dataclasses.asdict(row) for row in rows]})
     elif rows:
-        from twingpt.core.data.console import print_list
+        from twingpt.commands.show_data import print_list
 
         print_list(make_console(), rows)
     else:
@@ -95,13 +95,13 @@ def list_data(json_: Json = False) -> None:
 @app.command(epilog="[bold]Examples[/]\n\ngpt data info novel\n\ngpt data info novel --json\n")
 def info(name: DataName, json_: Json = False) -> None:
     """Show a data set: size, tokens, sources, how long its documents are, and some of them."""
-    from twingpt.core.data import library
+    from twingpt.data import library
 
     facts = library.info(name)
     if json_:
         print_json(facts)
     else:
-        from twingpt.core.data.console import print_info
+        from twingpt.commands.show_data import print_info
 
         print_info(make_console(), facts)
 
@@ -109,7 +109,7 @@ def info(name: DataName, json_: Json = False) -> None:
 @app.command(epilog="[bold]Examples[/]\n\ngpt data verify novel && gpt train --data novel\n")
 def verify(name: DataName, json_: Json = False) -> None:
     """Read a data set again, and compare digests, counts and ids with its manifest; exit 2 if one differs."""
-    from twingpt.core.data import library
+    from twingpt.data import library
 
     result = library.verify(library.get(name))
     if json_:
@@ -125,7 +125,7 @@ def remove_data(
     json_: Json = False,
 ) -> None:
     """Remove a prepared data set; its sources stay."""
-    from twingpt.core.data import library
+    from twingpt.data import library
 
     doomed = library.to_remove(name)
     if not yes:
@@ -145,12 +145,12 @@ def remove_data(
 )
 def sources(json_: Json = False) -> None:
     """List the sources that --data knows by name: size, licence, address, and what is already here."""
-    from twingpt.core.data import named
+    from twingpt.data import named
 
     rows = list(named.describe())
     if json_:
         print_json({"sources": rows})
     else:
-        from twingpt.core.console import print_sources
+        from twingpt.commands.show_data import print_sources
 
         print_sources(make_console(), rows)

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from twingpt.cli.options import Backend, Device, Json
-from twingpt.cli.output import make_console, print_json
+from twingpt.commands.options import Backend, Device, Json
+from twingpt.commands.output import make_console, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +16,7 @@ app = typer.Typer()
 @app.command(epilog="[bold]Examples[/]\n\ngpt doctor\n\ngpt doctor --json | jq .choice\n")
 def doctor(backend: Backend = "auto", device: Device = None, json_: Json = False) -> None:
     """Show what this machine has, what will be chosen and why, and test it; exit 1 if the test fails."""
-    from twingpt.core.doctor import examine
+    from twingpt.checks.doctor import examine
 
     report = examine(backend, device)
     if json_:
@@ -51,7 +51,7 @@ def _print_doctor(console: "Console", report: dict[str, Any]) -> None:
 
 
 def _print_device(console: "Console", device: dict[str, Any]) -> None:
-    from twingpt.core.console import human_bytes, human_flops
+    from twingpt.core.units import human_bytes, human_flops
 
     memory = human_bytes(device["memory_bytes"]) if device["memory_bytes"] else "memory unknown"
     free = human_bytes(device["free_memory_bytes"])

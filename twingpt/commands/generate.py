@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from twingpt.cli.options import Backend, Device, Json, read_stdin
-from twingpt.cli.output import print_json
+from twingpt.commands.options import Backend, Device, Json, read_stdin
+from twingpt.commands.output import print_json
 
 app = typer.Typer()
 
@@ -32,7 +32,7 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Let a model go on from a prompt, streaming its text."""
-    from twingpt.weights.formats import load
+    from twingpt.inference.load import load
 
     text = read_stdin() if prompt == "-" else prompt
     completion = load(model, backend, device, dtype).complete(

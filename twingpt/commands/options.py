@@ -28,11 +28,11 @@ def option(help: str, panel: str, *names: str) -> Any:
 
 def installed_backends(backend: str) -> list[str]:
     """The backend that is named, or all that are installed for auto."""
-    from twingpt.core import backend as backends
+    from twingpt.backends import registry
 
     if backend != "auto":
-        return [backends.choose(backend)[0]]
-    return [name for name in backends.BACKENDS if backends.installed(name)] or [backends.choose()[0]]
+        return [registry.choose(backend)[0]]
+    return [name for name in registry.BACKENDS if registry.installed(name)] or [registry.choose()[0]]
 
 
 def read_stdin(what: str = "prompt") -> str:

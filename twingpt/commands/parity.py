@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twingpt.cli.options import Backends, Json, installed_backends
-from twingpt.cli.output import make_console, print_json
+from twingpt.commands.options import Backends, Json, installed_backends
+from twingpt.commands.output import make_console, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,8 +42,8 @@ def parity(
     json_: Json = False,
 ) -> None:
     """Compare both backends and the float64 reference, on every device here; exit 1 if they differ."""
-    from twingpt.core import parity as measurement
-    from twingpt.weights.against import is_quantized, outsiders
+    from twingpt.checks import parity as measurement
+    from twingpt.checks.others import is_quantized, outsiders
     from twingpt.weights.formats import open_model
 
     names = installed_backends(backend)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from twingpt.cli.output import print_json
+from twingpt.commands.output import print_json
 
 app = typer.Typer()
 
@@ -24,7 +24,7 @@ def plot(
     json_: Annotated[bool, typer.Option("--json", help="Print the curves as one JSON object; draw nothing.")] = False,
 ) -> None:
     """Draw the training and held-out losses of runs over one another."""
-    from twingpt.core import plot as plots
+    from twingpt.runs import plot as plots
 
     plots.check_picture(out)
     curves = plots.read_curves(models, x)

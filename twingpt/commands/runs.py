@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from twingpt.cli.options import Json, Yes
-from twingpt.cli.output import ask_to_remove, make_console, print_json
+from twingpt.commands.options import Json, Yes
+from twingpt.commands.output import ask_to_remove, make_console, print_json
 from twingpt.core.errors import UserError
 
 app = typer.Typer(name="runs")
@@ -33,8 +33,8 @@ def list_runs(
     json_: Json = False,
 ) -> None:
     """List runs with their checkpoints, show one, or remove some."""
-    from twingpt.core import inventory
     from twingpt.core.paths import expand
+    from twingpt.runs import inventory
 
     if command := context.invoked_subcommand:
         for name in context.params:
@@ -47,7 +47,7 @@ def list_runs(
     if json_:
         print_json({"folder": str(folder), "runs": [dataclasses.asdict(run) for run in found]})
     elif found:
-        from twingpt.core.console import print_runs
+        from twingpt.commands.show_runs import print_runs
 
         print_runs(make_console(), found)
     else:
@@ -59,13 +59,13 @@ def show(
     model: Annotated[str, typer.Argument(metavar="RUN", help="Its folder or name, or latest.")], json_: Json = False
 ) -> None:
     """Show a run: its checkpoints, starts and configuration."""
-    from twingpt.core import inventory
+    from twingpt.runs import inventory
 
     run, described = inventory.describe(model)
     if json_:
         print_json({**dataclasses.asdict(run), **described})
     else:
-        from twingpt.core.console import print_run
+        from twingpt.commands.show_runs import print_run
 
         print_run(make_console(), run, described)
 
@@ -81,7 +81,7 @@ def rm(
     json_: Json = False,
 ) -> None:
     """Remove a run, or one checkpoint of it; latest and best then name others that are left."""
-    from twingpt.core import inventory
+    from twingpt.runs import inventory
 
     run, checkpoint = inventory.to_remove(model)
     doomed = checkpoint or run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from twingpt.core.console import beginning, human_bytes, human_count, human_documents, human_time
-from twingpt.core.data.library import Row
-from twingpt.core.data.prepare import Progress
+from twingpt.core.units import beginning, human_bytes, human_count, human_documents, human_time
+from twingpt.data.library import Row
+from twingpt.data.prepare import Progress
 
 WIDTH = 40  # of the histogram's longest bar
 SAMPLE_LINES = 4
@@ -101,3 +101,17 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
     for text in info["samples"]:
         console.print("\n[bold]A document begins[/]")
         console.print(escape(beginning(text, SAMPLE_LINES)), overflow="ellipsis", no_wrap=True)
+
+
+def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
+    """Two lines a named source, from its row as named.describe() gives it."""
+    for row in rows:
+        files, here = row["files"], sum(file["downloaded"] for file in row["files"])
+        shards = f"{row['default']} of {len(files)} shards, unless {row['name']}@SHARDS" if row["default"] else ""
+        state = f"{here} of {len(files)} files here" if 0 < here < len(files) else "downloaded" if here else ""
+        state = state if files else "comes with Python"
+        size = human_bytes(row["size"]) if row["size"] else "–"
+        facts = [f"[bold]{row['name']:11}[/]  {size:>7}  {row['licence']:16}", shards, state and f"[green]{state}[/]"]
+        console.print("  ".join(filter(None, facts)), soft_wrap=True)
+        pin = row["revision"] or f"SHA-256 {files[0]['sha256']}"
+        console.print(f"{'':13}[dim]{row['address']}, {pin}[/]", soft_wrap=True)

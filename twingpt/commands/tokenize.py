@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from twingpt.cli.options import Json, read_stdin
-from twingpt.cli.output import make_console, print_json
+from twingpt.commands.options import Json, read_stdin
+from twingpt.commands.output import make_console, print_json
 
 app = typer.Typer(
     name="tokenize",
@@ -39,7 +39,7 @@ def tokenize_train(
     """Learn a byte-level BPE from texts, for gpt train --tokenizer, transformers and mlx-lm."""
     from rich.console import Console
 
-    from twingpt.core.tokenizer.examine import learn
+    from twingpt.data.tokenizers import learn
 
     with Console(stderr=True).status(f"Learning from {', '.join(data)}"):
         result = learn(data, vocab_size, pattern, chat, out)
@@ -65,8 +65,8 @@ def tokenize_show(
     json_: Json = False,
 ) -> None:
     """Show the tokens of a text: a colour for each, ids and bytes."""
-    from twingpt.core.tokenizer import find
-    from twingpt.core.tokenizer.examine import print_tokens, tokens
+    from twingpt.commands.show_tokens import print_tokens
+    from twingpt.data.tokenizers import find, tokens
 
     found = find(tokenizer)
     rows = tokens(found, read_stdin("text") if text == "-" else text, special)
@@ -88,7 +88,8 @@ def tokenize_compare(
     json_: Json = False,
 ) -> None:
     """Compare tokenizers on a text: tokens, bytes per token, vocabulary, speed on one core."""
-    from twingpt.core.tokenizer.examine import compare, print_comparison
+    from twingpt.commands.show_tokens import print_comparison
+    from twingpt.data.tokenizers import compare
 
     result = compare(tokenizer, data)
     if json_:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twingpt.cli.options import MODEL, TOKENIZERS, option
-from twingpt.cli.output import make_console, print_json
+from twingpt.commands.options import MODEL, TOKENIZERS, option
+from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from twingpt.core.trainer import Trainer
+    from twingpt.training.trainer import Trainer
 
 app = typer.Typer()
 
@@ -123,8 +123,10 @@ def train(
         given.pop(key, None)
     from rich.console import Console
 
-    from twingpt.core import launch, settings, trackers
-    from twingpt.core.console import ConsoleReporter
+    from twingpt.runs import trackers
+    from twingpt.runs.console import ConsoleReporter
+    from twingpt.training import launch, settings
+    from twingpt.training.resume import resume_run
     from twingpt.weights.formats import open_model
 
     console = Console(stderr=json_, highlight=False)
@@ -138,7 +140,7 @@ def train(
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
     place = (where["backend"] or "auto", where["device"], where["compile"])
     if resume is not None:
-        trainer = launch.resume_run(resume, options, *place, stop_after, names, where["report_to"])
+        trainer = resume_run(resume, options, *place, stop_after, names, where["report_to"])
     else:
         init = open_model(where["init_from"]).model if where["init_from"] else None
         trainer = launch.new_run(
@@ -160,7 +162,7 @@ def _ask_wizard(beside: list[str]) -> Path:
     if beside:
         names = ", ".join(f"--{key.rstrip('_').replace('_', '-')}" for key in beside)
         raise UserError(f"--wizard asks for the settings itself: leave out {names}.")
-    from twingpt.core.wizard import run
+    from twingpt.commands.wizard import run
 
     answer = run(make_console())
     if answer is None:
@@ -175,13 +177,13 @@ def _print_settings(console: "Console", trainer: "Trainer", options: dict[str, A
     """What the depth came to, and what is not as in the recipe."""
     from rich.markup import escape
 
-    from twingpt.core import launch
-    from twingpt.core.depth import describe
-    from twingpt.core.settings import as_pairs
+    from twingpt.training import recipes
+    from twingpt.training.depth import describe
+    from twingpt.training.settings import as_pairs
 
     if "depth" in options:
         console.print(describe(options["depth"], trainer.config, trainer.train))
-    differences = launch.differences(trainer, options)
+    differences = recipes.differences(trainer, options)
     if differences:
         console.print(f"[dim]Other than the recipe: {escape(as_pairs(differences))}[/]")
 

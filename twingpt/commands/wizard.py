@@ -6,9 +6,7 @@ import math
 import re
 import shlex
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,58 +16,24 @@ from rich.markup import escape
 from rich.prompt import Confirm, Prompt
 from rich.table import Table
 
-from twingpt.core import backend as backends
-from twingpt.core import depth, launch, memory
-from twingpt.core.backend import Backend, Device
-from twingpt.core.config import PRESETS, GPTConfig, TrainConfig, unknown_choice
-from twingpt.core.console import human_bytes, human_count, human_time
-from twingpt.core.data.named import NAMES
-from twingpt.core.data.prepare import prepare
-from twingpt.core.data.shards import TokenDataset
+from twingpt.core.backend import Device
+from twingpt.core.config import GPTConfig, TrainConfig, unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.parameters import initialise, parameter_count, state_table
+from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
-from twingpt.core.schedule import hyperparameters
-from twingpt.core.settings import Settings, write
+from twingpt.core.presets import PRESETS
+from twingpt.core.units import human_bytes, human_count, human_time
+from twingpt.data.named import NAMES
+from twingpt.data.prepare import prepare
+from twingpt.data.shards import TokenDataset
+from twingpt.training import depth, memory, recipes
+from twingpt.training.estimate import Place, Plan, Speed, checkpoint_bytes, measure, places, plan
+from twingpt.training.settings import Settings, write
 
 DEPTHS = (2, 4, 6, 8, 12, 16, 20, 24)  # shown; any is accepted
-EVALUATIONS = 10  # of a run, beside the one at its start
-EVALUATION_SHARE = 0.1  # of a run's time, at most
-MEASURED_SECONDS = 3.0
-PATIENCE_SECONDS = 20.0
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A device of a backend."""
-
-    engines: Backend
-    device: Device
-
-    def __str__(self) -> str:
-        return f"{self.engines.NAME} {self.device.name}"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a dry run measured: seconds of a step, of a batch of evaluation and of compiling."""
-
-    step: float
-    evaluation_batch: float
-    start: float = 0.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that fits the time: its length, its intervals, in steps, and what it will take."""
-
-    steps: int
-    seconds: float
-    eval_interval: int
-    eval_iters: int
 
 
 def run(console: Console) -> tuple[Path, bool] | None:
@@ -122,19 +86,6 @@ def _ask(console: Console, question: str, default: str, parse: Callable[[str], T
 # Hardware and data ------------------------------------------------------------------------------------------
 
 
-def places() -> list[Place]:
-    """Every device of every backend that works here, the one that would be chosen first."""
-    found = []
-    for name in filter(backends.installed, backends.BACKENDS):  # MLX first, as in `gpt doctor`
-        try:
-            engines = backends.get(name)
-            found += [Place(engines, device) for device in engines.devices()]
-        except (UserError, RuntimeError):  # a broken one; `gpt doctor` says how
-            continue
-    chosen, _ = backends.choose()
-    return sorted(found, key=lambda place: chosen != place.engines.NAME)
-
-
 def _ask_place(console: Console) -> Place:
     with console.status("Looking for devices …"):
         found = places()
@@ -159,7 +110,7 @@ def _ask_data(console: Console, device: Device) -> tuple[str, TokenDataset]:
 
     def parse(text: str) -> tuple[str, TokenDataset]:
         spec = text.strip("'\"")  # as a terminal quotes a file dropped on it
-        _, train = launch.resolve({"data": spec}, device, 256)
+        _, train = recipes.resolve({"data": spec}, device, 256)
         with console.status("Reading and tokenizing …"):
             return spec, prepare(spec, train.tokenizer, train.vocab_size)
 
@@ -181,7 +132,7 @@ def _ask_length(console: Console, place: Place, spec: str, data: TokenDataset) -
     """Size and time, with the estimate shown; asks again where the size doesn't train on the device."""
     while True:
         size = _ask_size(console, place.device, data)
-        config, train = launch.resolve({**size, "data": spec}, place.device, data.tokenizer.vocab_size)
+        config, train = recipes.resolve({**size, "data": spec}, place.device, data.tokenizer.vocab_size)
         if "depth" in size:
             console.print(f"  In full, {depth.describe(size['depth'], config, train)}")
         span = _ask(console, "How long? [dim](5m, 1h30m, or a number of steps)[/]", "10m", parse_span)
@@ -207,7 +158,7 @@ def _ask_size(console: Console, device: Device, data: TokenDataset) -> Settings:
     table = Table("answer", "layers x width", "context", "parameters", box=box.SIMPLE_HEAD, padding=(0, 1))
     options: list[Settings] = [{"preset": name} for name in PRESETS] + [{"depth": n} for n in DEPTHS]
     for option in options:
-        config, _ = launch.resolve(option, device, vocab_size)
+        config, _ = recipes.resolve(option, device, vocab_size)
         answer = str(option.get("depth", option.get("preset")))
         shape = f"{config.n_layer} x {config.n_embd}"
         table.add_row(answer, shape, str(config.block_size), human_count(parameter_count(config)))
@@ -217,10 +168,10 @@ def _ask_size(console: Console, device: Device, data: TokenDataset) -> Settings:
         size: Settings = {"depth": int(text)} if text.isdecimal() else {"preset": text}
         if not text.isdecimal() and text not in PRESETS:
             raise unknown_choice("size", text, [*PRESETS, f"a depth from 1 to {depth.DEEPEST}"])
-        data.check(launch.resolve(size, device, vocab_size)[0])
+        data.check(recipes.resolve(size, device, vocab_size)[0])
         return size
 
-    default = launch.recipe(device)["preset"]
+    default = recipes.recipe(device)["preset"]
     return _ask(console, f"Which size? [dim](a preset, or a depth from 1 to {depth.DEEPEST})[/]", default, parse)
 
 
@@ -236,77 +187,6 @@ def parse_span(text: str) -> float | int:
 
 
 # The estimate -----------------------------------------------------------------------------------------------
-
-
-class _DryRun:
-    """The engine of a run, timed on its first batches; nothing of it is kept."""
-
-    def __init__(self, config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Place) -> None:
-        self.config, self.train, self.data = config, train, data
-        self.engine = launch.make_engine(config, train, place.engines, place.device, None)
-        self.engine.load(initialise(config, train.seed))
-
-    def seconds(self, rows: int, micro_batches: int = 1, updates: int = 1) -> float:
-        """Steps of some micro-batches of `rows` windows, from the call to the last number read."""
-        tokens, targets = self.data.batch(0, rows, self.config.block_size, self.train.seed)
-        start, handles = time.perf_counter(), []
-        for _ in range(updates):
-            for key in range(micro_batches):
-                self.engine.micro(tokens, targets, key)
-            handles.append(self.engine.update(hyperparameters(self.train, 0)))
-        self.engine.read(handles)
-        return time.perf_counter() - start
-
-    def evaluation(self, rows: int) -> float:
-        """One batch of evaluation, once the first has warmed up."""
-        tokens, targets = next(self.data.validation(rows, self.config.block_size, 1))
-        for _ in range(2):
-            start = time.perf_counter()
-            self.engine.read([self.engine.evaluate(tokens, targets)])
-        return time.perf_counter() - start
-
-
-def measure(config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Place) -> Speed:
-    """Train on real batches for a few seconds, and evaluate one.
-
-    Where a step has more micro-batches than that time holds, some are measured and the rest is added.
-    Where even one is too long for a CPU, one window and two are, and the rest is added.
-    """
-    dry, rows, micro_batches = _DryRun(config, train, data, place), train.batch_size, train.gradient_accumulation_steps
-    cpu = place.device.kind == "cpu"  # elsewhere other shapes would compile again
-    one = dry.seconds(1) if cpu else 0.0
-    if one * rows > PATIENCE_SECONDS:
-        row = max(0.0, dry.seconds(2) - one)
-        return Speed(one + (rows * micro_batches - 1) * row, rows * dry.evaluation(1))
-    first = step = dry.seconds(rows)  # compiles where that is on, and allocates
-    if not cpu or first < MEASURED_SECONDS:
-        step = dry.seconds(rows)
-        measured = max(1, min(micro_batches, int(MEASURED_SECONDS / step)))
-        updates = max(1, min(200, int(MEASURED_SECONDS / (step * measured))))
-        step = dry.seconds(rows, measured, updates) / updates / measured
-    return Speed(step * micro_batches, dry.evaluation(rows), max(0.0, first - step))
-
-
-def plan(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed, span: float | int) -> Plan:
-    """Steps for a time (a float, in seconds), or the time for steps (an int), evaluations included."""
-    windows = math.ceil((len(data.splits["val"]) - 1) / config.block_size)
-    whole = math.ceil(windows / train.batch_size)
-    seconds = span if isinstance(span, float) else span * speed.step
-    allowed = int(EVALUATION_SHARE * seconds / (EVALUATIONS + 1) / speed.evaluation_batch)
-    eval_iters = 0 if allowed >= whole else max(1, allowed)  # 0 is all of them
-    evaluation = (eval_iters or whole) * speed.evaluation_batch
-    fits = int((seconds - speed.start - (EVALUATIONS + 1) * evaluation) / speed.step)
-    steps = max(1, fits) if isinstance(span, float) else span
-    interval = math.ceil(steps / EVALUATIONS)
-    evaluations = 1 + math.ceil(steps / interval)
-    total = speed.start + steps * speed.step + evaluations * evaluation
-    return Plan(steps, total, interval, eval_iters)
-
-
-def checkpoint_bytes(config: GPTConfig, train: TrainConfig) -> int:
-    """The size of a checkpoint's tensors: parameters and optimizer state, in float32."""
-    state = state_table(config, train.optimizer, train.dtype)
-    return 4 * (parameter_count(config) + sum(math.prod(shape) for shape in state.values()))
 
 
 def _estimate(

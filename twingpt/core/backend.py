@@ -1,18 +1,15 @@
-"""What a backend implements, and finding and choosing one, without importing any."""
+"""What a backend implements: the protocols of its engines, and the device that it runs on."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
-from twingpt.core.config import GPTConfig, unknown_choice
+from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.sampler import Sampling
 from twingpt.core.schedule import Hyper
@@ -20,9 +17,6 @@ from twingpt.core.schedule import Hyper
 Array = np.ndarray
 Tensors = Iterable[tuple[str, Array]]
 Handle = Any  # something on the device, or on its way there; only `read` waits for it
-
-BACKENDS = ("mlx", "torch")
-REQUIRED_MODULE = {"mlx": "mlx.core", "torch": "torch"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Memory:
     peak: int
 
 
-class DecodeEngine(Protocol):
+class InferenceEngine(Protocol):
     """Logits and sampled tokens from one set of parameters. B rows advance together."""
 
     config: GPTConfig
@@ -77,10 +71,10 @@ class DecodeEngine(Protocol):
 class TrainEngine(Protocol):
     """Parameters and optimizer state on a device, and the training step. Calls enqueue; `read` waits."""
 
-    def micro(self, tokens: Array, targets: Array, key: int) -> None:
+    def forward_backward(self, tokens: Array, targets: Array, key: int) -> None:
         """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
 
-    def update(self, hyper: Hyper) -> Handle:
+    def optimizer_step(self, hyper: Hyper) -> Handle:
         """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm, 1 if skipped)."""
 
     def evaluate(self, tokens: Array, targets: Array) -> Handle:
@@ -95,7 +89,7 @@ class TrainEngine(Protocol):
     def load(self, tensors: Tensors) -> None:
         """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
 
-    def decoder(self) -> DecodeEngine:
+    def inference(self) -> InferenceEngine:
         """A decode engine on the present parameters."""
 
     def memory(self) -> Memory:
@@ -107,7 +101,7 @@ class Backend(Protocol):
 
     NAME: str
     TrainEngine: Callable[..., TrainEngine]  # (config, device, optimizer, dtype, compile, …)
-    DecodeEngine: Callable[..., DecodeEngine]  # (config, tensors, device, dtype)
+    InferenceEngine: Callable[..., InferenceEngine]  # (config, tensors, device, dtype)
 
     def devices(self) -> list[Device]:
         """The devices that are present and work, the best first."""
@@ -134,75 +128,6 @@ class Backend(Protocol):
 
     def details(self) -> dict[str, Any]:
         """What `gpt doctor` should say about this backend."""
-
-
-def installed(name: str) -> bool:
-    """Whether a backend's framework can be imported; does not import it."""
-    try:
-        return importlib.util.find_spec(REQUIRED_MODULE[name]) is not None
-    except ModuleNotFoundError:  # the parent package of mlx.core
-        return False
-    except (ImportError, OSError):  # that package is there and broken: `get` says how
-        return True
-
-
-def how_to_install(name: str) -> str:
-    """The command that installs a backend on this machine."""
-    if name == "torch":
-        return "pip install 'torch>=2.8,<2.14'"
-    if platform.system() == "Darwin":
-        return "pip install mlx"
-    return "pip install 'twingpt[mlx-cpu]' (or [mlx-cuda12], [mlx-cuda13] for a GPU)"
-
-
-def choose(name: str = "auto") -> tuple[str, str]:
-    """A backend's name and why: MLX on Apple silicon, else PyTorch, else what is installed.
-
-    Raises UserError for an unknown backend, one that isn't installed, or none at all.
-    """
-    if name != "auto":
-        if name not in BACKENDS:
-            raise unknown_choice("backend", name, (*BACKENDS, "auto"))
-        if not installed(name):
-            raise UserError(f"The {name} backend is not installed: {how_to_install(name)}.")
-        return name, "asked for"
-    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
-    if apple and installed("mlx"):
-        return "mlx", "Apple silicon: MLX runs on Metal"
-    if installed("torch"):
-        return "torch", "PyTorch is the faster backend on this machine"
-    if installed("mlx"):
-        return "mlx", "PyTorch is not installed"
-    raise UserError(f"No backend is installed: {how_to_install('torch')}, or {how_to_install('mlx')}.")
-
-
-def get(name: str = "auto") -> Backend:
-    """Import the backend that `choose` names."""
-    chosen, _ = choose(name)
-    try:
-        return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}"))
-    except (ImportError, OSError) as error:
-        raise UserError(f"The {chosen} backend can't be imported ({error}): {how_to_install(chosen)}.") from error
-
-
-def find_device(backend: Backend, name: str | None) -> Device:
-    """The device called `name` ("cuda" also finds "cuda:0"), or the backend's best one for None."""
-    devices = backend.devices()
-    if name is None:
-        return devices[0]
-    for device in devices:
-        if name in (device.name, device.kind):
-            return device
-    raise unknown_choice(f"{backend.NAME} device", name, [device.name for device in devices])
-
-
-def find_dtype(device: Device, name: str | None) -> str:
-    """`name` if the device computes in it, or the device's default for None."""
-    if name is None:
-        return device.default_dtype
-    if name not in device.dtypes:
-        raise unknown_choice(f"dtype on {device.name}", name, device.dtypes)
-    return name
 
 
 def check_tokens(tokens: Array, config: GPTConfig) -> Array:

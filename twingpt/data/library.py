@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from twingpt.core import paths
-from twingpt.core.data.prepare import find
-from twingpt.core.data.shards import BY_HASH, SPLITS, TokenDataset
 from twingpt.core.errors import UserError
+from twingpt.data.prepare import find
+from twingpt.data.shards import BY_HASH, SPLITS, TokenDataset
 
 Array = np.ndarray
 

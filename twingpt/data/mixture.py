@@ -18,11 +18,11 @@ import numpy as np
 
 from twingpt.core import paths
 from twingpt.core.config import GPTConfig
-from twingpt.core.data.order import interleave, source_counts
-from twingpt.core.data.prepare import find, learn, prepare
-from twingpt.core.data.shards import SPLITS, TokenDataset
 from twingpt.core.errors import UserError
+from twingpt.core.order import interleave, source_counts
 from twingpt.core.tokenizer import Tokenizer
+from twingpt.data.prepare import find, learn, prepare
+from twingpt.data.shards import SPLITS, TokenDataset
 
 Array = np.ndarray
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from twingpt.core.data import download
 from twingpt.core.errors import UserError
 from twingpt.core.paths import home, write_atomically
+from twingpt.data import download
 
 TINYSTORIES = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
 OPENWEBTEXT = "79d93d786212f7344586290adb811d4ae6a1762c"

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from twingpt.core import paths, rng
-from twingpt.core.data import named, readers, shards, sources, workers
-from twingpt.core.data.readers import File, Item, Text, pieces
-from twingpt.core.data.shards import SPLITS, TokenDataset
-from twingpt.core.data.sources import Source
-from twingpt.core.data.workers import VAL_FRACTION, Encoded, Work, place, tail
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer import TOKENIZERS, Tokenizer, files, make
-from twingpt.core.tokenizer import find as find_tokenizer
+from twingpt.core.tokenizer import TOKENIZERS, Tokenizer, files
 from twingpt.core.tokenizer import load as load_tokenizer
+from twingpt.data import named, readers, shards, sources, workers
+from twingpt.data.readers import File, Item, Text, pieces
+from twingpt.data.shards import SPLITS, TokenDataset
+from twingpt.data.sources import Source
+from twingpt.data.tokenizers import find as find_tokenizer
+from twingpt.data.tokenizers import make
+from twingpt.data.workers import VAL_FRACTION, Encoded, Work, place, tail
 
 FEW = 20  # text files; with so few it is worth counting before encoding
 SAMPLE = 2**26  # characters that a tokenizer is learned from, at most

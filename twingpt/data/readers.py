@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from twingpt.core.data import named
 from twingpt.core.errors import UserError
+from twingpt.data import named
 
 BLOCK = 2**20  # bytes read at a time
 PIECE = 2**20  # characters of a document that are held at once, at most

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.config import GPTConfig
-from twingpt.core.data.order import window_count, window_starts
 from twingpt.core.errors import UserError
+from twingpt.core.order import window_count, window_starts
 from twingpt.core.paths import write_synced
 from twingpt.core.reading import short
 from twingpt.core.tokenizer import Tokenizer, files

@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 from twingpt.core.config import unknown_choice
-from twingpt.core.data import named, readers
-from twingpt.core.data.readers import Advance, File, Given, Item, Text
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand
+from twingpt.data import named, readers
+from twingpt.data.readers import Advance, File, Given, Item, Text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 

@@ -1,26 +1,29 @@
-"""`gpt tokenize`: learn a tokenizer, look at what one does to a text, compare several."""
+"""Tokenizers by name or place: finding one, learning one, what they make of a text, and several compared."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from twingpt.core.data import sources
-from twingpt.core.data.readers import Text
+from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand, new_folder, write_synced
 from twingpt.core.tokenizer.base import Tokenizer
-from twingpt.core.tokenizer.bpe import train_bpe
-from twingpt.core.tokenizer.kept import files, find
-from twingpt.core.tokenizer.plain import CharTokenizer
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from twingpt.core.tokenizer.bpe import (
+    TIKTOKEN_PATTERNS,
+    tiktoken_named,
+    train_bpe,
+)
+from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
+from twingpt.core.tokenizer.tokenizer_json import FILE, LEARNED, TOKENIZERS, files, load, load_file
+from twingpt.data import sources
+from twingpt.data.readers import Text
+from twingpt.runs import folder as runs
 
 UNLIMITED = 2**30  # a tokenizer alone knows no longest text
-COLORS = ("blue", "dark_orange3", "dark_green", "purple4", "dark_red", "deep_sky_blue4")
 
 
 def learn(specs: Sequence[str], vocab_size: int, pattern: str, chat: bool, out: Path) -> dict[str, Any]:
@@ -95,41 +98,43 @@ def compare(names: Sequence[str], spec: str) -> dict[str, Any]:
     return {"source": spec, "documents": documents, "bytes": size, "rows": rows}
 
 
-def print_tokens(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The text with a colour for each token, then a table of them."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text as Line
+def make(kind: str, texts: Iterable[str], all_texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer called `kind` in TOKENIZERS, learned from the training `texts` where it learns, or that `find`s.
 
-    from twingpt.core.console import visible
-
-    line = Line()
-    table = Table("", "id", "text", "bytes", box=box.SIMPLE_HEAD)
-    for i, row in enumerate(rows):
-        style = "bold reverse" if row["special"] else f"white on {COLORS[i % len(COLORS)]}"
-        line.append(visible(row["text"]), style)
-        line.append("\n" if row["text"].endswith("\n") and not row["special"] else "")
-        table.add_row(str(i), str(row["id"]), Line(visible(row["text"]), style), row["bytes"])
-    if console.color_system:  # without colours it would be the text as it was given
-        console.print(line)
-    console.print(table)
-    console.print(f"{len(rows)} token{'s' * (len(rows) != 1)}")
+    A character tokenizer takes its alphabet from `all_texts`, or held-out text could not be read.
+    """
+    if kind == "bpe":
+        return train_bpe(texts, vocab_size)
+    if kind == "char":
+        return CharTokenizer(set().union(*map(set, all_texts)))
+    return find(kind)
 
 
-def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
-    """A table of the tokenizers."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text as Line
+def find(name: str) -> Tokenizer:
+    """A tokenizer that is there: of a kind that learns nothing, a tokenizer.json, its folder, or a run or checkpoint.
 
-    from twingpt.core.console import human_documents
-
-    table = Table("tokenizer", box=box.SIMPLE_HEAD)
-    for name in ("vocabulary", "tokens", "bytes per token", "MB/s"):
-        table.add_column(name, justify="right")
-    for row in result["rows"]:
-        figures = (f"{row['vocab_size']:,}", f"{row['tokens']:,}", f"{row['bytes_per_token']:.2f}")
-        table.add_row(Line(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
-    documents = human_documents(result["documents"])
-    console.print(f"{result['source']}: {result['bytes']:,} bytes in {documents}", markup=False)
-    console.print(table)
+    Raises UserError where there is none, or its files are broken.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    if name in TIKTOKEN_PATTERNS:
+        return tiktoken_named(name)
+    if name in LEARNED:
+        raise UserError(f"The tokenizer {name} is learned from a text: give a tokenizer.json, its folder, or a run.")
+    path = expand(name)
+    if path.is_file():
+        return load_file(path)
+    if (path / FILE).is_file():
+        return load(path)
+    try:
+        checkpoint = runs.resolve(name)
+    except UserError:
+        if path.is_dir():
+            raise UserError(
+                f"{name} has no {FILE}: transformers writes one for what it reads, by "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+            ) from None
+        if path.suffix or os.sep in name or "@" in name:
+            raise UserError(f"There is no tokenizer {name}: give a tokenizer.json, its folder, or a run.") from None
+        raise unknown_choice("tokenizer", name, TOKENIZERS) from None
+    return load(checkpoint)

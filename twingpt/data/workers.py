@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from twingpt.core import rng
-from twingpt.core.data import readers
-from twingpt.core.data.readers import Item, Text, pieces
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import Tokenizer
+from twingpt.data import readers
+from twingpt.data.readers import Item, Text, pieces
 
 SPLITS = ("train", "val")
 VAL_FRACTION = 0.1

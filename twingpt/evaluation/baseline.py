@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import UserError
-from twingpt.core.ngram import LONGEST, NGram
 from twingpt.core.paths import write_atomically
 from twingpt.core.reading import read_json
+from twingpt.data.shards import TokenDataset
+from twingpt.evaluation.ngram import LONGEST, NGram
 
 Array = np.ndarray
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from twingpt.core import backend as backends
+from twingpt.backends import registry
 from twingpt.core.backend import Backend, Device
-from twingpt.core.checkpoint import Model
-from twingpt.core.data.prepare import prepare
-from twingpt.core.data.shards import TokenDataset
+from twingpt.core.checkpoint.schema import Model
+from twingpt.data.prepare import prepare
+from twingpt.data.shards import TokenDataset
 
 Array = np.ndarray
 
@@ -29,8 +29,8 @@ class HeldOut:
     @classmethod
     def of(cls, model: Model, source: str, backend: str, device: str | None) -> HeldOut:
         """The held-out part of `source` in a model's tokens; UserError where there is none, or no such device."""
-        engines = backends.get(backend)
-        target = backends.find_device(engines, device)
+        engines = registry.get(backend)
+        target = registry.find_device(engines, device)
         tokenizer = model.tokenizer()
         data = prepare(source, tokenizer.kind, tokenizer.vocab_size, tokenizer)
         data.check(dataclasses.replace(model.config, block_size=min(WINDOW, model.config.block_size)))

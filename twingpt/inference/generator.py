@@ -7,13 +7,10 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from twingpt.core import backend as backends
 from twingpt.core import rng
-from twingpt.core.backend import DecodeEngine, Handle
-from twingpt.core.checkpoint import Model
+from twingpt.core.backend import Handle, InferenceEngine
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.portable import end_ids
 from twingpt.core.sampler import Sampling
 from twingpt.core.tokenizer import Tokenizer
 
@@ -21,7 +18,7 @@ Array = np.ndarray
 
 
 def generate_tokens(
-    engine: DecodeEngine, prompt: Array, sampling: Sampling, max_tokens: int, seed: int
+    engine: InferenceEngine, prompt: Array, sampling: Sampling, max_tokens: int, seed: int
 ) -> Iterator[int]:
     """Yield up to `max_tokens` ids that follow `prompt` (n,), each read while the next is being computed.
 
@@ -96,7 +93,7 @@ class LanguageModel:
     """
 
     def __init__(
-        self, config: GPTConfig, tokenizer: Tokenizer, engine: DecodeEngine, ends: Collection[int] = ()
+        self, config: GPTConfig, tokenizer: Tokenizer, engine: InferenceEngine, ends: Collection[int] = ()
     ) -> None:
         # A model from elsewhere may lack special tokens of its tokenizer, an end of text too: it never says them.
         if tokenizer.byte_lengths[config.vocab_size :].any():
@@ -144,12 +141,3 @@ class LanguageModel:
     def generate(self, prompt: str, max_tokens: int = 200, **settings: float) -> str:
         """The text that `complete` yields, whole; takes the same settings."""
         return "".join(self.complete(prompt, max_tokens, **settings))  # type: ignore[arg-type]
-
-
-def language_model(model: Model, backend: str, device: str | None, dtype: str | None) -> LanguageModel:
-    """A model on a backend; UserError for a backend, device or dtype that isn't there."""
-    engines = backends.get(backend)
-    target = backends.find_device(engines, device)
-    compute = backends.find_dtype(target, dtype or "float32")
-    engine = engines.DecodeEngine(model.config, model.stored(), target, compute)
-    return LanguageModel(model.config, model.tokenizer(), engine, end_ids(model.folder))

@@ -1,11 +1,9 @@
-"""Runs on the terminal: one in training, as lines and a bar with loss, speed, memory and time left; or a list."""
+"""A run in training on the terminal: lines, and a bar with loss, speed, memory and time left."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +11,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from twingpt.core.events import (
+from twingpt.core.units import beginning, human_bytes, human_count, human_share, human_time
+from twingpt.runs.events import (
     Baseline,
     Evaluated,
     Event,
@@ -26,65 +25,8 @@ from twingpt.core.events import (
     SaveFailed,
     Trained,
 )
-from twingpt.core.inventory import Run, SavedStep, starts
 
 SAMPLE_LINES = 12  # of a sample, blank ones left out; metrics.jsonl has all of it
-
-
-def human_bytes(count: float) -> str:
-    """A count of bytes to read: 512 MB, 1.3 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit != "GB" else f"{count:.1f} GB"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def human_count(count: float) -> str:
-    """A count to read: 950, 12.3k, 10.7M."""
-    for unit in ("", "k", "M"):
-        if count < 1000:
-            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
-        count /= 1000
-    return f"{count:.1f}B"
-
-
-def human_documents(count: int) -> str:
-    """So many documents: 1 document, 12,345 documents."""
-    return f"{count:,} document{'s' * (count != 1)}"
-
-
-def visible(text: str) -> str:
-    """The text with what a terminal would not show, or would obey, written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def beginning(text: str, lines: int) -> str:
-    """The first so many lines of a text that are not blank, as `visible` has them."""
-    kept = [line.expandtabs(4) for line in text.splitlines() if line.strip()][:lines]
-    return "\n".join(map(visible, kept))
-
-
-def human_flops(flops_per_second: float) -> str:
-    """A speed of arithmetic to read: 4.57 GFLOP/s, 174 GFLOP/s, 312 TFLOP/s."""
-    unit, scale = next(((u, s) for u, s in (("P", 1e15), ("T", 1e12)) if flops_per_second >= s), ("G", 1e9))
-    return f"{flops_per_second / scale:.3g} {unit}FLOP/s"
-
-
-def human_share(share: float | None) -> str:
-    """A share to read: 41%, 3.2%, n/a."""
-    if share is None:
-        return "n/a"
-    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
-
-
-def human_time(seconds: float) -> str:
-    """A span to read: 42s, 3:05, 2:10:00."""
-    if seconds < 60:
-        return f"{seconds:.0f}s"
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 class _TimeLeft(ProgressColumn):
@@ -219,60 +161,6 @@ class ConsoleReporter:
                 f"step {event.step:,}: loss {event.loss:.4f}, epoch {epoch}, {speed} tok/s, MFU {share}, {memory}, "
                 f"ETA {left}"
             )
-
-
-def print_runs(console: Console, found: Iterable[Run]) -> None:
-    """A line a run, below it one for each of its checkpoints and, in red, what is wrong with it."""
-    for run in found:
-        of = f"/{run.max_iters:,}" if run.max_iters else ""
-        where = ", no checkpoint" if run.step is None else f" at {run.step:,}{of}"
-        state = f"[green]{run.state}[/]" if run.state == "running" else run.state
-        facts = [f"{state}{where}", _losses(run), escape(run.backend or ""), human_bytes(run.size_bytes)]
-        line = "  ".join(filter(None, [*facts, _local(run.date)]))
-        console.print(f"[bold]{escape(run.name)}[/]  {line}", soft_wrap=True)
-        for one in run.checkpoints:
-            facts = [f"{f'@{one.step}':>10}", f"{_losses(one):21}", f"{human_bytes(one.size_bytes):>7}"]
-            marks = [name for name, true in (("latest", one.latest), ("best", one.best)) if true]
-            line = "  ".join([*facts, _local(one.date), *marks])
-            console.print(f"[dim]{line}[/]" + ("  [red]damaged[/]" if one.error else ""), soft_wrap=True)
-        if run.error:
-            console.print(f"         [red]{escape(run.error)}[/]", soft_wrap=True)
-
-
-def _losses(row: Run | SavedStep) -> str:
-    if row.val_loss is None:
-        return ""
-    return f"val {row.val_loss:.4f}" + (f"  {row.val_bpb:.3f} bpb" if row.val_bpb is not None else "")
-
-
-def _local(date: str) -> str:
-    return date[:16].replace("T", " ")
-
-
-def print_run(console: Console, run: Run, described: dict[str, Any]) -> None:
-    """A run's row and checkpoints, its starts, and its configuration, from run.json."""
-    print_runs(console, [run])
-    console.print()
-    for row in starts(described):
-        text = f"{row['when']} UTC at step {row['step']}: {row['backend']} on {row['device']}; {row['versions']}"
-        console.print(f"[bold]start[/] {escape(text)}")
-    for title, key in (("model", "config"), ("training", "train"), ("data", "data")):
-        text = ", ".join(f"{name} {json.dumps(value)}" for name, value in described[key].items())
-        console.print(f"\n[bold]{title}[/] {escape(text)}")
-
-
-def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
-    """Two lines a named source, from its row as named.describe() gives it."""
-    for row in rows:
-        files, here = row["files"], sum(file["downloaded"] for file in row["files"])
-        shards = f"{row['default']} of {len(files)} shards, unless {row['name']}@SHARDS" if row["default"] else ""
-        state = f"{here} of {len(files)} files here" if 0 < here < len(files) else "downloaded" if here else ""
-        state = state if files else "comes with Python"
-        size = human_bytes(row["size"]) if row["size"] else "–"
-        facts = [f"[bold]{row['name']:11}[/]  {size:>7}  {row['licence']:16}", shards, state and f"[green]{state}[/]"]
-        console.print("  ".join(filter(None, facts)), soft_wrap=True)
-        pin = row["revision"] or f"SHA-256 {files[0]['sha256']}"
-        console.print(f"{'':13}[dim]{row['address']}, {pin}[/]", soft_wrap=True)
 
 
 def _warning(event: MemoryPlanned | SaveFailed | ReporterFailed) -> str:

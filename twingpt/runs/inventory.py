@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twingpt.core import runs
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import sync_folder
 from twingpt.core.reading import read_json
+from twingpt.runs import folder as runs
 
 FOLDERS = ("checkpoints", "tensorboard", "wandb")  # what training and its trackers write beside runs.FILES
 

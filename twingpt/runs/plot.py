@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.events import Event, RunEnded, last_baseline, points, read_events
 from twingpt.core.paths import write_atomically
-from twingpt.core.runs import owner
+from twingpt.runs.events import Event, RunEnded, last_baseline, points, read_events
+from twingpt.runs.folder import owner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,12 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from twingpt.core.console import human_bytes, human_count, human_share, human_time
 from twingpt.core.errors import UserError
-from twingpt.core.events import Event, RunEnded, Saved, last_baseline, points, read_events, tokens_per_step
-from twingpt.core.inventory import starts
 from twingpt.core.paths import write_atomically
 from twingpt.core.reading import read_json
+from twingpt.core.units import human_bytes, human_count, human_share, human_time
+from twingpt.runs.events import Event, RunEnded, Saved, last_baseline, points, read_events, tokens_per_step
+from twingpt.runs.inventory import starts
 
 Points = Sequence[tuple[float, float]]
 Events = Sequence[dict[str, Any]]

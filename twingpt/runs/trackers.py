@@ -15,9 +15,9 @@ from typing import Any
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.events import Baseline, Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
 from twingpt.core.paths import write_atomically
 from twingpt.core.reading import read_json
+from twingpt.runs.events import Baseline, Evaluated, Event, Reporter, RunEnded, RunStarted, Sampled, Trained
 
 Report = Callable[[Any, Event], None]
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from twingpt.core.config import GPTConfig, TrainConfig, shaped
-from twingpt.core.console import human_count
+from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
+from twingpt.core.presets import shaped
+from twingpt.core.units import human_count
 
 DEEPEST = 48
 HEAD_DIM = 64  # what fused attention kernels want

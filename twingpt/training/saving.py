@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import checkpoint, runs
+from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.events import Event, Saved, SaveFailed
 from twingpt.core.paths import write_atomically
 from twingpt.core.tokenizer import Tokenizer
+from twingpt.runs import folder as runs
+from twingpt.runs.events import Event, Saved, SaveFailed
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries while training goes on; each wait doubles the last
 LAST_WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between those at the end of a run

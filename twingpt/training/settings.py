@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twingpt.core.config import PRESETS, SHAPES, GPTConfig, RopeScaling, TrainConfig, check_type, unknown_choice
+from twingpt.core.config import GPTConfig, RopeScaling, TrainConfig, check_type, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand, write_atomically
+from twingpt.core.presets import PRESETS, SHAPES
 
 if sys.version_info >= (3, 11):
     import tomllib

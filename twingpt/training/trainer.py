@@ -15,14 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import baseline, memory, rng, runs
+from twingpt.core import rng
 from twingpt.core.backend import Backend, Device, Handle, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
-from twingpt.core.data.ahead import Ahead
-from twingpt.core.data.mixture import Data, Mixture, parts
-from twingpt.core.data.shards import TokenDataset
 from twingpt.core.errors import OutOfMemoryError, UserError
-from twingpt.core.events import (
+from twingpt.core.parameters import parameter_count
+from twingpt.core.schedule import hyperparameters, learning_rate_factor
+from twingpt.data.mixture import Data, Mixture, parts
+from twingpt.data.prefetch import Ahead
+from twingpt.data.shards import TokenDataset
+from twingpt.evaluation import baseline
+from twingpt.inference.generator import LanguageModel
+from twingpt.runs import folder as runs
+from twingpt.runs.events import (
     Baseline,
     Evaluated,
     Event,
@@ -36,11 +41,9 @@ from twingpt.core.events import (
     SourceLoss,
     Trained,
 )
-from twingpt.core.flops import Peak, mfu
-from twingpt.core.generator import LanguageModel
-from twingpt.core.parameters import parameter_count
-from twingpt.core.saving import Saver, Snapshot
-from twingpt.core.schedule import hyperparameters, learning_rate_factor
+from twingpt.training import memory
+from twingpt.training.flops import Peak, mfu
+from twingpt.training.saving import Saver, Snapshot
 
 Array = np.ndarray
 
@@ -155,8 +158,8 @@ class Trainer:
         for micro in range(train.gradient_accumulation_steps):
             number = step * train.gradient_accumulation_steps + micro
             tokens, targets = self.batches(number)
-            self.engine.micro(tokens, targets, rng.digest("dropout", train.seed, number) % 2**32)
-        self.unread.append(self.engine.update(hyperparameters(train, step)))
+            self.engine.forward_backward(tokens, targets, rng.digest("dropout", train.seed, number) % 2**32)
+        self.unread.append(self.engine.optimizer_step(hyperparameters(train, step)))
         self.progress.step += 1
 
     def _batch(self, number: int) -> tuple[Array, Array]:
@@ -305,7 +308,7 @@ class Trainer:
     def _sample(self) -> None:
         """Let the model write from the start of a document."""
         with self._stopped_clock():
-            model = LanguageModel(self.config, self.data.tokenizer, self.engine.decoder())
+            model = LanguageModel(self.config, self.data.tokenizer, self.engine.inference())
             text = model.generate("", SAMPLE_TOKENS, seed=self.train.seed)
         self.progress.sampled_at = self.progress.step
         self._report(Sampled(self.progress.step, text))

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import Model, model_texts, save_model
+from twingpt.core.checkpoint.config_json import GENERATION, generation_settings
+from twingpt.core.checkpoint.quantize import Quantization
+from twingpt.core.checkpoint.schema import Model, model_texts, save_model
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
-from twingpt.core.portable import GENERATION, generation_settings
-from twingpt.core.quantize import Quantization
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights import gguf, mlx_lm, torch_state
 from twingpt.weights.families import FAMILIES, Family, family_for

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from twingpt.core.checkpoint.config_json import rope_fields
 from twingpt.core.config import MAX_LAYERS, GPTConfig, check_type
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
-from twingpt.core.portable import rope_fields
 from twingpt.core.reading import short
 
 Array = np.ndarray

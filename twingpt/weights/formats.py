@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import Model, open_checkpoint
+from twingpt.core.checkpoint.config_json import model_type
+from twingpt.core.checkpoint.safetensors_file import TensorFile
+from twingpt.core.checkpoint.schema import Model, open_checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.generator import LanguageModel, language_model
 from twingpt.core.parameters import parameter_count, parameter_table
 from twingpt.core.paths import expand
-from twingpt.core.portable import model_type
-from twingpt.core.runs import RUNS
-from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
+from twingpt.runs.folder import RUNS, resolve
 from twingpt.weights import mlx_lm, nanochat, nanogpt, torch_state
 from twingpt.weights.huggingface import is_huggingface, open_huggingface
 
@@ -96,7 +95,7 @@ def open_model(name: str | Path) -> Found:
         return Found("huggingface", found.family, found)
     if path.exists() and not any((path / mark).exists() for mark in ("run.json", "config.json", "manifest.json")):
         raise UserError(_no_model(path))
-    checkpoint = open_checkpoint(name)
+    checkpoint = open_checkpoint(resolve(name))
     return Found("twingpt", model_type(checkpoint.config), checkpoint)
 
 
@@ -133,14 +132,6 @@ def _download(name: str) -> Path:
             f"There is no folder {name}, and the Hugging Face hub did not give it ({reason}): "
             "check the name and the network, or give a folder that has its files."
         ) from None
-
-
-def load(path: str | Path, backend: str = "auto", device: str | None = None, dtype: str | None = None) -> LanguageModel:
-    """Open a model for generation: a checkpoint, a run (RUN@best, RUN@STEP), or anything that `gpt convert` reads.
-
-    Raises UserError for a damaged model, or a backend, device or dtype that isn't there.
-    """
-    return language_model(open_model(path).model, backend, device, dtype)
 
 
 def describe(found: Found) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from twingpt.core.config import GPTConfig, shaped
+from twingpt.core.checkpoint.config_json import model_type
+from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import sync_folder
-from twingpt.core.portable import model_type
+from twingpt.core.presets import shaped
 from twingpt.core.rope import rope_periods
 from twingpt.core.tokenizer import PATTERNS, Tokenizer
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from twingpt.core import reading
-from twingpt.core.checkpoint import MODEL, check_layers, write_model
+from twingpt.core.checkpoint.safetensors_file import TensorFile
+from twingpt.core.checkpoint.schema import MODEL, check_layers, write_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import expand, new_folder, write_synced
 from twingpt.core.reading import inside
-from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.weights.families import FAMILIES, Family, family_for, family_of

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import write_model
+from twingpt.core.checkpoint.quantize import Quantization, dequantize, from_config, quantize
+from twingpt.core.checkpoint.safetensors_file import TensorFile
+from twingpt.core.checkpoint.schema import write_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import VECTOR, parameter_table
 from twingpt.core.paths import expand, new_folder, write_synced
-from twingpt.core.quantize import Quantization, dequantize, from_config, quantize
-from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights.families import Family, family_for, family_of, window_pattern
 from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files, tensors, tokenizer_of

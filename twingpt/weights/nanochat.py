@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import check_layers
+from twingpt.core.checkpoint.safetensors_file import TensorFile
+from twingpt.core.checkpoint.schema import check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.reading import short
-from twingpt.core.tensors import TensorFile
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint import check_layers
+from twingpt.core.checkpoint.schema import check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table

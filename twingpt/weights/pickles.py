@@ -1,4 +1,4 @@
-"""PyTorch's files, through the torch backend, as nothing else imports torch; and the plain files beside them."""
+"""PyTorch's files, by way of torch_file.py, as nothing else here imports torch; and the plain files beside them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from twingpt.backends.registry import how_to_install, installed
 from twingpt.core import reading
-from twingpt.core.backend import get, how_to_install, installed
 from twingpt.core.errors import UserError
 from twingpt.core.reading import inside
 
@@ -53,10 +53,12 @@ State = dict[str, Stored]
 
 
 def torch_files(path: Path) -> Any:
-    """The functions of backends/torch/pickles.py, or UserError where PyTorch is not there to read `path` by."""
+    """torch_file.py, which imports torch, or UserError where PyTorch is not there to read `path` by."""
     if not installed("torch"):
         raise UserError(f"{path} is a file of PyTorch, which is not installed: {how_to_install('torch')}.")
-    return get("torch")
+    from twingpt.weights import torch_file
+
+    return torch_file
 
 
 def is_torch_file(path: Path) -> bool:

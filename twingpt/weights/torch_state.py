@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from twingpt.core.checkpoint import check_layers, model_texts
+from twingpt.core.checkpoint.schema import check_layers, model_texts
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from twingpt.core import host
+from twingpt.backends import host
 from twingpt.core.backend import Device, Memory
 from twingpt.core.errors import OutOfMemoryError
 

@@ -1,4 +1,4 @@
-"""The decoding engine in MLX: the twin of `backends/torch/decoding.py`."""
+"""The decoding engine in MLX: the twin of `backends/torch/inference.py`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sample(scores: Array, sampling: Sampling, u: Array, seen: Array | None) -> A
     return mx.take_along_axis(order, index[:, None], axis=-1)[:, 0]
 
 
-class DecodeEngine:
+class InferenceEngine:
     """Logits and sampled tokens from one set of parameters, maybe quantized, cast once to `dtype`."""
 
     def __init__(

@@ -282,7 +282,7 @@ def block(
     return attended + scaled(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
 
 
-def block_again(
+def checkpointed_block(
     x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
 ) -> Array:
     """`block` in training, keeping its input alone: the backward pass computes the rest again (Chen et al. 2016)."""
@@ -316,11 +316,11 @@ def hidden_states(
     rope: Rope,
     cache: KVCache | None = None,
     dropout: Callable[[Array], Array] = keep_all,
-    again: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> Array:
     """(B, T) token ids -> (B, T, D), whose products with the head are logits; moves `cache` on by T positions.
 
-    In training, `again` computes the blocks again in the backward pass (gradient checkpointing).
+    In training, `gradient_checkpointing` keeps each block's input alone and recomputes its inside in the backward pass.
     """
     T, offset = tokens.shape[1], cache.offset if cache else 0
     x = embed(p, tokens, config, offset)
@@ -333,8 +333,8 @@ def hidden_states(
         x = smear(x, previous, p)
     x = dropout(x)
     for layer in range(config.n_layer):
-        if again:
-            x = block_again(x, p, layer, config, rope, dropout)
+        if gradient_checkpointing:
+            x = checkpointed_block(x, p, layer, config, rope, dropout)
         else:
             x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
@@ -348,20 +348,20 @@ def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     return softcap(product(x, p, head).astype(mx.float32), config.logit_softcap)
 
 
-def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
+def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
     """The summed nats of (n,) targets after (n, D) hidden states, and their gradient by the logits, (n, V)."""
     scores = softcap((x @ head.T).astype(mx.float32), cap)
     counted, index = (targets >= 0)[:, None], mx.maximum(targets, 0)[:, None]
     log_z = mx.logsumexp(scores, axis=-1, keepdims=True)
     nats = mx.where(counted, log_z - mx.take_along_axis(scores, index, axis=-1), 0.0).sum()
     p = mx.exp(scores - mx.where(counted, log_z, mx.inf))  # rows of 0 for what doesn't count
-    slope = mx.put_along_axis(p, index, mx.take_along_axis(p, index, axis=-1) - counted, axis=-1)
+    dlogits = mx.put_along_axis(p, index, mx.take_along_axis(p, index, axis=-1) - counted, axis=-1)
     if cap:
-        slope = slope * (1 - mx.square(scores / cap))
-    return nats, slope.astype(x.dtype)
+        dlogits = dlogits * (1 - mx.square(scores / cap))
+    return nats, dlogits.astype(x.dtype)
 
 
-def chunked_nats(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
+def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
     """The summed nats of (B, T) targets after (B, T, D) hidden states; a target below 0 counts nothing.
 
     It goes a chunk of positions at a time, taking the gradients along the way (as Liger's kernels do), and
@@ -377,10 +377,12 @@ def chunked_nats(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> 
             part = x[start : start + rows]
             if start:  # it waits for the chunk before, or all would be in memory at a time
                 part = mx.depends([part], [total, dx[-1], dhead])[0]
-            nats, slope = nats_and_slope(part, head, targets.flatten()[start : start + rows], config.logit_softcap)
+            nats, dlogits = cross_entropy_and_dlogits(
+                part, head, targets.flatten()[start : start + rows], config.logit_softcap
+            )
             total = total + nats
-            dx.append(slope @ head)
-            dhead = dhead + slope.T @ part
+            dx.append(dlogits @ head)
+            dhead = dhead + dlogits.T @ part
         return total, mx.concatenate(dx), dhead.astype(head.dtype)
 
     @nats_and_gradients.vjp

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from twingpt.backends.mlx import model
-from twingpt.backends.mlx.decoding import DecodeEngine
 from twingpt.backends.mlx.device import DTYPES, keep_resident, memory, on_device, to_device, to_numpy
+from twingpt.backends.mlx.inference import InferenceEngine
 from twingpt.backends.mlx.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
@@ -23,7 +23,7 @@ Array = mx.array
 Parameters = dict[str, mx.array]
 
 
-def summed_nats(
+def summed_loss(
     params: Parameters,
     tokens: Array,
     targets: Array,
@@ -32,18 +32,18 @@ def summed_nats(
     rope: model.Rope,
     dtype: mx.Dtype,
     rate: float,
-    again: bool,
+    gradient_checkpointing: bool,
 ) -> Array:
     """The loss of a (B, T) batch, summed over its targets; one cast of the parameters to `dtype` at the top."""
     p = {name: value.astype(dtype) for name, value in params.items()}
     dropout = model.Dropout(rate, key, config) if rate else model.keep_all
-    x = model.hidden_states(p, tokens, config, rope, dropout=dropout, again=again)
-    return model.chunked_nats(x, p, targets, config)
+    x = model.hidden_states(p, tokens, config, rope, dropout=dropout, gradient_checkpointing=gradient_checkpointing)
+    return model.chunked_cross_entropy(x, p, targets, config)
 
 
-def mean_nats(params: Parameters, tokens: Array, targets: Array, scale: Array, key: Array, **settings: Any) -> Array:
-    """The loss of a (B, T) batch per target, times `scale`; `settings` are those of `summed_nats`."""
-    return summed_nats(params, tokens, targets, key, **settings) * (scale / targets.size)
+def mean_loss(params: Parameters, tokens: Array, targets: Array, scale: Array, key: Array, **settings: Any) -> Array:
+    """The loss of a (B, T) batch per target, times `scale`; `settings` are those of `summed_loss`."""
+    return summed_loss(params, tokens, targets, key, **settings) * (scale / targets.size)
 
 
 def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, chunked: bool) -> tuple[int, float]:
@@ -53,7 +53,7 @@ def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, chun
     def nats(x: Array, head: Array) -> Array:
         p = {"model.embed_tokens.weight": head}
         if chunked:
-            return model.chunked_nats(x, p, targets, config) / tokens
+            return model.chunked_cross_entropy(x, p, targets, config) / tokens
         return model.cross_entropy(model.logits(x, p, config), targets) / tokens
 
     with mx.stream(mx.cpu if device.kind == "cpu" else mx.gpu):
@@ -87,13 +87,13 @@ class TrainEngine:
         self.grads: Parameters = {}
         compiled = mx.compile if compile else lambda function: function
         settings: dict[str, Any] = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
-        training = {**settings, "rate": config.dropout, "again": gradient_checkpointing}
-        self.train_nats = compiled(mx.value_and_grad(partial(mean_nats, **training)))
-        self.summed_nats = compiled(partial(summed_nats, **settings, rate=0.0, again=False))
+        training = {**settings, "rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
+        self.loss_and_grads = compiled(mx.value_and_grad(partial(mean_loss, **training)))
+        self.summed_loss = compiled(partial(summed_loss, **settings, rate=0.0, gradient_checkpointing=False))
         guarded = skip_nonfinite or dtype == "float16"
         plan = optimizer_plan(config, optimizer)
         step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], guarded=guarded)
-        self.optimizer_step = compiled(step)
+        self.compiled_step = compiled(step)
 
     @on_device
     def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -109,11 +109,11 @@ class TrainEngine:
         mx.eval(self.params, self.optimizer_state)
 
     @on_device
-    def micro(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
+    def forward_backward(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
         """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
         scale = self.optimizer_state.get("loss_scale", mx.array(1.0))
         x, y = to_device(tokens), to_device(targets)
-        loss, grads = self.train_nats(self.params, x, y, scale, mx.random.key(key))
+        loss, grads = self.loss_and_grads(self.params, x, y, scale, mx.random.key(key))
         self.grads = {name: self.grads[name] + g if self.grads else g for name, g in grads.items()}
         self.losses.append(loss / scale)
         mx.async_eval(self.losses[-1], self.grads)
@@ -124,10 +124,10 @@ class TrainEngine:
         return {name: g / divisor for name, g in self.grads.items()}
 
     @on_device
-    def update(self, hyper: Hyper) -> Array:
+    def optimizer_step(self, hyper: Hyper) -> Array:
         """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm, 1 if skipped)."""
         numbers: list[Any] = list(to_device(np.array([*hyper, len(self.losses)], np.float32)))
-        self.params, self.optimizer_state, total, skipped = self.optimizer_step(
+        self.params, self.optimizer_state, total, skipped = self.compiled_step(
             self.params, self.grads, self.optimizer_state, Hyper(*numbers[:-1]), numbers[-1]
         )
         handle = mx.stack([mx.stack(self.losses).mean(), total, skipped])
@@ -139,7 +139,7 @@ class TrainEngine:
     @on_device
     def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
         """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
-        handle = self.summed_nats(self.params, to_device(tokens), to_device(targets), mx.random.key(0))[None]
+        handle = self.summed_loss(self.params, to_device(tokens), to_device(targets), mx.random.key(0))[None]
         mx.async_eval(handle)
         return handle
 
@@ -153,9 +153,9 @@ class TrainEngine:
         for name, value in (self.params | self.optimizer_state).items():
             yield name, to_numpy(value)
 
-    def decoder(self) -> DecodeEngine:
+    def inference(self) -> InferenceEngine:
         """A decode engine on the present parameters."""
-        return DecodeEngine(self.config, self.params.items(), self.device, self.dtype)
+        return InferenceEngine(self.config, self.params.items(), self.device, self.dtype)
 
     def memory(self) -> Memory:
         """Bytes in use."""

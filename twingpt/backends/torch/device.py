@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twingpt.core import host
+from twingpt.backends import host
 from twingpt.core.backend import Device, Memory
 from twingpt.core.errors import OutOfMemoryError
 

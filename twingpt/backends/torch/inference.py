@@ -1,4 +1,4 @@
-"""The decoding engine in PyTorch: the twin of `backends/mlx/decoding.py`."""
+"""The decoding engine in PyTorch: the twin of `backends/mlx/inference.py`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sample(scores: Array, sampling: Sampling, u: Array, seen: Array | None) -> A
     return order.gather(-1, index[:, None])[:, 0]
 
 
-class DecodeEngine:
+class InferenceEngine:
     """Logits and sampled tokens from one set of parameters, maybe quantized, cast once to `dtype`."""
 
     def __init__(

@@ -266,7 +266,7 @@ def block(
     return attended + scaled(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
 
 
-def block_again(
+def checkpointed_block(
     x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
 ) -> Array:
     """`block` in training, keeping its input alone: the backward pass computes the rest again (Chen et al. 2016)."""
@@ -294,11 +294,11 @@ def hidden_states(
     rope: Rope,
     cache: KVCache | None = None,
     dropout: Callable[[Array], Array] = keep_all,
-    again: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> Array:
     """(B, T) token ids -> (B, T, D), whose products with the head are logits; moves `cache` on by T positions.
 
-    In training, `again` computes the blocks again in the backward pass (gradient checkpointing).
+    In training, `gradient_checkpointing` keeps each block's input alone and recomputes its inside in the backward pass.
     """
     T, offset = tokens.shape[1], cache.offset if cache else 0
     x = embed(p, tokens, config, offset)
@@ -311,8 +311,8 @@ def hidden_states(
         x = smear(x, previous, p)
     x = dropout(x)
     for layer in range(config.n_layer):
-        if again:
-            x = block_again(x, p, layer, config, rope, dropout)
+        if gradient_checkpointing:
+            x = checkpointed_block(x, p, layer, config, rope, dropout)
         else:
             x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
@@ -326,20 +326,20 @@ def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     return softcap(product(x, p, head).float(), config.logit_softcap)
 
 
-def nats_and_slope(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
+def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
     """The summed nats of (n,) targets after (n, D) hidden states, and their gradient by the logits, (n, V)."""
     scores = softcap(F.linear(x, head).float(), cap)
     counted, index = (targets >= 0)[:, None], targets.clamp_min(0)[:, None]
     log_p = torch.log_softmax(scores, dim=-1)
     nats = -(log_p.gather(-1, index) * counted).sum()
-    slope = log_p.exp_()  # of the same memory
-    slope.scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=slope.dtype)).mul_(counted)
+    dlogits = log_p.exp_()  # of the same memory
+    dlogits.scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=dlogits.dtype)).mul_(counted)
     if cap:
-        slope *= 1 - (scores / cap).square()
-    return nats, slope.to(x.dtype)
+        dlogits *= 1 - (scores / cap).square()
+    return nats, dlogits.to(x.dtype)
 
 
-class ChunkedNats(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed nats a chunk of positions at a time, taking the gradients along the way (as Liger's kernels do).
 
     It never holds the logits of all positions: beside a chunk's, it keeps gradients of the size of `x` and `head`.
@@ -352,11 +352,11 @@ class ChunkedNats(torch.autograd.Function):
         dx, dhead = [], torch.zeros_like(head, dtype=torch.float32) if training else None
         rows = max(1, min(LOSS_ROWS, LOSS_LOGITS // len(head)))
         for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-            nats, slope = nats_and_slope(part, head, wanted, cap)
+            nats, dlogits = cross_entropy_and_dlogits(part, head, wanted, cap)
             total += nats
             if dhead is not None:
-                dx.append(slope @ head)
-                dhead += slope.mT @ part
+                dx.append(dlogits @ head)
+                dhead += dlogits.mT @ part
         if dhead is not None:
             ctx.save_for_backward(torch.cat(dx), dhead.to(head.dtype))
         return total
@@ -368,11 +368,11 @@ class ChunkedNats(torch.autograd.Function):
         return (cotangent * dx).to(dx.dtype), (cotangent * dhead).to(dhead.dtype), None, None, None
 
 
-def chunked_nats(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
+def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
     """The summed nats of (B, T) targets after (B, T, D) hidden states; a target below 0 counts nothing."""
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
     arguments = (x.flatten(0, 1), head, targets.flatten(), config.logit_softcap, torch.is_grad_enabled())
-    total: Array = ChunkedNats.apply(*arguments)
+    total: Array = ChunkedCrossEntropy.apply(*arguments)
     return total
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from twingpt.backends.torch import model
-from twingpt.backends.torch.decoding import DecodeEngine
 from twingpt.backends.torch.device import DTYPES, memory, return_freed_memory, to_device, to_numpy
+from twingpt.backends.torch.inference import InferenceEngine
 from twingpt.backends.torch.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
@@ -24,7 +24,7 @@ Array = Tensor
 Parameters = dict[str, Tensor]
 
 
-def summed_nats(
+def summed_loss(
     params: Parameters,
     tokens: Array,
     targets: Array,
@@ -32,18 +32,18 @@ def summed_nats(
     rope: model.Rope,
     dtype: torch.dtype,
     rate: float,
-    again: bool,
+    gradient_checkpointing: bool,
 ) -> Array:
     """The loss of a (B, T) batch, summed over its targets; one cast of the parameters to `dtype` at the top."""
     p = {name: value.to(dtype) for name, value in params.items()}
     dropout = model.Dropout(rate) if rate else model.keep_all
-    x = model.hidden_states(p, tokens, config, rope, dropout=dropout, again=again)
-    return model.chunked_nats(x, p, targets, config)
+    x = model.hidden_states(p, tokens, config, rope, dropout=dropout, gradient_checkpointing=gradient_checkpointing)
+    return model.chunked_cross_entropy(x, p, targets, config)
 
 
-def mean_nats(params: Parameters, tokens: Array, targets: Array, *settings: Any) -> Array:
-    """The loss of a (B, T) batch per target; `settings` are those of `summed_nats`."""
-    return summed_nats(params, tokens, targets, *settings) / targets.numel()
+def mean_loss(params: Parameters, tokens: Array, targets: Array, *settings: Any) -> Array:
+    """The loss of a (B, T) batch per target; `settings` are those of `summed_loss`."""
+    return summed_loss(params, tokens, targets, *settings) / targets.numel()
 
 
 def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, chunked: bool) -> tuple[int, float]:
@@ -53,7 +53,7 @@ def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, chun
     p = {"model.embed_tokens.weight": torch.randn(V, D, dtype=DTYPES[dtype], device=device.name).requires_grad_()}
     targets = torch.randint(0, V, (1, tokens), device=device.name)
     before, start = memory(device).now, time.perf_counter()
-    whole = model.chunked_nats(x, p, targets, config) if chunked else None
+    whole = model.chunked_cross_entropy(x, p, targets, config) if chunked else None
     nats = model.cross_entropy(model.logits(x, p, config), targets) if whole is None else whole
     (nats / tokens).backward()
     nats.item()
@@ -75,18 +75,18 @@ class TrainEngine:
     ) -> None:
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.settings = (config, model.Rope(config, torch.device(device.name)), DTYPES[dtype])
-        self.again = gradient_checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             return_freed_memory(device)
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
         self.losses: list[Array] = []
-        self.mean_nats = torch.compile(mean_nats) if compile else mean_nats
-        self.summed_nats = torch.compile(summed_nats) if compile else summed_nats
+        self.mean_loss = torch.compile(mean_loss) if compile else mean_loss
+        self.summed_loss = torch.compile(summed_loss) if compile else summed_loss
         guarded = skip_nonfinite or dtype == "float16"
         plan = optimizer_plan(config, optimizer)
         step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], guarded=guarded)
-        self.optimizer_step = torch.compile(step) if compile else step
+        self.compiled_step = torch.compile(step) if compile else step
 
     def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
@@ -100,12 +100,12 @@ class TrainEngine:
             self.optimizer_state["loss_scale"].fill_(LOSS_SCALE_START)
         self.params = {name: arrays[name].requires_grad_() for name in parameter_table(self.config)}
 
-    def micro(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
+    def forward_backward(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
         """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
         if self.config.dropout:
             torch.manual_seed(key)
         x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
-        loss = self.mean_nats(self.params, x, y, *self.settings, self.config.dropout, self.again)
+        loss = self.mean_loss(self.params, x, y, *self.settings, self.config.dropout, self.gradient_checkpointing)
         (loss * self.optimizer_state["loss_scale"] if "loss_scale" in self.optimizer_state else loss).backward()
         self.losses.append(loss.detach())
 
@@ -115,11 +115,11 @@ class TrainEngine:
         return {name: p.grad / divisor for name, p in self.params.items() if p.grad is not None}
 
     @torch.no_grad()
-    def update(self, hyper: Hyper) -> Array:
+    def optimizer_step(self, hyper: Hyper) -> Array:
         """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm, 1 if skipped)."""
         *numbers, count = to_device(np.array([*hyper, len(self.losses)], np.float32), self.device)
         grads = {name: p.grad for name, p in self.params.items()}
-        _, _, total, skipped = self.optimizer_step(self.params, grads, self.optimizer_state, Hyper(*numbers), count)
+        _, _, total, skipped = self.compiled_step(self.params, grads, self.optimizer_state, Hyper(*numbers), count)
         handle = torch.stack([torch.stack(self.losses).mean(), total, skipped])
         for p in self.params.values():
             p.grad = None
@@ -130,7 +130,7 @@ class TrainEngine:
     def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
         """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
         x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
-        return self.summed_nats(self.params, x, y, *self.settings, 0.0, False)[None]
+        return self.summed_loss(self.params, x, y, *self.settings, 0.0, False)[None]
 
     def read(self, handles: Sequence[Array]) -> np.ndarray:
         """The numbers of some handles of one kind, a row each, in float64. The only call that waits."""
@@ -141,9 +141,9 @@ class TrainEngine:
         for name, value in (self.params | self.optimizer_state).items():
             yield name, to_numpy(value)
 
-    def decoder(self) -> DecodeEngine:
+    def inference(self) -> InferenceEngine:
         """A decode engine on the present parameters."""
-        return DecodeEngine(self.config, self.params.items(), self.device, self.dtype)
+        return InferenceEngine(self.config, self.params.items(), self.device, self.dtype)
 
     def memory(self) -> Memory:
         """Bytes in use."""

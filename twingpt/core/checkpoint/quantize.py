@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from twingpt.core.checkpoint.safetensors_file import PIECE, Shapes
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import VECTOR, Parameter, parameter_table
 from twingpt.core.reading import short
-from twingpt.core.tensors import PIECE, Shapes
 
 Array = np.ndarray
 

@@ -16,15 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from twingpt.core.checkpoint.config_json import portable_config
+from twingpt.core.checkpoint.quantize import Quantization, dequantized, from_config, stored_shapes
+from twingpt.core.checkpoint.safetensors_file import DTYPES, Entry, Shapes, TensorFile, write_safetensors
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table, state_table
 from twingpt.core.paths import new_folder, write_synced
-from twingpt.core.portable import portable_config
-from twingpt.core.quantize import Quantization, dequantized, from_config, stored_shapes
 from twingpt.core.reading import inside, read_json, short
-from twingpt.core.runs import resolve
-from twingpt.core.tensors import DTYPES, Entry, Shapes, TensorFile, write_safetensors
 from twingpt.core.tokenizer import Tokenizer, files
 from twingpt.core.tokenizer import load as load_tokenizer
 
@@ -320,9 +319,8 @@ def verify(folder: Path, files: Mapping[str, Any]) -> None:
         raise UserError(f"{folder} has a file {extra[0]} that its manifest does not list: remove it.")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Find, read and verify the checkpoint that `path` names (see `resolve`)."""
-    folder = resolve(path)
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify the checkpoint in `folder`; UserError says what is wrong with which file."""
     manifest = _read_json(folder, "manifest.json")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{folder / 'manifest.json'} is not a manifest.")

@@ -12,9 +12,9 @@ from twingpt.core.tokenizer.bpe import (
     tiktoken_named,
     train_bpe,
 )
+from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer.foreign import ForeignTokenizer
-from twingpt.core.tokenizer.kept import LEARNED, TOKENIZERS, files, find, load, make
-from twingpt.core.tokenizer.plain import ByteTokenizer, CharTokenizer
+from twingpt.core.tokenizer.tokenizer_json import LEARNED, TOKENIZERS, files, load
 
 __all__ = [
     "CHAT",
@@ -29,9 +29,7 @@ __all__ = [
     "ForeignTokenizer",
     "Tokenizer",
     "files",
-    "find",
     "load",
-    "make",
     "merges",
     "split_runs",
     "tiktoken_gpt2",

@@ -1,76 +1,27 @@
-"""Tokenizers by kind or by place, and the two files that each is kept in."""
+"""tokenizer.json and tokenizer_config.json: the two files that a tokenizer is kept in."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from twingpt.core import runs
-from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.paths import expand
 from twingpt.core.reading import inside, read_json
 from twingpt.core.tokenizer.base import END_OF_TEXT, Tokenizer
 from twingpt.core.tokenizer.bpe import (
     TIKTOKEN_PATTERNS,
     BPETokenizer,
     bpe_model,
-    tiktoken_named,
-    train_bpe,
     unprintable,
 )
+from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer.foreign import ForeignTokenizer, check, unreachable
-from twingpt.core.tokenizer.plain import ByteTokenizer, CharTokenizer
 
 LEARNED = ("bpe", "char")
 TOKENIZERS = (*LEARNED, "byte", *TIKTOKEN_PATTERNS)
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 MAX_FILE = 2**26  # bytes: twice the largest that a known model has
-
-
-def make(kind: str, texts: Iterable[str], all_texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer called `kind` in TOKENIZERS, learned from the training `texts` where it learns, or that `find`s.
-
-    A character tokenizer takes its alphabet from `all_texts`, or held-out text could not be read.
-    """
-    if kind == "bpe":
-        return train_bpe(texts, vocab_size)
-    if kind == "char":
-        return CharTokenizer(set().union(*map(set, all_texts)))
-    return find(kind)
-
-
-def find(name: str) -> Tokenizer:
-    """A tokenizer that is there: of a kind that learns nothing, a tokenizer.json, its folder, or a run or checkpoint.
-
-    Raises UserError where there is none, or its files are broken.
-    """
-    if name == "byte":
-        return ByteTokenizer()
-    if name in TIKTOKEN_PATTERNS:
-        return tiktoken_named(name)
-    if name in LEARNED:
-        raise UserError(f"The tokenizer {name} is learned from a text: give a tokenizer.json, its folder, or a run.")
-    path = expand(name)
-    if path.is_file():
-        return load_file(path)
-    if (path / FILE).is_file():
-        return load(path)
-    try:
-        checkpoint = runs.resolve(name)
-    except UserError:
-        if path.is_dir():
-            raise UserError(
-                f"{name} has no {FILE}: transformers writes one for what it reads, by "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
-            ) from None
-        if path.suffix or os.sep in name or "@" in name:
-            raise UserError(f"There is no tokenizer {name}: give a tokenizer.json, its folder, or a run.") from None
-        raise unknown_choice("tokenizer", name, TOKENIZERS) from None
-    return load(checkpoint)
 
 
 def files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:

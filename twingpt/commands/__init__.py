@@ -1,0 +1,1 @@
+"""The gpt commands: a file each, with its options, the call and what is shown."""

@@ -1,0 +1,51 @@
+"""Tokens on the terminal: `gpt tokenize show` and `gpt tokenize compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLORS = ("blue", "dark_orange3", "dark_green", "purple4", "dark_red", "deep_sky_blue4")
+
+
+def print_tokens(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The text with a colour for each token, then a table of them."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text as Line
+
+    from twingpt.core.units import visible
+
+    line = Line()
+    table = Table("", "id", "text", "bytes", box=box.SIMPLE_HEAD)
+    for i, row in enumerate(rows):
+        style = "bold reverse" if row["special"] else f"white on {COLORS[i % len(COLORS)]}"
+        line.append(visible(row["text"]), style)
+        line.append("\n" if row["text"].endswith("\n") and not row["special"] else "")
+        table.add_row(str(i), str(row["id"]), Line(visible(row["text"]), style), row["bytes"])
+    if console.color_system:  # without colours it would be the text as it was given
+        console.print(line)
+    console.print(table)
+    console.print(f"{len(rows)} token{'s' * (len(rows) != 1)}")
+
+
+def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
+    """A table of the tokenizers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text as Line
+
+    from twingpt.core.units import human_documents
+
+    table = Table("tokenizer", box=box.SIMPLE_HEAD)
+    for name in ("vocabulary", "tokens", "bytes per token", "MB/s"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        figures = (f"{row['vocab_size']:,}", f"{row['tokens']:,}", f"{row['bytes_per_token']:.2f}")
+        table.add_row(Line(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
+    documents = human_documents(result["documents"])
+    console.print(f"{result['source']}: {result['bytes']:,} bytes in {documents}", markup=False)
+    console.print(table)

@@ -1,0 +1,1 @@
+"""The checkpoint schema: safetensors files, config.json, the quantized layout, saving and loading."""

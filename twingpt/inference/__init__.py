@@ -1,0 +1,1 @@
+"""Using a model: loading it and generating text."""

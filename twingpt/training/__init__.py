@@ -1,0 +1,1 @@
+"""Training: recipes, launching, resuming, the loop, saving, memory and FLOP estimates, settings."""
