@@ -21,7 +21,7 @@ from twingpt.core.config import TrainConfig
 from twingpt.core.parameters import initialise
 from twingpt.core.presets import preset
 from twingpt.core.schedule import hyperparameters
-from twingpt.data.prefetch import Ahead
+from twingpt.data.prefetch import Prefetcher
 from twingpt.data.prepare import prepare
 
 
@@ -62,7 +62,7 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
         engine.read(handles)
         return (time.perf_counter() - start) / steps
 
-    ways = {"bare": bare, "loop": lambda: run(Ahead(batch), True), "waiting": lambda: run(batch, False)}
+    ways = {"bare": bare, "loop": lambda: run(Prefetcher(batch), True), "waiting": lambda: run(batch, False)}
     bare()  # warm
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(turns):
