@@ -5,7 +5,7 @@
 The step is that of the race's sprint, the fastest measured here: the shape `nano`, 2 layers of 128, 16 windows of
 64 tokens, on torch's best device. Loader and steps take turns in one process; medians over the turns are printed,
 and `ratio` is loader / training. `windows` are the sizes of batch measured, `mixture` one source in ten windows, and
-`thread` what is left when the next batch is prefetched on a thread, as in training, while the caller copies the last one.
+`thread` what is left when the next batch is prefetched on a thread, as in training, while the caller copies the last.
 The tokens are random and more than any cache holds; they do lie in the page cache, as no file larger than memory is
 written here: from a disk, a loader is as fast as the disk.
 """
@@ -61,7 +61,7 @@ def training(data: TokenDataset) -> tuple[str, Callable[[], float]]:
     config, train = GPTConfig.from_dict(SHAPES["nano"] | MODEL), TrainConfig(optimizer="muon", batch_size=16)
     engines = registry.get("torch")
     device = registry.find_device(engines, None)
-    engine = engines.TrainEngine(config, device, "muon")
+    engine = engines.TrainEngine(config, device, optimizer="muon")
     engine.load(initialise(config, 1))
     batch, hyper = data.batch(0, 16, 64, 1), hyperparameters(train, 1)
 

@@ -1,4 +1,4 @@
-"""Prepared data sets on the terminal: the bar of a preparation, the list, and what one is made of."""
+"""gpt data on the terminal: the bar of a preparation, data sets, and the named sources."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from twingpt.core.units import beginning, human_bytes, human_count, human_documents, human_time
-from twingpt.data.library import Row
-from twingpt.data.prepare import Progress
+from twingpt.data.builder import Progress
+from twingpt.data.library import DatasetSummary
 
 WIDTH = 40  # of the histogram's longest bar
 SAMPLE_LINES = 4
@@ -37,13 +37,13 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         disable=not console.is_terminal,
     )
     task = bar.add_task("reading", total=None, counts="")
-    now = ""
+    shown = ""
 
     def show(progress: Progress) -> None:
-        nonlocal now
-        if progress.task != now:
-            now = progress.task
-            bar.reset(task, total=progress.total or None, description=now)
+        nonlocal shown
+        if progress.task != shown:
+            shown = progress.task
+            bar.reset(task, total=progress.total or None, description=shown)
         counts = human_documents(progress.documents) if progress.documents else ""
         counts += f", {human_count(progress.tokens)} tokens" if progress.tokens else ""
         bar.update(task, completed=progress.done, counts=counts)
@@ -63,17 +63,17 @@ def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
     console.print(f"{escape(result['path'])}\nTrain on it: [bold]gpt train --data {escape(word)}[/]", soft_wrap=True)
 
 
-def print_list(console: Console, rows: list[Row]) -> None:
+def print_list(console: Console, summaries: list[DatasetSummary]) -> None:
     """A line a data set; a broken one has its error, in red."""
     table = Table("name", "documents", "text", "tokens", "held out", "tokenizer", "on disk", box=box.SIMPLE_HEAD)
-    for row in rows:
+    for row in summaries:
         facts = ("", "", "", "", "[red]broken[/]")
         if row.error is None:
             counts = (human_count(row.documents), human_bytes(row.bytes), human_count(row.tokens))
             facts = (*counts, human_count(row.val_tokens), f"{escape(row.tokenizer)} {row.vocab_size:,}")
         table.add_row(escape(row.name), *facts, human_bytes(row.size_bytes))
     console.print(table)
-    for row in rows:
+    for row in summaries:
         if row.error:
             console.print(f"[red]{escape(row.name)}: {escape(row.error)}[/]", soft_wrap=True)
 
