@@ -23,7 +23,7 @@ SAMPLE_LINES = 4
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A bar with what is done, how fast, and the time left, while the block runs."""
+    """A progress bar on `console` while the block runs, driven by the Progress that it yields."""
     bar = Bar(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),
@@ -53,7 +53,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
 
 def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
-    """What a preparation made, and what to do with it; `word` is the name as a shell takes it."""
+    """Print what a preparation made, and how to train on it; `word` is the name, quoted for a shell."""
     console.print(
         f"[bold]{escape(result['name'])}[/]: {human_documents(result['documents'])}, "
         f"{human_bytes(result['bytes'])} of text; {human_count(result['tokens'])} tokens to train on, "
@@ -64,7 +64,7 @@ def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
 
 
 def print_list(console: Console, summaries: list[DatasetSummary]) -> None:
-    """A line a data set; a broken one has its error, in red."""
+    """Print a line a data set, and the errors of broken ones."""
     table = Table("name", "documents", "text", "tokens", "held out", "tokenizer", "on disk", box=box.SIMPLE_HEAD)
     for row in summaries:
         facts = ("", "", "", "", "[red]broken[/]")
@@ -79,7 +79,7 @@ def print_list(console: Console, summaries: list[DatasetSummary]) -> None:
 
 
 def print_info(console: Console, info: dict[str, Any]) -> None:
-    """A data set's facts, where it comes from, how long its documents are, and how some begin."""
+    """Print what `library.info` gives: figures, sources, a histogram of document lengths, and samples."""
     per_token = info["bytes"] / max(1, info["tokens"] + info["val_tokens"])
     console.print(
         f"[bold]{escape(info['name'])}[/]: {human_documents(info['documents'])}, {human_bytes(info['bytes'])} of text, "
@@ -104,7 +104,7 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
 
 
 def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
-    """Two lines a named source, from its row as named.describe() gives it."""
+    """Print two lines a named source, from the rows of `named.describe`."""
     for row in rows:
         files, here = row["files"], sum(file["downloaded"] for file in row["files"])
         shards = f"{row['default']} of {len(files)} shards, unless {row['name']}@SHARDS" if row["default"] else ""

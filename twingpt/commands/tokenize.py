@@ -1,4 +1,4 @@
-"""gpt tokenize: learn, look at and compare tokenizers."""
+"""gpt tokenize: learn, inspect and compare tokenizers."""
 
 from pathlib import Path
 from typing import Annotated

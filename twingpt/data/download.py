@@ -286,7 +286,7 @@ def _fetch_with_retries(this: _Download, part: Path, tries: int, wait: Callable[
             resumed = this.resumed
             this.restart()
             reason = f"what came has the SHA-256 {sha256} instead of {this.sha256}"
-            if not resumed:  # or it may have been pieced together from two versions of the file
+            if not resumed:  # a resumed file may be pieced together from two versions, so that one begins again
                 raise DownloadError(reason)
         except _TransientError as error:
             reason = str(error)

@@ -39,7 +39,7 @@ class HeldOut:
     def loss(self, model: Model) -> float:
         """Cross-entropy in nats per token over the first BATCHES batches, in float32."""
         config = model.config
-        if config.position != "learned":  # or RoPE's angles for a million positions would take gigabytes
+        if config.position != "learned":  # RoPE's angles for a million positions would take gigabytes
             config = dataclasses.replace(config, block_size=min(WINDOW, config.block_size))
         engine = self.engines.TrainEngine(config, self.device)
         engine.load(model.parameters())
