@@ -5,7 +5,7 @@
 The step is that of the race's sprint, the fastest measured here: the shape `nano`, 2 layers of 128, 16 windows of
 64 tokens, on torch's best device. Loader and steps take turns in one process; medians over the turns are printed,
 and `ratio` is loader / training. `windows` are the sizes of batch measured, `mixture` one source in ten windows, and
-`thread` what is left when the next batch is made by a thread, as in training, while the caller copies the last one.
+`thread` what is left when the next batch is prefetched on a thread, as in training, while the caller copies the last.
 The tokens are random and more than any cache holds; they do lie in the page cache, as no file larger than memory is
 written here: from a disk, a loader is as fast as the disk.
 """
@@ -29,7 +29,7 @@ from twingpt.core.parameters import initialise
 from twingpt.core.presets import SHAPES
 from twingpt.core.schedule import hyperparameters
 from twingpt.data.mixture import Mixture
-from twingpt.data.prefetch import Ahead
+from twingpt.data.prefetch import Prefetcher
 from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset
 
@@ -61,7 +61,7 @@ def training(data: TokenDataset) -> tuple[str, Callable[[], float]]:
     config, train = GPTConfig.from_dict(SHAPES["nano"] | MODEL), TrainConfig(optimizer="muon", batch_size=16)
     engines = registry.get("torch")
     device = registry.find_device(engines, None)
-    engine = engines.TrainEngine(config, device, "muon")
+    engine = engines.TrainEngine(config, device, optimizer="muon")
     engine.load(initialise(config, 1))
     batch, hyper = data.batch(0, 16, 64, 1), hyperparameters(train, 1)
 
@@ -81,8 +81,8 @@ def loaders(data: TokenDataset, mixture: Mixture) -> dict[str, Callable[[], floa
         return lambda number: source.batch(number * rows, rows, length, 1)
 
     def thread() -> float:
-        ahead = Ahead(batches(data, *BATCHES[0]))
-        return rate(lambda number: [part.copy() for part in ahead(number)], 16 * 64)
+        prefetched = Prefetcher(batches(data, *BATCHES[0]))
+        return rate(lambda number: [part.copy() for part in prefetched(number)], 16 * 64)
 
     ways = {f"windows {rows} x {length}": batches(data, rows, length) for rows, length in BATCHES}
     ways["mixture 16 x 64"] = batches(mixture, *BATCHES[0])

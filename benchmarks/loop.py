@@ -2,9 +2,9 @@
 
     python benchmarks/loop.py --backend torch --steps 60
 
-Both step the same engine. `loop` makes each batch from the token shards one ahead, by a thread, and reads losses one
-step late, as the trainer does; `waiting` makes it between the steps and reads each loss at once; `bare` repeats one
-batch and reads nothing until the end. A loop that costs nothing over `bare` leaves the device no time to be idle.
+All step the same engine. `loop` prefetches batches from the token shards and reads losses one step late, as the
+trainer does; `waiting` gathers each batch between the steps and reads each loss at once; `bare` repeats one batch and
+reads nothing until the end. A loop that costs nothing over `bare` leaves the device no time to be idle.
 The three take turns, and medians over the turns are printed, as one JSON object.
 """
 
@@ -21,7 +21,7 @@ from twingpt.core.config import TrainConfig
 from twingpt.core.parameters import initialise
 from twingpt.core.presets import preset
 from twingpt.core.schedule import hyperparameters
-from twingpt.data.prefetch import Ahead
+from twingpt.data.prefetch import Prefetcher
 from twingpt.data.prepare import prepare
 
 
@@ -31,7 +31,9 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
     config, train = preset(size, data.tokenizer.vocab_size), TrainConfig(optimizer="muon", batch_size=16)
     engines = registry.get(name)
     device = registry.find_device(engines, None)
-    engine = engines.TrainEngine(config, device, "muon", device.default_dtype, device.kind != "cpu")
+    engine = engines.TrainEngine(
+        config, device, optimizer="muon", dtype=device.default_dtype, compile=device.kind != "cpu"
+    )
     engine.load(initialise(config, 1))
     hyper = hyperparameters(train, 10)
 
@@ -40,7 +42,7 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
 
     ready = batch(0)
 
-    def run(next_batch: Callable, read_late: bool) -> float:  # type: ignore[type-arg]
+    def run(next_batch: Callable, *, read_late: bool) -> float:  # type: ignore[type-arg]
         handles = []
         start = time.perf_counter()
         for number in range(steps):
@@ -62,7 +64,11 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
         engine.read(handles)
         return (time.perf_counter() - start) / steps
 
-    ways = {"bare": bare, "loop": lambda: run(Ahead(batch), True), "waiting": lambda: run(batch, False)}
+    ways = {
+        "bare": bare,
+        "loop": lambda: run(Prefetcher(batch), read_late=True),
+        "waiting": lambda: run(batch, read_late=False),
+    }
     bare()  # warm
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(turns):

@@ -1,7 +1,7 @@
-"""The `gpt` command: parse, call, print. What a command needs is imported when it runs.
+"""The `gpt` command: the Typer app, its commands, and the error policy.
 
-`gpt X` is in X.py. These modules do without `from __future__ import annotations`: typer would
-evaluate those of every command, as text, at each start.
+`gpt X` is in commands/X.py, which imports what X needs when it runs, so that `gpt --help` is quick. Those modules do
+without `from __future__ import annotations`: Typer would evaluate those of every command, as text, at each start.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import typer
 from twingpt.commands import baseline, bench, convert, data, doctor, generate, parity, plot, runs, tokenize, train
 from twingpt.core.errors import UserError
 
-UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer uses, its own or the package
+UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that Typer uses, which may be a copy of its own
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,16 +30,16 @@ for command in (train, generate, convert, plot, baseline, parity, doctor, runs, 
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one line on stderr and exit code 2."""
+    """Run a command; a user's mistake gets one line on stderr and exit code 2."""
     debug = "--debug" in sys.argv[1:]
     sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows what it can
+        if isinstance(stream, io.TextIOWrapper):  # or a character that the terminal lacks would be an error
             stream.reconfigure(errors="replace")
     try:
-        code = app(standalone_mode=False)  # which would print a box of several lines for a mistake
+        code = app(standalone_mode=False)  # standalone, it would print a box of several lines for a mistake
     except UsageError as error:
-        sys.exit(_usage(error))
+        sys.exit(_report_usage(error))
     except typer.Abort:
         print("Aborted.", file=sys.stderr)
         sys.exit(1)
@@ -53,8 +53,8 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _usage(error: Any) -> int:
-    """Say what is wrong with a command line, a UsageError; the exit code."""
+def _report_usage(error: Any) -> int:
+    """Print what is wrong with a command line, a UsageError, and return the exit code."""
     if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: its help
         error.show()
     else:

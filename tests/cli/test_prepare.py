@@ -17,9 +17,10 @@ from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, train
 from tests.conftest import needs
 from twingpt.core.errors import UserError
-from twingpt.data import prepare, readers
-from twingpt.data.prepare import How, Reading, prepare_named
-from twingpt.data.shards import TokenDataset, Writer
+from twingpt.data import builder, documents, prepare, readers
+from twingpt.data.builder import TokenizerChoice
+from twingpt.data.prepare import ReadOptions, prepare_named
+from twingpt.data.shards import ShardWriter, TokenDataset
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +190,7 @@ def test_a_long_document_in_pieces_is_the_same_as_in_one(gpt, prose, home, monke
     text = prose.read_text() + "é " + "1" * 40
     prose.write_text(text)
     prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "whole")
-    monkeypatch.setattr(readers, "PIECE", 500)
+    monkeypatch.setattr(documents, "PIECE", 500)
     monkeypatch.setattr(readers, "BLOCK", 300)
     prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "pieces")
     whole, pieces = (TokenDataset(home / name) for name in ("whole", "pieces"))
@@ -201,7 +202,7 @@ def test_a_long_document_in_pieces_is_the_same_as_in_one(gpt, prose, home, monke
 
 
 def test_one_long_document_among_others_by_hash(gpt, dump, tmp_path, home, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE", 100)
+    monkeypatch.setattr(documents, "PIECE", 100)
     (tmp_path / "long.txt").write_text("a word " * 100)
     prepared(gpt, dump, tmp_path / "long.txt", "--tokenizer", "byte", "--name", "all")
     data = TokenDataset(home / "all")
@@ -210,7 +211,7 @@ def test_one_long_document_among_others_by_hash(gpt, dump, tmp_path, home, monke
 
 
 def test_bpe_learns_from_a_part_of_much_text(gpt, dump, home, monkeypatch):
-    monkeypatch.setattr(prepare, "SAMPLE", 2000)
+    monkeypatch.setattr(builder, "SAMPLE", 2000)
     prepared(gpt, dump, "--vocab-size", 300, "--name", "docs")
     learned = TokenDataset(home / "docs").manifest["learned_from"]
     assert 1800 < learned["characters"] <= 2000 < learned["of"]
@@ -249,7 +250,7 @@ def test_replaced_errors(gpt, tmp_path, home):
 
 
 def test_a_full_disk(gpt, dump, home, monkeypatch):
-    real, written = Writer.append, []
+    real, written = ShardWriter.append, []
 
     def append(self, content, n_bytes):
         written.append(content)
@@ -257,20 +258,20 @@ def test_a_full_disk(gpt, dump, home, monkeypatch):
             raise OSError(28, "No space left on device")
         real(self, content, n_bytes)
 
-    monkeypatch.setattr(Writer, "append", append)
+    monkeypatch.setattr(ShardWriter, "append", append)
     error = mistake(gpt, "data", "prepare", dump, "--tokenizer", "byte", "--name", "docs")
     assert "can't be written to" in error and "No space left on device" in error
     assert not list(home.iterdir())
 
 
 def test_a_file_that_changes_meanwhile(gpt, dump, home, monkeypatch):
-    real = readers.File.items
+    real = readers.DocumentFile.items
 
     def items(self, advance):
         yield from real(self, advance)
         dump.write_text(dump.read_text() + '{"text": "more"}\n')
 
-    monkeypatch.setattr(readers.File, "items", items)
+    monkeypatch.setattr(readers.DocumentFile, "items", items)
     error = mistake(gpt, "data", "prepare", dump, "--tokenizer", "byte", "--name", "docs")
     assert "A file of docs changed while it was read" in error and not list(home.iterdir())
 
@@ -278,10 +279,10 @@ def test_a_file_that_changes_meanwhile(gpt, dump, home, monkeypatch):
 KILLED = """
 import os, signal, sys
 from twingpt.core import paths
-from twingpt.data import prepare, shards, workers
+from twingpt.data import builder, prepare, shards, workers
 
 module, name, count = {where!r}
-owner = {{"Writer": shards.Writer, "shards": shards, "paths": paths, "workers": workers}}[module]
+owner = {{"ShardWriter": shards.ShardWriter, "shards": shards, "paths": paths, "workers": workers}}[module]
 real, calls = getattr(owner, name), 0
 
 def deadly(*arguments, **named):
@@ -292,21 +293,21 @@ def deadly(*arguments, **named):
     return real(*arguments, **named)
 
 setattr(owner, name, deadly)
-prepare.prepare_named([sys.argv[1]], "docs", prepare.How("byte", 0), prepare.Reading())
+prepare.prepare_named([sys.argv[1]], "docs", builder.TokenizerChoice("byte", 0), prepare.ReadOptions())
 """
 
 
 @pytest.mark.parametrize(
     "where",
-    [("Writer", "append", 1), ("Writer", "facts", 2), ("shards", "finish", 1), ("shards", "write_synced", 3),
-     ("paths", "sync_folder", 1)],
+    [("ShardWriter", "append", 1), ("ShardWriter", "facts", 2), ("shards", "finish_dataset", 1),
+     ("shards", "write_synced", 3), ("paths", "sync_folder", 1)],
 )  # fmt: skip
 def test_killed_anywhere_it_starts_again(dump, home, where):
     script = KILLED.format(where=where)
     killed = subprocess.run([sys.executable, "-c", script, str(dump)], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name[0] for path in home.iterdir()] == ["."] and not prepare.find("docs")
-    data = prepare_named([str(dump)], "docs", How("byte", 0), Reading())
+    data = prepare_named([str(dump)], "docs", TokenizerChoice("byte", 0), ReadOptions())
     assert len(texts_of(data, "train")) + len(texts_of(data, "val")) == 200
     assert [path.name for path in home.iterdir()] == ["docs"]
 
@@ -316,13 +317,13 @@ import time
 from twingpt.cli import main
 from twingpt.data import shards, workers
 
-real = shards.Writer.append
+real = shards.ShardWriter.append
 
 def append(*arguments):
     real(*arguments)
     time.sleep(1000)
 
-workers.cores, workers.SMALL, shards.Writer.append = lambda: 2, 2, append
+workers.cores, workers.SMALL, shards.ShardWriter.append = lambda: 2, 2, append
 if __name__ == "__main__":
     main()
 """
@@ -350,9 +351,9 @@ def test_killed_with_workers_none_is_left(tmp_path, home):
 def test_two_at_once_under_one_name(dump, home):
     with pytest.raises(KeyboardInterrupt), prepare._new_folder(home / "docs", alone=True):
         with pytest.raises(UserError, match="docs is being prepared by another process"):
-            prepare_named([str(dump)], "docs", How("byte", 0), Reading())
+            prepare_named([str(dump)], "docs", TokenizerChoice("byte", 0), ReadOptions())
         raise KeyboardInterrupt
-    assert len(texts_of(prepare_named([str(dump)], "docs", How("byte", 0), Reading()), "train")) > 100
+    assert len(texts_of(prepare_named([str(dump)], "docs", TokenizerChoice("byte", 0), ReadOptions()), "train")) > 100
 
 
 # What is there ----------------------------------------------------------------------------------------------

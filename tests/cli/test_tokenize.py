@@ -85,10 +85,10 @@ def test_show_colours_each_token(learned):
     from rich.console import Console
 
     from twingpt.commands.show_tokens import print_tokens
-    from twingpt.data.tokenizers import tokens
+    from twingpt.data.tokenizers import describe_tokens
 
     console = Console(file=StringIO(), force_terminal=True, color_system="truecolor", width=80)
-    print_tokens(console, tokens(find(str(learned[0])), "the cat\n<|im_end|>", special=True))
+    print_tokens(console, describe_tokens(find(str(learned[0])), "the cat\n<|im_end|>", special=True))
     text = console.file.getvalue()
     assert "\x1b[37;44m" in text and "\\n" in text and "tokens" in text
 

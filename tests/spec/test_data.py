@@ -173,12 +173,12 @@ def test_a_broken_manifest(prose, content):
         TokenDataset(data.folder)
 
 
-@pytest.mark.parametrize("where", ["append", "finish"])
+@pytest.mark.parametrize("where", ["append", "finish_dataset"])
 def test_a_full_disk_leaves_nothing(prose, tmp_path, monkeypatch, where):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr({"append": shards.Writer, "finish": shards}[where], where, full)
+    monkeypatch.setattr({"append": shards.ShardWriter, "finish_dataset": shards}[where], where, full)
     with pytest.raises(UserError, match=r"can.t be written to .*No space left on device"):
         prepare(str(prose), "byte", 0)
     assert list((tmp_path / "home" / "data").iterdir()) == []

@@ -14,7 +14,7 @@ from tests.mutate import Judge, bytes_changed, mutations, overwrite, whole
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import ByteTokenizer
-from twingpt.data.shards import TokenDataset, Writer, finish
+from twingpt.data.shards import ShardWriter, TokenDataset, finish_dataset
 from twingpt.runs import console, inventory, plot, report
 from twingpt.runs.events import Saved, read_events, rewind, seconds_so_far
 from twingpt.training import settings
@@ -149,10 +149,10 @@ def test_mutated_manifests_of_data(tmp_path):
     judge, tokenizer = Judge(15), ByteTokenizer()
     writers = {}
     for split in ("train", "val"):
-        with Writer(tmp_path / f"{split}.bin", np.dtype("<u2")) as writer:
+        with ShardWriter(tmp_path / f"{split}.bin", np.dtype("<u2")) as writer:
             writer.append(np.arange(100, dtype=np.uint16).tobytes(), 100)
         writers[split] = writer
-    finish(tmp_path, tokenizer, {"name": "x", "documents": {"train": 1, "val": 1}}, writers)
+    finish_dataset(tmp_path, tokenizer, {"name": "x", "documents": {"train": 1, "val": 1}}, writers)
     path = tmp_path / "manifest.json"
 
     def read():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.order import window_count
-from twingpt.data import mixture, prepare
+from twingpt.data import builder, mixture
 from twingpt.data.mixture import Mixture, parse, prepare_all, title, whole_shares
 from twingpt.data.shards import TokenDataset
 
@@ -155,7 +155,7 @@ def test_a_learned_tokenizer_is_learned_from_all_sources_once(prose, digits, kin
     learned = pieces if kind == "char" else pieces[256:]
     for alphabet in (b"0123456789", b"abcdefghijklmnopqrstuvwxyz"):
         assert any(piece in alphabet if kind == "char" else set(piece) <= set(alphabet) for piece in learned)
-    monkeypatch.setattr(prepare, "make", None)
+    monkeypatch.setattr(builder, "learn_or_find", None)
     again = prepare_all([str(prose), f"{digits}:2"], kind, 300)
     assert [part.data.folder for part in again.parts] == [part.data.folder for part in mixed.parts]
     assert again.fingerprint != mixed.fingerprint  # other weights, another run

@@ -10,7 +10,7 @@ import pytest
 
 from twingpt.core.errors import UserError
 from twingpt.data import download, named, sources
-from twingpt.data.named import ROWS, TABLE, File, Named
+from twingpt.data.named import SOURCES, TABLE, NamedSource, RemoteFile
 
 STORY = "Once there was a fox.\nIt ran."
 TEXT = f"{STORY}\n<|endoftext|>\n\nTwo <|endoftext|> in a line.\n<|endoftext|>\r\n<|endoftext|>\nThe last"
@@ -48,14 +48,17 @@ def served(monkeypatch):
 def tiny(monkeypatch):
     """Sources like those of the table, and small."""
     files = tuple(
-        File(f"web/{i}.txt", f"https://example.org/{i}.txt", 4, sha256(text)) for i, text in enumerate(("aaaa", "bbbb"))
+        RemoteFile(f"web/{i}.txt", f"https://example.org/{i}.txt", 4, sha256(text))
+        for i, text in enumerate(("aaaa", "bbbb"))
     )
     rows = (
-        Named("web", "CC0-1.0", "https://example.org", 8, "0" * 40, files, default=1),
-        Named("stated", "CC0-1.0", "https://example.org", 4, "0" * 40, (File("s.txt", "https://example.org/s.txt"),)),
+        NamedSource("web", "CC0-1.0", "https://example.org", 8, "0" * 40, files, default=1),
+        NamedSource(
+            "stated", "CC0-1.0", "https://example.org", 4, "0" * 40, (RemoteFile("s.txt", "https://example.org/s.txt"),)
+        ),
     )
     for row in rows:
-        monkeypatch.setitem(ROWS, row.name, row)
+        monkeypatch.setitem(SOURCES, row.name, row)
     return rows[0]
 
 
@@ -79,12 +82,12 @@ def test_each_row_says_all_that_a_user_must_know(row):
 
 def test_the_names_are_those_that_people_know():
     assert named.NAMES == ("python-docs", "shakespeare", "tinystories", "openwebtext", "fineweb-edu")
-    assert len(ROWS["openwebtext"].files) == 80 and len(ROWS["fineweb-edu"].files) == 14
+    assert len(SOURCES["openwebtext"].files) == 80 and len(SOURCES["fineweb-edu"].files) == 14
 
 
 def test_the_checksum_is_tiny_shakespeares(shakespeare):
     content = shakespeare.read_bytes()
-    file = ROWS["shakespeare"].files[0]
+    file = SOURCES["shakespeare"].files[0]
     assert (hashlib.sha256(content).hexdigest(), len(content)) == (file.sha256, file.size)
 
 
@@ -172,15 +175,8 @@ def test_a_broken_record_is_made_again_for_a_file_of_the_table(served, tiny, hom
 
 
 def test_stories_are_documents(served, monkeypatch):
-    row = ROWS["tinystories"]
+    row = SOURCES["tinystories"]
     file = replace(row.files[0], size=None, sha256=None)
-    monkeypatch.setitem(ROWS, "tinystories", replace(row, files=(file,)))
+    monkeypatch.setitem(SOURCES, "tinystories", replace(row, files=(file,)))
     served["TinyStoriesV2-GPT4-train.txt"] = TEXT
     assert sources.load("tinystories").documents == [STORY, "Two <|endoftext|> in a line.", "The last"]
-
-
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_documents_do_not_depend_on_the_blocks(size):
-    blocks = [TEXT[start : start + size] for start in range(0, len(TEXT), size)]
-    assert list(named.documents(blocks, "<|endoftext|>")) == [STORY, "Two <|endoftext|> in a line.", "The last"]
-    assert list(named.documents([], "<|endoftext|>")) == []

@@ -119,7 +119,7 @@ def test_discounts_are_chen_and_goodmans():
 def test_the_loss_is_the_same_in_pieces(monkeypatch, n):
     model, other = grown(markov(2000, 20, 3), 20, n), np.array(markov(100, 20, 4))
     whole = model.nats(other)
-    monkeypatch.setattr(ngram, "PIECE", 7)
+    monkeypatch.setattr(ngram, "CHUNK", 7)
     assert model.nats(other) == pytest.approx(whole, rel=1e-12)
 
 

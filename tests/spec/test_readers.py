@@ -9,13 +9,14 @@ import pytest
 
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import ByteTokenizer
-from twingpt.data import readers, workers
-from twingpt.data.readers import File, pieces
+from twingpt.data import documents, readers, workers
+from twingpt.data.documents import pieces, split_at
+from twingpt.data.readers import DocumentFile
 
 
-def documents(path, **how):
+def documents_of(path, **how):
     found = []
-    for item in File(path, **how).items():
+    for item in DocumentFile(path, **how).items():
         if getattr(item, "begins", True):
             found += item.documents()
         else:
@@ -30,7 +31,7 @@ def lines(*texts, field="text"):
 @pytest.fixture
 def small(monkeypatch):
     """Pieces and blocks of some bytes, as if a gigabyte were a kilobyte."""
-    monkeypatch.setattr(readers, "PIECE", 64)
+    monkeypatch.setattr(documents, "PIECE", 64)
     monkeypatch.setattr(readers, "BLOCK", 50)
 
 
@@ -46,18 +47,18 @@ def test_json_lines_and_text_plain_and_compressed(tmp_path, suffix):
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstd}[suffix]
     path = tmp_path / f"dump.jsonl{suffix}"
     path.write_bytes(compress(lines("one\ntwo", "", "drei €") + b"\n" + lines("four").rstrip()))
-    assert documents(path) == ["one\ntwo", "", "drei €", "four"]
+    assert documents_of(path) == ["one\ntwo", "", "drei €", "four"]
     path = tmp_path / f"novel.txt{suffix}"
     path.write_bytes(compress("It was. €\n".encode()) * 2)  # two members, as cat makes them
-    assert documents(path) == ["It was. €\n" * 2]
+    assert documents_of(path) == ["It was. €\n" * 2]
 
 
 def test_blocks_cut_anywhere_change_nothing(tmp_path, small):
     path, texts = tmp_path / "dump.jsonl", [f"text {'é' * i}" for i in range(60)]
     path.write_bytes(b"\xef\xbb\xbf" + lines(*texts))
-    assert documents(path) == texts
+    assert documents_of(path) == texts
     (tmp_path / "novel.txt").write_text("".join(texts))
-    assert documents(tmp_path / "novel.txt") == ["".join(texts)]
+    assert documents_of(tmp_path / "novel.txt") == ["".join(texts)]
 
 
 @pytest.mark.parametrize("block", [1, 50])
@@ -65,16 +66,16 @@ def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, block):
     monkeypatch.setattr(readers, "BLOCK", block)
     path = tmp_path / "novel.txt"
     path.write_bytes(b"\xef\xbb\xbfIt was. \xef\xbb\xbf")
-    assert documents(path) == ["It was. \ufeff"]  # elsewhere it is a character like others
+    assert documents_of(path) == ["It was. \ufeff"]  # elsewhere it is a character like others
     path.write_bytes(b"\xef\xbb\xbfcaf\xe9 and more")
     with pytest.raises(UserError, match="byte 6 is 0xe9"):
-        documents(path)
+        documents_of(path)
 
 
 def test_another_field_and_no_text_in_it(tmp_path):
     path = tmp_path / "dump.jsonl"
     path.write_bytes(lines("a", None, field="body"))
-    assert documents(path, field="body") == ["a", ""]
+    assert documents_of(path, field="body") == ["a", ""]
 
 
 def test_parquet_and_arrow(tmp_path):
@@ -90,19 +91,19 @@ def test_parquet_and_arrow(tmp_path):
             out.write_table(table, 130)
         for path in (tmp_path / "t.parquet", tmp_path / "t.arrow"):
             read = []
-            items = list(File(path, "body").items(read.append))
+            items = list(DocumentFile(path, "body").items(read.append))
             assert [item.text for item in items] == [text or "" for text in texts]
             assert 0.9 < sum(read) / path.stat().st_size <= 1
             with pytest.raises(UserError, match=r"no field 'text', its fields are id, body: choose one .* --field"):
-                documents(path)
+                documents_of(path)
             with pytest.raises(UserError, match="has no text there, but int64"):
-                documents(path, field="id")
+                documents_of(path, field="id")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"t\.arrow is damaged, or no arrow file"):
-        documents(path, field="body")
+        documents_of(path, field="body")
     (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"t\.parquet is damaged, or no parquet file"):
-        documents(tmp_path / "t.parquet")
+        documents_of(tmp_path / "t.parquet")
 
 
 def test_rows_that_are_not_utf8(tmp_path):
@@ -112,8 +113,17 @@ def test_rows_that_are_not_utf8(tmp_path):
 
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"fine", b"caf\xe9"]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match="row 1, is not UTF-8 text: byte 3 is 0xe9"):
-        documents(tmp_path / "t.parquet")
-    assert documents(tmp_path / "t.parquet", errors="replace") == ["fine", "caf\ufffd"]
+        documents_of(tmp_path / "t.parquet")
+    assert documents_of(tmp_path / "t.parquet", errors="replace") == ["fine", "caf\ufffd"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_documents_between_separators_do_not_depend_on_the_blocks(size):
+    story = "Once there was a fox.\nIt ran."
+    text = f"{story}\n<|endoftext|>\n\nTwo <|endoftext|> in a line.\n<|endoftext|>\r\n<|endoftext|>\nThe last"
+    blocks = [text[start : start + size] for start in range(0, len(text), size)]
+    assert list(split_at(blocks, "<|endoftext|>")) == [story, "Two <|endoftext|> in a line.", "The last"]
+    assert list(split_at([], "<|endoftext|>")) == []
 
 
 # Bad input --------------------------------------------------------------------------------------------------
@@ -140,7 +150,7 @@ def test_rows_that_are_not_utf8(tmp_path):
 def test_what_is_wrong_and_where(tmp_path, small, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        documents(tmp_path / name)
+        documents_of(tmp_path / name)
 
 
 def test_damaged_zstd(tmp_path):
@@ -148,21 +158,21 @@ def test_damaged_zstd(tmp_path):
     for damaged in (content[:-3], b"no zstd", content + content[:5]):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"a\.txt\.zst is damaged or cut short"):
-            documents(path)
+            documents_of(path)
 
 
 def test_errors_replaced(tmp_path, small):
     (tmp_path / "a.txt").write_bytes(b"x" * 70 + b"\xc3(\0")
-    assert documents(tmp_path / "a.txt", errors="replace") == ["x" * 70 + "\ufffd(\ufffd"]
+    assert documents_of(tmp_path / "a.txt", errors="replace") == ["x" * 70 + "\ufffd(\ufffd"]
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff\\ud83d \\ud83d\\ude00"}')
-    assert documents(tmp_path / "a.jsonl", errors="replace") == ["\ufffd\ufffd 😀"]
+    assert documents_of(tmp_path / "a.jsonl", errors="replace") == ["\ufffd\ufffd 😀"]
 
 
 def test_a_line_of_json_that_does_not_end(tmp_path, small, monkeypatch):
     monkeypatch.setattr(readers, "LONGEST_RECORD", 2**20)
     (tmp_path / "a.jsonl").write_bytes(lines("a") + b'{"text": "' + b"x" * 2**20)
     with pytest.raises(UserError, match="line 2, is longer than 1 MB"):
-        documents(tmp_path / "a.jsonl")
+        documents_of(tmp_path / "a.jsonl")
 
 
 # Long documents ---------------------------------------------------------------------------------------------
@@ -170,8 +180,8 @@ def test_a_line_of_json_that_does_not_end(tmp_path, small, monkeypatch):
 
 def test_a_bomb_is_read_by_the_piece(tmp_path):
     (tmp_path / "a.txt.zst").write_bytes(zstd(b"x" * 2**28))
-    items = File(tmp_path / "a.txt.zst").items()
-    assert all(len(next(items).text) == readers.PIECE for _ in range(3))
+    items = DocumentFile(tmp_path / "a.txt.zst").items()
+    assert all(len(next(items).text) == documents.PIECE for _ in range(3))
 
 
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -218,8 +228,8 @@ def test_results_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PROCESSES", 2)
     texts = [f"{i} " + "word and " * 40_000 for i in range(12)]
     (tmp_path / "dump.jsonl").write_bytes(lines(*texts))
-    work = workers.Work(ByteTokenizer(), "<u2", tails=False)
-    one, many = (list(workers.run(work, File(tmp_path / "dump.jsonl").items(), cores)) for cores in (1, 3))
+    encode = workers.ChunkEncoder(ByteTokenizer(), "<u2", tails=False)
+    one, many = (list(workers.run(encode, DocumentFile(tmp_path / "dump.jsonl").items(), cores)) for cores in (1, 3))
     assert one == many and len(one) > 2
     assert sum(result.n_tokens for result in one) == sum(map(len, texts)) + len(texts)
     ids = np.frombuffer(one[0].tokens["train"], "<u2")
@@ -229,6 +239,6 @@ def test_results_do_not_depend_on_the_workers(tmp_path, monkeypatch):
 def test_an_error_in_a_worker_is_the_commands(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "SMALL", 1)
     (tmp_path / "dump.jsonl").write_bytes(lines("a" * 2**20) * 3 + b"no")
-    work = workers.Work(None, "", tails=False)
+    encode = workers.ChunkEncoder(None, "", tails=False)
     with pytest.raises(UserError, match="line 4, is not JSON"):
-        list(workers.run(work, File(tmp_path / "dump.jsonl").items(), 2))
+        list(workers.run(encode, DocumentFile(tmp_path / "dump.jsonl").items(), 2))

@@ -11,7 +11,7 @@ from tests.conftest import SHARED
 from twingpt.core import tokenizer as tokenizers
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, train_bpe
-from twingpt.data.tokenizers import make
+from twingpt.data.tokenizers import learn_or_find
 
 TEXT = "The cat's 12 hats — naïve café, 東京 🙂\n\n    def f(x):\n\treturn x\n" * 20
 BPE = train_bpe([TEXT], 300)
@@ -131,7 +131,7 @@ def test_gpt2_without_a_network(monkeypatch):
 
 def test_unknown_kind():
     with pytest.raises(UserError, match="did you mean 'byte'"):
-        make("bytes", [], [], 0)
+        learn_or_find("bytes", [], [], 0)
 
 
 @pytest.mark.parametrize("damage", ["missing", "not json", "foreign", "settings"])

@@ -1,4 +1,4 @@
-"""gpt baseline: what n-grams reach."""
+"""gpt baseline: the held-out loss of n-grams."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any

@@ -59,17 +59,18 @@ def prepare_data(
 
     from twingpt.commands import show_data as show
     from twingpt.data import library
-    from twingpt.data.prepare import How, Progress, Reading, prepare_named
+    from twingpt.data.builder import Progress, TokenizerChoice
+    from twingpt.data.prepare import ReadOptions, prepare_named
     from twingpt.data.workers import PeakMemory
 
-    how, reading = How.of(tokenizer, vocab_size), Reading(field, errors, licence)
+    choice, options = TokenizerChoice(tokenizer, vocab_size), ReadOptions(field, errors, licence)
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
     start, memory = time.perf_counter(), PeakMemory()
     with memory.watch(), bar as progress:
-        row = library.describe(prepare_named(sources, name, how, reading, progress))
+        summary = library.summarize(prepare_named(sources, name, choice, options, progress))
     seconds = time.perf_counter() - start
     names = ("name", "path", "documents", "bytes", "tokens", "val_tokens")
-    result = {key: getattr(row, key) for key in names} | {"seconds": seconds, "peak_rss_bytes": memory.bytes}
+    result = {key: getattr(summary, key) for key in names} | {"seconds": seconds, "peak_rss_bytes": memory.bytes}
     if json_:
         print_json(result)
     else:
@@ -81,13 +82,13 @@ def list_data(json_: Json = False) -> None:
     """List the prepared data sets: by name, and those that gpt train made of its --data."""
     from twingpt.data import library
 
-    rows = library.find_all()
+    summaries = library.list_datasets()
     if json_:
-        print_json({"data_sets": [dataclasses.asdict(row) for row in rows]})
-    elif rows:
+        print_json({"data_sets": [dataclasses.asdict(summary) for summary in summaries]})
+    elif summaries:
         from twingpt.commands.show_data import print_list
 
-        print_list(make_console(), rows)
+        print_list(make_console(), summaries)
     else:
         print("No data set is prepared yet: gpt data prepare does it.")
 
@@ -111,7 +112,7 @@ def verify(name: DataName, json_: Json = False) -> None:
     """Read a data set again, and compare digests, counts and ids with its manifest; exit 2 if one differs."""
     from twingpt.data import library
 
-    result = library.verify(library.get(name))
+    result = library.verify(library.open_dataset(name))
     if json_:
         print_json(result)
     else:
@@ -119,17 +120,13 @@ def verify(name: DataName, json_: Json = False) -> None:
 
 
 @app.command("rm", epilog="[bold]Examples[/]\n\ngpt data rm novel\n\ngpt data rm novel --yes\n")
-def remove_data(
-    name: DataName,
-    yes: Yes = False,
-    json_: Json = False,
-) -> None:
+def remove_data(name: DataName, yes: Yes = False, json_: Json = False) -> None:
     """Remove a prepared data set; its sources stay."""
     from twingpt.data import library
 
-    doomed = library.to_remove(name)
+    doomed = library.removable_folder(name)
     if not yes:
-        ask_to_remove(doomed, library.size(doomed))
+        ask_to_remove(doomed, library.folder_size(doomed))
     library.remove(name)
     if json_:
         print_json({"removed": str(doomed)})

@@ -1,4 +1,4 @@
-"""gpt generate: a model's text."""
+"""gpt generate: sample text from a model."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""What several commands take: types of options, their help, and what is behind some."""
+"""Options that several commands have, and what some of them stand for: backends, the text on stdin."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
 
 
 def option(help: str, panel: str, *names: str) -> Any:
-    """An option in a panel of --help, which says its default itself."""
+    """An option in a panel of --help; its help text states the default."""
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
 
 
 def installed_backends(backend: str) -> list[str]:
-    """The backend that is named, or all that are installed for auto."""
+    """The backend of that name, or for auto all that are installed."""
     from twingpt.backends import registry
 
     if backend != "auto":
@@ -36,7 +36,7 @@ def installed_backends(backend: str) -> list[str]:
 
 
 def read_stdin(what: str = "prompt") -> str:
-    """The text on stdin; what it is to be is for the error."""
+    """The text on stdin; `what` it is stands in the error if it is not UTF-8."""
     if sys.stdin is None:
         raise UserError(f"There is no stdin to read the {what} from.")
     try:

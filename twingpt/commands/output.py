@@ -1,4 +1,4 @@
-"""How commands answer: JSON, a console, and the question before something is removed."""
+"""Output of commands: JSON, a Rich console, and the question before something is removed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON, in which a number that is not finite is null."""
+    """Print one line of JSON, with null for numbers that are not finite."""
 
     def finite(part: Any) -> Any:
         if isinstance(part, dict):
@@ -27,14 +27,14 @@ def print_json(value: Any) -> None:
 
 
 def make_console() -> Console:
-    """A console on stdout that gives numbers and paths no colours of its own."""
+    """A Rich console on stdout, without Rich's own colours for numbers and paths."""
     from rich.console import Console
 
     return Console(highlight=False)
 
 
 def ask_to_remove(doomed: Path, size: int) -> None:
-    """Ask on the terminal; exit 1 if the answer is no. The size is in bytes."""
+    """Ask whether to remove a folder of `size` bytes; exit 1 if the answer is no."""
     from twingpt.core.units import human_bytes
 
     if not typer.confirm(f"Remove {doomed}, {human_bytes(size)}?", err=True):

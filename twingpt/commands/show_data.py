@@ -1,4 +1,4 @@
-"""Prepared data sets on the terminal: the bar of a preparation, the list, and what one is made of."""
+"""gpt data on the terminal: the bar of a preparation, data sets, and the named sources."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from twingpt.core.units import beginning, human_bytes, human_count, human_documents, human_time
-from twingpt.data.library import Row
-from twingpt.data.prepare import Progress
+from twingpt.data.builder import Progress
+from twingpt.data.library import DatasetSummary
 
 WIDTH = 40  # of the histogram's longest bar
 SAMPLE_LINES = 4
@@ -23,7 +23,7 @@ SAMPLE_LINES = 4
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A bar with what is done, how fast, and the time left, while the block runs."""
+    """A progress bar on `console` while the block runs, driven by the Progress that it yields."""
     bar = Bar(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),
@@ -37,13 +37,13 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         disable=not console.is_terminal,
     )
     task = bar.add_task("reading", total=None, counts="")
-    now = ""
+    shown = ""
 
     def show(progress: Progress) -> None:
-        nonlocal now
-        if progress.task != now:
-            now = progress.task
-            bar.reset(task, total=progress.total or None, description=now)
+        nonlocal shown
+        if progress.task != shown:
+            shown = progress.task
+            bar.reset(task, total=progress.total or None, description=shown)
         counts = human_documents(progress.documents) if progress.documents else ""
         counts += f", {human_count(progress.tokens)} tokens" if progress.tokens else ""
         bar.update(task, completed=progress.done, counts=counts)
@@ -53,7 +53,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
 
 def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
-    """What a preparation made, and what to do with it; `word` is the name as a shell takes it."""
+    """Print what a preparation made, and how to train on it; `word` is the name, quoted for a shell."""
     console.print(
         f"[bold]{escape(result['name'])}[/]: {human_documents(result['documents'])}, "
         f"{human_bytes(result['bytes'])} of text; {human_count(result['tokens'])} tokens to train on, "
@@ -63,23 +63,23 @@ def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
     console.print(f"{escape(result['path'])}\nTrain on it: [bold]gpt train --data {escape(word)}[/]", soft_wrap=True)
 
 
-def print_list(console: Console, rows: list[Row]) -> None:
-    """A line a data set; a broken one has its error, in red."""
+def print_list(console: Console, summaries: list[DatasetSummary]) -> None:
+    """Print a line a data set, and the errors of broken ones."""
     table = Table("name", "documents", "text", "tokens", "held out", "tokenizer", "on disk", box=box.SIMPLE_HEAD)
-    for row in rows:
+    for row in summaries:
         facts = ("", "", "", "", "[red]broken[/]")
         if row.error is None:
             counts = (human_count(row.documents), human_bytes(row.bytes), human_count(row.tokens))
             facts = (*counts, human_count(row.val_tokens), f"{escape(row.tokenizer)} {row.vocab_size:,}")
         table.add_row(escape(row.name), *facts, human_bytes(row.size_bytes))
     console.print(table)
-    for row in rows:
+    for row in summaries:
         if row.error:
             console.print(f"[red]{escape(row.name)}: {escape(row.error)}[/]", soft_wrap=True)
 
 
 def print_info(console: Console, info: dict[str, Any]) -> None:
-    """A data set's facts, where it comes from, how long its documents are, and how some begin."""
+    """Print what `library.info` gives: figures, sources, a histogram of document lengths, and samples."""
     per_token = info["bytes"] / max(1, info["tokens"] + info["val_tokens"])
     console.print(
         f"[bold]{escape(info['name'])}[/]: {human_documents(info['documents'])}, {human_bytes(info['bytes'])} of text, "
@@ -104,7 +104,7 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
 
 
 def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
-    """Two lines a named source, from its row as named.describe() gives it."""
+    """Print two lines a named source, from the rows of `named.describe`."""
     for row in rows:
         files, here = row["files"], sum(file["downloaded"] for file in row["files"])
         shards = f"{row['default']} of {len(files)} shards, unless {row['name']}@SHARDS" if row["default"] else ""

@@ -1,4 +1,4 @@
-"""Tokens on the terminal: `gpt tokenize show` and `gpt tokenize compare`."""
+"""gpt tokenize on the terminal: the tokens of a text, and tokenizers compared."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ COLORS = ("blue", "dark_orange3", "dark_green", "purple4", "dark_red", "deep_sky
 
 
 def print_tokens(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The text with a colour for each token, then a table of them."""
+    """Print a text with a colour for each token, and a table of the rows of `tokenizers.describe_tokens`."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text as Line
+    from rich.text import Text
 
     from twingpt.core.units import visible
 
-    line = Line()
+    text = Text()
     table = Table("", "id", "text", "bytes", box=box.SIMPLE_HEAD)
     for i, row in enumerate(rows):
         style = "bold reverse" if row["special"] else f"white on {COLORS[i % len(COLORS)]}"
-        line.append(visible(row["text"]), style)
-        line.append("\n" if row["text"].endswith("\n") and not row["special"] else "")
-        table.add_row(str(i), str(row["id"]), Line(visible(row["text"]), style), row["bytes"])
+        text.append(visible(row["text"]), style)
+        text.append("\n" if row["text"].endswith("\n") and not row["special"] else "")
+        table.add_row(str(i), str(row["id"]), Text(visible(row["text"]), style), row["bytes"])
     if console.color_system:  # without colours it would be the text as it was given
-        console.print(line)
+        console.print(text)
     console.print(table)
     console.print(f"{len(rows)} token{'s' * (len(rows) != 1)}")
 
 
 def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
-    """A table of the tokenizers."""
+    """Print the result of `tokenizers.compare` as a table."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text as Line
+    from rich.text import Text
 
     from twingpt.core.units import human_documents
 
@@ -45,7 +45,7 @@ def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right")
     for row in result["rows"]:
         figures = (f"{row['vocab_size']:,}", f"{row['tokens']:,}", f"{row['bytes_per_token']:.2f}")
-        table.add_row(Line(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
+        table.add_row(Text(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
     documents = human_documents(result["documents"])
     console.print(f"{result['source']}: {result['bytes']:,} bytes in {documents}", markup=False)
     console.print(table)

@@ -1,4 +1,4 @@
-"""gpt tokenize: learn, look at and compare tokenizers."""
+"""gpt tokenize: learn, inspect and compare tokenizers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -39,10 +39,10 @@ def tokenize_train(
     """Learn a byte-level BPE from texts, for gpt train --tokenizer, transformers and mlx-lm."""
     from rich.console import Console
 
-    from twingpt.data.tokenizers import learn
+    from twingpt.data.tokenizers import learn_to_folder
 
     with Console(stderr=True).status(f"Learning from {', '.join(data)}"):
-        result = learn(data, vocab_size, pattern, chat, out)
+        result = learn_to_folder(data, vocab_size, pattern, out, chat=chat)
     if json_:
         print_json(result)
         return
@@ -66,10 +66,10 @@ def tokenize_show(
 ) -> None:
     """Show the tokens of a text: a colour for each, ids and bytes."""
     from twingpt.commands.show_tokens import print_tokens
-    from twingpt.data.tokenizers import find, tokens
+    from twingpt.data.tokenizers import describe_tokens, find
 
     found = find(tokenizer)
-    rows = tokens(found, read_stdin("text") if text == "-" else text, special)
+    rows = describe_tokens(found, read_stdin("text") if text == "-" else text, special=special)
     if json_:
         print_json({"tokenizer": tokenizer, "vocab_size": found.vocab_size, "tokens": rows})
     else:

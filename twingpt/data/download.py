@@ -1,4 +1,4 @@
-"""Fetching a file over HTTP: resumed where it was cut, checked, and in its place only when it is whole."""
+"""HTTP downloads: resumed where they were cut, verified, and renamed into place only when whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from twingpt.core.paths import naming, sync_folder
 
 CHUNK = 1 << 20
 
-# What is done with which file, how many bytes of it, and of how many, if that is known.
+# Called with a description of what is done with which file, bytes done, and bytes in all where that is known.
 Progress = Callable[[str, int, "int | None"], None]
 
 
@@ -33,8 +33,8 @@ class DownloadError(Exception):
     """Why a file can't be had from its address, as the second half of a sentence."""
 
 
-class _PassingError(Exception):
-    """A fault after which the same request may go well: a cut connection, a busy server."""
+class _TransientError(Exception):
+    """A fault after which the same request may succeed: a cut connection, a busy server."""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -53,7 +53,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
     def note(self, headers: Any) -> None:
-        """Keep the SHA-256 and the size that Hugging Face's hub gives a large file, unless they are there."""
+        """Keep the SHA-256 and the size that Hugging Face's hub states of a large file; the first answer's count."""
         for key in ("X-Linked-Etag", "X-Linked-Size"):
             if headers.get(key):
                 self.stated.setdefault(key, headers[key].strip('"'))
@@ -61,7 +61,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass
 class _Download:
-    """One file on its way: what is known of it, and the .part file that it grows in."""
+    """A download under way: what is known of the file, and the .part file that it grows in."""
 
     url: str
     name: str
@@ -75,20 +75,20 @@ class _Download:
     resumed: bool = False
 
     @property
-    def have(self) -> int:
+    def part_size(self) -> int:
         """Bytes in the .part file."""
         return os.fstat(self.file.fileno()).st_size
 
     def restart(self) -> None:
-        """Forget what has come."""
+        """Empty the .part file."""
         self.file.truncate(0)
         self.resumed = False
 
     def attempt(self) -> None:
-        """Fetch what is missing; _PassingError where trying again may help, DownloadError where not."""
-        if self.size is not None and self.have > self.size:
+        """Fetch what is missing; _TransientError where another attempt may help, DownloadError where not."""
+        if self.size is not None and self.part_size > self.size:
             self.restart()
-        have = self.have
+        have = self.part_size
         if have and have == self.size:
             return
         etag = self.etag_path.read_text() if have and self.etag_path.exists() else ""
@@ -96,77 +96,76 @@ class _Download:
         if etag:
             headers |= {"Range": f"bytes={have}-", "If-Range": etag}
         with self.open(headers) as response:
-            if response.status == 416 and self.whole(response.headers, have):
-                return
-            start = self.start(response, have, etag)
-            self.copy(response, start)
+            if response.status == 416:
+                self.check_complete(response.headers, have)
+            else:
+                self.copy(response, self.start_offset(response, have, etag))
 
     @contextmanager
     def open(self, headers: dict[str, str]) -> Iterator[Any]:
-        """The server's answer, of status 200, 206 or 416, with its faults sorted."""
+        """The server's response, of status 200, 206 or 416; any fault is a _TransientError or a DownloadError."""
         redirects = _Redirects()
         try:
             request = urllib.request.Request(self.url, headers=headers)
-            with _answer(urllib.request.build_opener(redirects), request, self.timeout) as response:
+            with _response(urllib.request.build_opener(redirects), request, self.timeout) as response:
                 self.answered = True
                 redirects.note(response.headers)
-                self.compare(redirects.stated)
+                self.check_stated(redirects.stated)
                 yield response
         except urllib.error.URLError as error:
             reason = getattr(error.reason, "strerror", None) or error.reason
             reason = f"{urlsplit(self.url).netloc} can't be reached ({reason})"
-            raise (_PassingError if self.answered else DownloadError)(reason) from None
+            raise (_TransientError if self.answered else DownloadError)(reason) from None
         except (OSError, http.client.HTTPException) as error:
-            raise _PassingError(f"the connection was cut ({str(error) or type(error).__name__})") from None
+            raise _TransientError(f"the connection was cut ({str(error) or type(error).__name__})") from None
         except ValueError as error:
             raise DownloadError(f"the server redirects to no address ({error})") from None
 
-    def compare(self, stated: dict[str, str]) -> None:
-        """Take over what the server states of the file where nothing is known; DownloadError if it is another."""
+    def check_stated(self, stated: dict[str, str]) -> None:
+        """Check SHA-256 and size as the server states them, or keep them where none is known; else DownloadError."""
         digest, size = stated.get("X-Linked-Etag", ""), stated.get("X-Linked-Size", "")
         if re.fullmatch("[0-9a-f]{64}", digest):
             self.sha256 = self.sha256 or digest
             if digest != self.sha256:
                 raise DownloadError(f"what is there now has another SHA-256, {digest}")
         if size.isdecimal():
-            self.agree(int(size))
+            self.check_size(int(size))
 
-    def agree(self, size: int) -> None:
-        """DownloadError where the file is not as large as it has to be."""
+    def check_size(self, size: int) -> None:
+        """Check the size of the file, or keep it where none is known; else DownloadError."""
         self.size = size if self.size is None else self.size
         if size != self.size:
             raise DownloadError(f"what is there now has {size:,} bytes instead of {self.size:,}")
 
-    def whole(self, headers: Any, have: int) -> bool:
-        """Whether nothing is left to fetch, where the server has nothing from here on."""
+    def check_complete(self, headers: Any, have: int) -> None:
+        """_TransientError unless the .part file is as large as the file that has nothing from its end on (416)."""
         total = headers.get("Content-Range", "").rpartition("/")[2]
         if not have or total != str(have):
             self.restart()
-            raise _PassingError("the server has no such part of the file")
-        return True
+            raise _TransientError("the server has no such part of the file")
 
-    def start(self, response: Any, have: int, etag: str) -> int:
-        """The offset of the answer's first byte, up to which the .part file is kept."""
+    def start_offset(self, response: Any, have: int, etag: str) -> int:
+        """The offset in the file of the response's first byte, up to which the .part file is kept."""
         headers = response.headers
         if response.status == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
             if not match or int(match[1]) != have or headers.get("ETag", etag) != etag:
                 self.restart()
-                raise _PassingError("the server sent another part than it was asked for, or of another file")
+                raise _TransientError("the server sent another part than it was asked for, or of another file")
             if match[2] != "*":
-                self.agree(int(match[2]))
+                self.check_size(int(match[2]))
             self.resumed = True
             return have
         self.restart()
         if headers.get("Content-Length", "").isdecimal():
-            self.agree(int(headers["Content-Length"]))
+            self.check_size(int(headers["Content-Length"]))
         etag = headers.get("ETag", "")
-        with _disk(self.etag_path.parent):
+        with _disk_errors(self.etag_path.parent):
             self.etag_path.write_text("" if etag.startswith("W/") else etag)
         return 0
 
     def copy(self, response: Any, start: int) -> None:
-        """Append the answer to the .part file."""
+        """Append the response to the .part file."""
         _check_room(self.etag_path.parent, (self.size or 0) - start)
         have = start
         while self.size is None or have < self.size:
@@ -175,16 +174,16 @@ class _Download:
                 break
             have += len(chunk)
             rest = memoryview(chunk)
-            with _disk(self.etag_path.parent):
+            with _disk_errors(self.etag_path.parent):
                 while rest:
                     rest = rest[self.file.write(rest) :]
             self.progress(self.name, have, self.size)
         if self.size is not None and have < self.size:
-            raise _PassingError(f"the connection was cut after {have:,} of {self.size:,} bytes")
+            raise _TransientError(f"the connection was cut after {have:,} of {self.size:,} bytes")
 
 
 @contextmanager
-def _answer(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float) -> Iterator[Any]:
+def _response(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float) -> Iterator[Any]:
     try:
         response = opener.open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
@@ -196,7 +195,7 @@ def _answer(opener: urllib.request.OpenerDirector, request: urllib.request.Reque
                 raise DownloadError("the server redirects in a circle") from None
             reason = f"the server says {error.code} {error.reason}"
             passing = error.code >= 500 or error.code in (408, 429)
-            raise (_PassingError if passing else DownloadError)(reason) from None
+            raise (_TransientError if passing else DownloadError)(reason) from None
     with response:
         yield response
 
@@ -213,8 +212,8 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    """Tell the disk's faults from the network's: both are OSErrors."""
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn the disk's OSErrors into UserErrors, or they would be taken for the network's and tried again."""
     try:
         yield
     except OSError as error:
@@ -247,14 +246,14 @@ def download(
     tries: int = 6,
     wait: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Fetch `url` to `path`, which must have `size` bytes and this SHA-256 where they are given; its SHA-256.
+    """Download `url` to `path` and return its SHA-256; `size` in bytes and `sha256` must match where they are given.
 
-    What has come stays in a .part file beside it, and is gone on from, now or by a later call. After `tries` faults
-    with nothing gained, or at once where trying again is no use, it raises DownloadError; UserError where it is the
-    disk that fails. `timeout` is in seconds, without a byte; `wait` sleeps for a number of seconds.
+    What has arrived stays in a .part file beside it, from which this or a later call resumes. Raises DownloadError
+    after `tries` faults with no byte gained, or at once where another attempt is no use; UserError where the disk
+    fails. `timeout` is in seconds without a byte; `wait` sleeps for a number of seconds.
     """
     part = path.with_name(f"{path.name}.part")
-    with _disk(path.parent):
+    with _disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = part.open("ab", buffering=0)
     with file:
@@ -266,8 +265,8 @@ def download(
             return digest(path, lambda done, total: None)
         etag_path = path.with_name(f"{path.name}.part.etag")
         this = _Download(url, path.name, file, etag_path, size, sha256, timeout, progress)
-        found = _persist(this, part, tries, wait)
-        with _disk(path.parent):
+        found = _fetch_with_retries(this, part, tries, wait)
+        with _disk_errors(path.parent):
             os.fsync(file.fileno())
             part.replace(path)
             etag_path.unlink(missing_ok=True)
@@ -275,24 +274,24 @@ def download(
     return found
 
 
-def _persist(this: _Download, part: Path, tries: int, wait: Callable[[float], None]) -> str:
-    """Try until the .part file is whole and right; its SHA-256."""
-    most, failed = this.have, 0
+def _fetch_with_retries(this: _Download, part: Path, tries: int, wait: Callable[[float], None]) -> str:
+    """Attempt until the .part file is whole and right, with exponential backoff; its SHA-256."""
+    most, failed = this.part_size, 0  # `failed` attempts since the .part file grew beyond `most`
     while True:
         try:
             this.attempt()
-            found = digest(part, partial(this.progress, f"checking {this.name}"))
-            if found == (this.sha256 or found):
-                return found
+            sha256 = digest(part, partial(this.progress, f"checking {this.name}"))
+            if sha256 == (this.sha256 or sha256):
+                return sha256
             resumed = this.resumed
             this.restart()
-            reason = f"what came has the SHA-256 {found} instead of {this.sha256}"
-            if not resumed:
+            reason = f"what came has the SHA-256 {sha256} instead of {this.sha256}"
+            if not resumed:  # a resumed file may be pieced together from two versions, so that one begins again
                 raise DownloadError(reason)
-        except _PassingError as error:
+        except _TransientError as error:
             reason = str(error)
-        failed = 0 if this.have > most else failed + 1
-        most = max(most, this.have)
+        failed = 0 if this.part_size > most else failed + 1
+        most = max(most, this.part_size)
         if failed >= tries:
             raise DownloadError(f"{reason}, after {tries} tries")
         wait(min(2.0 ** max(failed - 1, 0), 60.0))
@@ -313,7 +312,7 @@ def _lock(file: Any, block: bool = False) -> bool:
 
 @contextmanager
 def bar() -> Iterator[Progress]:
-    """A progress bar on stderr with what is done, speed and time left; nothing where that is no terminal."""
+    """A progress bar on stderr, as a Progress; none where stderr is no terminal."""
     if not (sys.stderr and sys.stderr.isatty()):
         yield lambda what, done, total: None
         return

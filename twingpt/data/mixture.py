@@ -1,4 +1,4 @@
-"""Several sources as one: windows of each by its weight, in an order that is a function of (seed, number) alone."""
+"""Data mixtures: windows of several data sets in the proportions of their weights, in an order keyed by the seed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.order import interleave, source_counts
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.data.prepare import find, learn, prepare
+from twingpt.data.prepare import find, prepare, shared_tokenizer
 from twingpt.data.shards import SPLITS, TokenDataset
 
 Array = np.ndarray
 
-MOST_SHARES = 2**30  # what weights sum to in whole numbers, at most
+MOST_SHARES = 2**30  # what `whole_shares` sum to, at most
 
 
 def parse(data: str | Sequence[str]) -> list[tuple[str, float]]:
-    """The sources that --data names and their weights: `SOURCE:WEIGHT`, or `SOURCE` alone for a weight of 1.
+    """The sources and weights in --data: `SOURCE:WEIGHT`, or `SOURCE` alone for a weight of 1.
 
     Only a number after the last colon is a weight, and only where nothing of the whole name exists.
     Raises UserError for a weight that is not positive, and for a source given twice.
@@ -81,8 +81,8 @@ def whole_shares(weights: Sequence[float]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A source of a mixture: its name there, its share of the windows, and its tokens."""
+class MixturePart:
+    """A data set in a mixture: its name there and its share of the windows, of 1."""
 
     name: str
     share: float
@@ -90,11 +90,11 @@ class Part:
 
 
 class Mixture:
-    """Prepared data sets of one tokenizer, trained on in the proportions of their weights; used as a TokenDataset is.
+    """A weighted mixture of data sets with one tokenizer; used as a TokenDataset is.
 
-    `specs` are their names to tell them apart by, where they are called the same, and `asked` the options of a
-    run that one of them decides, being prepared by name. Raises UserError where two have different tokenizers,
-    or are the same.
+    `specs` are what --data calls them, by which those of one name are told apart; `asked` are the options of a run
+    that one of them decides, being prepared by name. Raises UserError where two have different tokenizers, or are
+    the same.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class Mixture:
                 )
         self.shares = whole_shares(weights)
         self.parts = [
-            Part(name, share / sum(self.shares), data)
+            MixturePart(name, share / sum(self.shares), data)
             for name, share, data in zip(names, self.shares, datasets, strict=True)
         ]
         self.tokenizer, self.asked = first.tokenizer, dict(asked)
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What a data set's manifest says of name, vocabulary and size, for all sources together."""
+        """The keys of a TokenDataset's manifest that runs read, for all sources together."""
         parts = [part.data.manifest for part in self.parts]
         sizes = {
             split: {key: sum(part["splits"][split][key] for part in parts) for key in ("tokens", "bytes")}
@@ -134,7 +134,7 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the sources' own and their shares, in order: what a resumed run must find again."""
+        """SHA-256 over the sources' fingerprints and shares, in order, which a resumed run must find unchanged."""
         parts = [f"{part.data.fingerprint} {share}" for part, share in zip(self.parts, self.shares, strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -144,15 +144,15 @@ class Mixture:
             part.data.check(config)
 
     def batch(self, first: int, batch_size: int, block_size: int, seed: int) -> tuple[Array, Array]:
-        """Training windows number `first` to `first + batch_size` of the run: tokens and targets, (B, T) int32.
+        """Tokens and targets, (B, T) int32, of the run's training windows `first` to `first + batch_size`.
 
-        Each source gives its windows in an order of its own, keyed by its place in the mixture.
+        The order of a source's windows is keyed by the seed and its place in the mixture.
         """
         source, rank = interleave(np.arange(first, first + batch_size), self.shares, seed)
         windows = np.empty((batch_size, block_size + 1), np.int32)
         for i in np.unique(source).tolist():
             rows = np.flatnonzero(source == i)
-            self.parts[i].data.read(windows, rows, rank[rows], seed, "source", i)
+            self.parts[i].data.gather(windows, rows, rank[rows], seed, "source", i)
         return windows[:, :-1], windows[:, 1:]
 
     def validation(self, batch_size: int, block_size: int, n_batches: int) -> Iterator[tuple[Array, Array]]:
@@ -161,13 +161,13 @@ class Mixture:
             yield from part.data.validation(batch_size, block_size, n_batches)
 
     def source_epochs(self, windows: int, block_size: int, seed: int) -> dict[str, float]:
-        """How often the first `windows` of the run go through each source."""
+        """Epochs of each source that the first `windows` of the run are."""
         counts = source_counts(np.array([windows]), self.shares, seed)[:, 0]
         pairs = zip(self.parts, counts.tolist(), strict=True)
         return {part.name: part.data.epochs(count, block_size) for part, count in pairs}
 
     def epochs(self, windows: int, block_size: int) -> float:
-        """So many windows, as a share of one pass through all sources."""
+        """Epochs that so many windows are, where one goes through as many as all sources have."""
         return windows / sum(1 / part.data.epochs(1, block_size) for part in self.parts)
 
 
@@ -187,13 +187,13 @@ def _described(data: TokenDataset) -> str:
 Data = TokenDataset | Mixture
 
 
-def parts(data: Data) -> list[Part]:
-    """The sources of what a run trains on; one, with all windows, where it is no mixture."""
-    return data.parts if isinstance(data, Mixture) else [Part(str(data.manifest["name"]), 1.0, data)]
+def parts(data: Data) -> list[MixturePart]:
+    """The data sets of a mixture, or the only one, with a share of 1."""
+    return data.parts if isinstance(data, Mixture) else [MixturePart(str(data.manifest["name"]), 1.0, data)]
 
 
 def prepare_all(data: str | Sequence[str], kind: str, vocab_size: int, tokenizer: Tokenizer | None = None) -> Data:
-    """What --data names, prepared under the tokenizer called `kind`, or under the one given.
+    """Prepare what --data names under the tokenizer called `kind`, or under the one given.
 
     A kind that is learned is learned from the training texts of all sources; where one of them was
     prepared by name, its tokenizer is that of all.
@@ -206,24 +206,24 @@ def prepare_all(data: str | Sequence[str], kind: str, vocab_size: int, tokenizer
     first = next(iter(named.values()), None)
     if not tokenizer:
         _check_tokenizers(list(named), list(named.values()))
-        tokenizer = first.tokenizer if first else learn(specs, kind, vocab_size)
+        tokenizer = first.tokenizer if first else shared_tokenizer(specs, kind, vocab_size)
     datasets = [prepare(spec, kind, vocab_size, tokenizer) for spec in specs]
     asked = first.manifest.get("asked", {}) if first else {}
     return Mixture(datasets, [weight for _, weight in sources], specs, asked)
 
 
 def folders(data: Data) -> str | list[str]:
-    """Where the prepared data are, for `open_folders`."""
+    """The folders of the prepared data, for `open_folders`; of one data set, its own."""
     found = [str(part.data.folder.resolve()) for part in parts(data)]
     return found if isinstance(data, Mixture) else found[0]
 
 
-def open_folders(found: str | Sequence[str], data: str | Sequence[str]) -> Data | None:
-    """What `prepare_all` of `data` gave, from the folders it is in; None where one of them is gone."""
-    places, sources = [Path(place) for place in ([found] if isinstance(found, str) else found)], parse(data)
-    if len(places) != len(sources) or not all(place.exists() for place in places):
+def open_folders(folders: str | Sequence[str], data: str | Sequence[str]) -> Data | None:
+    """What `prepare_all` of `data` gave, from its folders; None where one of them is gone."""
+    found, sources = list(map(Path, [folders] if isinstance(folders, str) else folders)), parse(data)
+    if len(found) != len(sources) or not all(folder.exists() for folder in found):
         return None
-    datasets = [TokenDataset(place) for place in places]
+    datasets = [TokenDataset(folder) for folder in found]
     if len(sources) == 1:
         return datasets[0]
     return Mixture(datasets, [weight for _, weight in sources], [spec for spec, _ in sources])

@@ -1,13 +1,12 @@
-"""The sources that have a name: what they are, under which licence, where they come from; and fetching them."""
+"""Named sources: the data sets that --data knows by name, with licence, address and digests; and fetching them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -23,8 +22,8 @@ HUB = "https://huggingface.co/datasets"
 
 
 @dataclass(frozen=True)
-class File:
-    """A file of a source: its address, its place below the downloads, and what it must be, where that is known."""
+class RemoteFile:
+    """A file to download: its address, its path below `home()/downloads`, and what it must be, where that is known."""
 
     path: str
     url: str
@@ -33,17 +32,17 @@ class File:
 
 
 @dataclass(frozen=True)
-class Named:
-    """A row of the table."""
+class NamedSource:
+    """A data set known by name; one without files comes with Python."""
 
     name: str
     licence: str
     address: str
     size: int | None  # bytes to download in all; None where it depends on the Python
     revision: str | None = None  # the commit that the files are of
-    files: tuple[File, ...] = ()
-    default: int | None = None  # files that the name alone stands for; None: all, and no other number can be asked for
-    separator: str | None = None  # a line of a text file that ends a document
+    files: tuple[RemoteFile, ...] = ()
+    default: int | None = None  # shards that the name alone stands for; None: all, and NAME@SHARDS is an error
+    separator: str | None = None  # the line of a text file that ends a document
 
 
 # Sizes and digests of fineweb-edu's sample of 10B tokens at its revision.
@@ -65,14 +64,14 @@ _FINEWEB_EDU = (
 )
 
 TABLE = (
-    Named("python-docs", "PSF-2.0", "https://docs.python.org/3/reference/", None, f"Python {python_version()}"),
-    Named(
+    NamedSource("python-docs", "PSF-2.0", "https://docs.python.org/3/reference/", None, f"Python {python_version()}"),
+    NamedSource(
         "shakespeare",
         "public domain",
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         1_115_394,
         files=(
-            File(
+            RemoteFile(
                 "tinyshakespeare.txt",
                 "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                 1_115_394,
@@ -80,14 +79,14 @@ TABLE = (
             ),
         ),
     ),
-    Named(
+    NamedSource(
         "tinystories",
         "CDLA-Sharing-1.0",
         f"{HUB}/roneneldan/TinyStories",
         2_227_753_162,
         TINYSTORIES,
         (
-            File(
+            RemoteFile(
                 "tinystories/TinyStoriesV2-GPT4-train.txt",
                 f"{HUB}/roneneldan/TinyStories/resolve/{TINYSTORIES}/TinyStoriesV2-GPT4-train.txt",
                 2_227_753_162,
@@ -96,14 +95,14 @@ TABLE = (
         ),
         separator="<|endoftext|>",
     ),
-    Named(
+    NamedSource(
         "openwebtext",
         "CC0-1.0",  # of the collection; the pages are their authors'
         f"{HUB}/Skylion007/openwebtext",
         24_193_092_408,
         OPENWEBTEXT,
         tuple(  # checked against the size and the SHA-256 that the hub states at this revision
-            File(
+            RemoteFile(
                 f"openwebtext/train-{i:05d}-of-00080.parquet",
                 f"{HUB}/Skylion007/openwebtext/resolve/{OPENWEBTEXT}/plain_text/train-{i:05d}-of-00080.parquet",
             )
@@ -111,14 +110,14 @@ TABLE = (
         ),
         default=80,
     ),
-    Named(
+    NamedSource(
         "fineweb-edu",
         "ODC-By-1.0",
         f"{HUB}/HuggingFaceFW/fineweb-edu",
         sum(size for size, _ in _FINEWEB_EDU),
         FINEWEB_EDU,
         tuple(
-            File(
+            RemoteFile(
                 f"fineweb-edu/{i:03d}_00000.parquet",
                 f"{HUB}/HuggingFaceFW/fineweb-edu/resolve/{FINEWEB_EDU}/sample/10BT/{i:03d}_00000.parquet",
                 size,
@@ -129,14 +128,14 @@ TABLE = (
         default=1,
     ),
 )
-ROWS = {row.name: row for row in TABLE}
-NAMES = tuple(ROWS)
+SOURCES = {source.name: source for source in TABLE}
+NAMES = tuple(SOURCES)
 
 
 def parse(spec: str) -> tuple[str, int | None] | None:
-    """The name and the number of shards in NAME or NAME@SHARDS; None where `spec` begins with no name of the table."""
+    """Name and number of shards in NAME or NAME@SHARDS; None where `spec` begins with no name of TABLE."""
     name, at, number = spec.partition("@")
-    if name not in ROWS:
+    if name not in SOURCES:
         return None
     if at and not (number.isascii() and number.isdecimal()):
         raise UserError(f"{spec}: after the @ stands the number of shards, as in fineweb-edu@8.")
@@ -144,68 +143,68 @@ def parse(spec: str) -> tuple[str, int | None] | None:
 
 
 def fetch(name: str, shards: int | None = None, progress: download.Progress | None = None) -> list[Path]:
-    """The files of a source, or its first `shards`, fetched unless they are here; none where it is embedded.
+    """Download the files of a source, or its first `shards`, unless they are here; no files where it is embedded.
 
     Without `progress` a bar is shown where stderr is a terminal. Raises UserError where a file can't be had, which
-    says what to put where, and where one is not what the table says.
+    says what to put where, and where a file is not what TABLE says.
     """
-    wanted = _wanted(ROWS[name], shards)
+    wanted = _shards(SOURCES[name], shards)
     with nullcontext(progress) if progress else download.bar() as report:
         for file in wanted:
             try:
                 _fetch(name, file, report)
             except download.DownloadError as error:
-                path, missing = _place(file), sum(not _place(file).exists() for file in wanted)
+                path, missing = _local_path(file), sum(not _local_path(file).exists() for file in wanted)
                 others = f" and {missing - 1} more of {path.parent}" if missing > 1 else ""
                 raise UserError(
                     f"{name} needs {path.name}{others}, but {error}: download it from {file.url} and put it at {path}."
                 ) from None
-    return [_place(file) for file in wanted]
+    return [_local_path(file) for file in wanted]
 
 
-def _wanted(row: Named, shards: int | None) -> tuple[File, ...]:
+def _shards(source: NamedSource, shards: int | None) -> tuple[RemoteFile, ...]:
     if shards is None:
-        return row.files[: row.default]
-    if row.default is None:
-        raise UserError(f"{row.name} has no shards: leave out @{shards}.")
-    if not 1 <= shards <= len(row.files):
-        raise UserError(f"{row.name} has 1 to {len(row.files)} shards, and {shards} are asked for.")
-    return row.files[:shards]
+        return source.files[: source.default]
+    if source.default is None:
+        raise UserError(f"{source.name} has no shards: leave out @{shards}.")
+    if not 1 <= shards <= len(source.files):
+        raise UserError(f"{source.name} has 1 to {len(source.files)} shards, and {shards} are asked for.")
+    return source.files[:shards]
 
 
-def _place(file: File) -> Path:
+def _local_path(file: RemoteFile) -> Path:
     return home() / "downloads" / file.path
 
 
-def _fetch(name: str, file: File, progress: download.Progress) -> None:
-    path = _place(file)
+def _fetch(name: str, file: RemoteFile, progress: download.Progress) -> None:
+    path = _local_path(file)
     if path.exists():
         _check(name, file, path, progress)
     else:
         _record(path, download.download(file.url, path, file.size, file.sha256, progress))
 
 
-def _check(name: str, file: File, path: Path, progress: download.Progress) -> None:
-    """Raise UserError unless the file at `path` is the one of the table, or still the one that it was at first.
+def _check(name: str, file: RemoteFile, path: Path, progress: download.Progress) -> None:
+    """Raise UserError unless the file at `path` has the SHA-256 of TABLE, or that of its record where TABLE has none.
 
-    It is read for that only where its size or date are not those of the last time.
+    It is read for that only where its size or date are not those of its record.
     """
-    kept = {}
+    record = {}
     with suppress(OSError, ValueError, TypeError, RecursionError):
-        kept = dict(json.loads(_beside(path).read_text()))
-    expected = file.sha256 or kept.get("sha256")
-    if expected and kept == {"sha256": expected, **_stamp(path)}:
+        record = dict(json.loads(_record_path(path).read_text()))
+    expected = file.sha256 or record.get("sha256")
+    if expected and record == {"sha256": expected, **_stamp(path)}:
         return
     size = path.stat().st_size
     if file.size not in (None, size):
         raise UserError(f"{path} has {size:,} bytes, and {name}'s file has {file.size:,}: delete it and try again.")
-    found = download.digest(path, partial(progress, f"checking {path.name}"))
-    if found != (expected or found):
+    sha256 = download.digest(path, partial(progress, f"checking {path.name}"))
+    if sha256 != (expected or sha256):
         raise UserError(f"{path} is not {name}'s file, its SHA-256 differs: delete it and try again.")
-    _record(path, found)
+    _record(path, sha256)
 
 
-def _beside(path: Path) -> Path:
+def _record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
@@ -215,31 +214,17 @@ def _stamp(path: Path) -> dict[str, int]:
 
 
 def _record(path: Path, sha256: str) -> None:
-    """Keep a file's digest beside it."""
-    with suppress(OSError):  # in a folder of someone else's, or on a full disk, it is computed each time
-        write_atomically(_beside(path), json.dumps({"sha256": sha256, **_stamp(path)}))
-
-
-def documents(blocks: Iterable[str], separator: str) -> Iterator[str]:
-    """The documents of a text that is given in blocks, cut anywhere: what stands between lines of `separator` alone."""
-    lines: list[str] = []
-    rest = ""
-    for block in chain(blocks, [f"\n{separator}\n"]):
-        *whole, rest = (rest + block).split("\n")
-        for line in whole:
-            if line.strip() != separator:
-                lines.append(line)
-                continue
-            if text := "\n".join(lines).strip():
-                yield text
-            lines = []
+    """Write a file's SHA-256, size and date beside it, so that it need not be read for them the next time."""
+    with suppress(OSError):  # where that can't be written, the digest is computed each time
+        write_atomically(_record_path(path), json.dumps({"sha256": sha256, **_stamp(path)}))
 
 
 def describe() -> Iterator[dict[str, Any]]:
-    """The table's rows with each file's whole path, and whether it is there."""
-    for row in TABLE:
-        files = [asdict(file) | {"path": str(_place(file)), "downloaded": _place(file).is_file()} for file in row.files]
-        yield asdict(row) | {"size": row.size or _embedded_size(), "files": files}
+    """TABLE as JSON objects, with each file's whole path, and whether it is downloaded."""
+    for source in TABLE:
+        places = [(file, _local_path(file)) for file in source.files]
+        files = [asdict(file) | {"path": str(path), "downloaded": path.is_file()} for file, path in places]
+        yield asdict(source) | {"size": source.size or _embedded_size(), "files": files}
 
 
 def _embedded_size() -> int | None:

@@ -1,4 +1,4 @@
-"""Batches made by a thread, one ahead of the one asked for, so that no step waits for its input."""
+"""Prefetching: the next batch is gathered on a thread while the device computes this one."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
-    """`make(number)` for numbers asked for in order: while one is used, the next one is made.
+class Prefetcher(Generic[T]):
+    """Gathers the next batch on a thread while the device computes this one (NumPy only, so no MLX stream crosses it).
 
-    What `make` raises is raised where that number is asked for. Any other number is made when asked for.
+    `gather(number)` makes a batch. Numbers asked for in order are prefetched, any other is gathered when asked for;
+    what `gather` raises is raised where its number is asked for.
     """
 
-    def __init__(self, make: Callable[[int], T]) -> None:
-        self.make = make
-        self.thread = ThreadPoolExecutor(1, "batches")
+    def __init__(self, gather: Callable[[int], T]) -> None:
+        self.gather = gather
+        self.thread = ThreadPoolExecutor(1, "prefetch")
         self.next: tuple[int, Future[T]] | None = None
 
     def __call__(self, number: int) -> T:
-        """The result for `number`."""
-        made = self.next[1].result() if self.next and self.next[0] == number else self.make(number)
-        self.next = number + 1, self.thread.submit(self.make, number + 1)
-        return made
+        """Batch `number`; that of `number + 1` begins to be gathered."""
+        batch = self.next[1].result() if self.next and self.next[0] == number else self.gather(number)
+        self.next = number + 1, self.thread.submit(self.gather, number + 1)
+        return batch

@@ -1,4 +1,4 @@
-"""A prepared data set on disk: memory-mapped tokens of each split, and the manifest that vouches for them."""
+"""Token shards: a prepared data set on disk, with a memory-mapped file of tokens a split, tokenizer and manifest."""
 
 from __future__ import annotations
 
@@ -24,17 +24,15 @@ Array = np.ndarray
 
 SCHEMA = 2  # 1 had no account of its sources
 SPLITS = ("train", "val")
-BY_HASH = "documents by hash"  # how a manifest calls the split that is not of each document's end
 
-
-# What a manifest must say, and what it may, by the types of JSON.
+# The keys that a manifest must and may have, and their JSON types.
 REQUIRED = {"name": str, "dtype": str, "vocab_size": int, "tokenizer": str, "documents": dict, "splits": dict}
 OPTIONAL = {"asked": dict, "split": str, "sources": list}
 SOURCE = {"source": str, "files": int, "bytes": int, "sha256": str}
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Raise ValueError, KeyError or TypeError unless all that is read of a manifest is there, and of its type."""
+    """Raise ValueError, KeyError or TypeError unless a manifest has every key that is read, of the right type."""
     _check_types(manifest, REQUIRED)
     _check_types({**{key: kind() for key, kind in OPTIONAL.items()}, **manifest}, OPTIONAL)
     for split in SPLITS:
@@ -55,12 +53,12 @@ def _check_types(facts: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Two bytes a token where the vocabulary allows it, else four, little-endian."""
+    """The dtype of a shard: little-endian uint16 where every id fits, else uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-class Writer:
-    """One split's tokens, appended to a file and counted; synced when the block ends."""
+class ShardWriter:
+    """Appends one split's tokens to its shard and counts them; the file is fsynced when the block ends."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self.file = path.open("wb")
@@ -68,7 +66,7 @@ class Writer:
         self.sha = hashlib.sha256()
         self.tokens = self.bytes = 0
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -78,7 +76,7 @@ class Writer:
                 os.fsync(self.file.fileno())
 
     def append(self, content: bytes, n_bytes: int) -> None:
-        """Append tokens as they lie in the file, which stand for so many bytes of text."""
+        """Append `content`, tokens in the shard's dtype, which encode `n_bytes` of text."""
         self.file.write(content)
         self.sha.update(content)
         self.tokens += len(content) // self.itemsize
@@ -89,18 +87,25 @@ class Writer:
         return {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha.hexdigest()}
 
 
-def finish(folder: Path, tokenizer: Tokenizer, facts: Mapping[str, Any], writers: Mapping[str, Writer]) -> None:
-    """Write the tokenizer and, last of all, the manifest of a folder whose shards are written."""
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write tokenizer.json and its settings, without the longest text that those of a model have."""
+    for file, text in files(tokenizer, block_size=2**30).items():
+        write_synced(folder / file, text.encode())
+
+
+def finish_dataset(
+    folder: Path, tokenizer: Tokenizer, facts: Mapping[str, Any], writers: Mapping[str, ShardWriter]
+) -> None:
+    """Write the tokenizer and, last, the manifest, without which a folder is no data set, beside finished shards."""
     manifest = {"schema": SCHEMA, **facts, "twingpt": importlib.metadata.version("twingpt")}
     manifest |= {"dtype": token_dtype(tokenizer.vocab_size).str, "vocab_size": tokenizer.vocab_size}
     manifest |= {"tokenizer": tokenizer.digest, "splits": {split: writer.facts() for split, writer in writers.items()}}
-    for file, text in files(tokenizer, block_size=2**30).items():
-        write_synced(folder / file, text.encode())
+    write_tokenizer(folder, tokenizer)
     write_synced(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
 
 
 class TokenDataset:
-    """The tokens of a prepared data set, mapped and not read, and batches of them by step number.
+    """A prepared data set: memory-mapped tokens of both splits, and batches of them by number.
 
     Raises UserError where the folder is not a whole data set.
     """
@@ -112,14 +117,14 @@ class TokenDataset:
             if self.manifest["schema"] > SCHEMA:
                 raise UserError(f"{folder} was prepared by a newer version of twingpt: install that.")
             _check_manifest(self.manifest)
-            self.splits = {split: self._map(split) for split in SPLITS}
+            self.splits = {split: self._memory_map(split) for split in SPLITS}
         except FileNotFoundError as error:
             raise UserError(f"{folder} is not a prepared data set: {Path(error.filename).name} is missing.") from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"The manifest of {folder} is broken ({error}): delete the folder.") from None
         self.tokenizer = load_tokenizer(folder)
 
-    def _map(self, split: str) -> Array:
+    def _memory_map(self, split: str) -> Array:
         path, facts = self.folder / f"{split}.bin", self.manifest["splits"][split]
         if self.manifest["dtype"] not in (token_dtype(0).str, token_dtype(2**32).str):
             raise ValueError(f"dtype is {short(self.manifest['dtype'])}")
@@ -133,7 +138,7 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the tokens and the tokenizer: what a resumed run must find again."""
+        """SHA-256 over the digests of the tokenizer and both shards, which a resumed run must find unchanged."""
         parts = [self.manifest["tokenizer"], *(self.manifest["splits"][s]["sha256"] for s in SPLITS)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -152,18 +157,18 @@ class TokenDataset:
             )
 
     def batch(self, first: int, batch_size: int, block_size: int, seed: int) -> tuple[Array, Array]:
-        """Training windows number `first` to `first + batch_size` of the run: tokens and targets, (B, T) int32.
+        """Tokens and targets, (B, T) int32, of the run's training windows `first` to `first + batch_size`.
 
         Both are views of one array.
         """
         windows = np.empty((batch_size, block_size + 1), np.int32)
-        self.read(windows, slice(None), np.arange(first, first + batch_size), seed)
+        self.gather(windows, slice(None), np.arange(first, first + batch_size), seed)
         return windows[:, :-1], windows[:, 1:]
 
-    def read(self, windows: Array, rows: Array | slice, numbers: Array, *seed: object) -> None:
-        """Copy the training windows `numbers` of the order called `seed` to these rows of `windows`, (B, T + 1) int32.
+    def gather(self, windows: Array, rows: Array | slice, numbers: Array, *seed: object) -> None:
+        """Gather training windows by number, in the order keyed by `seed`, into rows of `windows`, (B, T + 1) int32.
 
-        NumPy gathers them from the mapped file in one pass.
+        NumPy copies them from the mapped file in one pass.
         """
         tokens, length = np.asarray(self.splits["train"]), windows.shape[1]
         starts = window_starts(numbers, len(tokens), length - 1, *seed)
@@ -172,11 +177,11 @@ class TokenDataset:
         windows[rows] = found
 
     def epochs(self, windows: int, block_size: int) -> float:
-        """How often so many training windows go through the data."""
+        """Epochs that so many training windows are."""
         return windows / window_count(len(self.splits["train"]), block_size)
 
     def _check_ids(self, tokens: Array) -> None:
-        """No device checks an id: one beyond the table reads garbage there."""
+        """UserError for an id outside the vocabulary: no device checks, and the embedding would read other memory."""
         if tokens.max() >= self.manifest["vocab_size"]:
             raise UserError(
                 f"{self.folder} holds the token id {tokens.max()}, outside its vocabulary of "
@@ -184,7 +189,7 @@ class TokenDataset:
             )
 
     def validation(self, batch_size: int, block_size: int, n_batches: int) -> Iterator[tuple[Array, Array]]:
-        """The first `n_batches` batches of the held-out tokens in order (0: all); what lacks has targets of -1."""
+        """The first `n_batches` (B, T) batches of the held-out tokens in order (0: all); a target of -1 is padding."""
         tokens, size = self.splits["val"], batch_size * block_size
         starts = range(0, len(tokens) - 1, size)
         for start in starts[: n_batches or None]:

@@ -1,4 +1,4 @@
-"""Documents to token ids on all cores: a few processes with some threads each, results in the order of the text."""
+"""Worker processes: documents to token ids on all cores, with results in the order of the documents."""
 
 from __future__ import annotations
 
@@ -12,32 +12,25 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
 
 import numpy as np
 
-from twingpt.core import rng
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.data import readers
-from twingpt.data.readers import Item, Text, pieces
+from twingpt.data import documents
+from twingpt.data.documents import DocumentPiece, Item, pieces
+from twingpt.data.shards import SPLITS
+from twingpt.data.split import split_of, tail_start
 
-SPLITS = ("train", "val")
-VAL_FRACTION = 0.1
+Array = np.ndarray
 
-SMALL = 16  # chunks of readers.PIECE characters; less is done before another process has started
-PROCESSES = 4  # at most; each takes some 70 MB, and threads within make up for the cores left
-
-
-def place(head: str) -> str:
-    """The split of the document that begins with `head`: by its hash, so that adding others moves none."""
-    key = rng.digest("val", head[: readers.PIECE // 2])
-    return "val" if key % 10_000 < VAL_FRACTION * 10_000 else "train"
+SMALL = 16  # chunks of documents.PIECE characters; fewer are encoded before another process has started
+PROCESSES = 4  # at most; each takes some 70 MB, and threads within use the cores left
 
 
 @dataclass
-class Encoded:
-    """Some documents' tokens, as the bytes of a shard, and what was counted on the way; all by split."""
+class EncodedChunk:
+    """The tokens of a chunk of documents, as bytes in the shard's dtype, and counts; all by split."""
 
     tokens: dict[str, bytes] = field(default_factory=lambda: dict.fromkeys(SPLITS, b""))
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -46,80 +39,69 @@ class Encoded:
     empty: int = 0  # documents without text, which are left out
     n_tokens: int = 0
 
-    def count(self, other: Encoded) -> None:
-        """Add the counts of what comes next, not its tokens."""
-        for mine, others in ((self.characters, other.characters), (self.documents, other.documents)):
-            for split in SPLITS:
-                mine[split] += others[split]
+    def count(self, other: EncodedChunk) -> None:
+        """Add another chunk's counts, not its tokens."""
+        for split in SPLITS:
+            self.characters[split] += other.characters[split]
+            self.documents[split] += other.documents[split]
         self.empty += other.empty
         self.n_tokens += other.n_tokens
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is done to a chunk of documents: split, encode, count. Without a tokenizer it only counts.
+class ChunkEncoder:
+    """Splits, encodes and counts a chunk of documents; without a tokenizer it only counts.
 
     With `tails`, the last tenth of each document is held out; else whole documents are, by their hash.
     """
 
     tokenizer: Tokenizer | None
     dtype: str
-    tails: bool
+    tails: bool = field(kw_only=True)
 
-    def __call__(self, chunk: Iterable[Item]) -> Encoded:
+    def __call__(self, chunk: Iterable[Item]) -> EncodedChunk:
         """The chunk's tokens and counts."""
-        result = Encoded()
-        parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
+        result = EncodedChunk()
+        arrays: dict[str, list[Array]] = {split: [np.empty(0, np.int32)] for split in SPLITS}
         for item in chunk:
-            for text, split, ends in self.parts(item, result):
+            for text, split, ends in self.split(item, result):
                 result.characters[split] += len(text)
                 result.documents[split] += ends
                 if self.tokenizer:
-                    parts[split] += self._encode(text, ends, self.tokenizer)
+                    arrays[split] += [self.tokenizer.encode(piece) for piece, _ in pieces([text])]
+                    arrays[split] += [np.array([self.tokenizer.end_of_text], np.int32)] * ends
         if self.tokenizer:
             for split in SPLITS:
-                ids = np.concatenate([np.empty(0, np.int32), *parts[split]])
+                ids = np.concatenate(arrays[split])
                 result.n_tokens += len(ids)
                 result.bytes[split] = int(self.tokenizer.byte_lengths[ids].sum())
                 result.tokens[split] = ids.astype(self.dtype).tobytes()
         return result
 
-    def parts(self, item: Item, result: Encoded) -> Iterator[tuple[str, str, bool]]:
-        """The texts of an item, each with its split, and whether that is where its document ends there."""
-        if isinstance(item, Text) and item.split:
+    def split(self, item: Item, result: EncodedChunk) -> Iterator[tuple[str, str, bool]]:
+        """The texts of an item, each with its split and whether its document ends there; empty ones are counted."""
+        if isinstance(item, DocumentPiece) and item.split:
             yield item.text, item.split, item.ends
             return
         for document in item.documents():
             if not document.strip():
                 result.empty += 1
             elif self.tails:
-                cut = tail(len(document))
+                cut = tail_start(len(document))
                 yield document[:cut], "train", True
                 yield document[cut:], "val", True
             else:
-                yield document, place(document), True
-
-    @staticmethod
-    def _encode(text: str, ends: bool, tokenizer: Tokenizer) -> Iterator[Any]:
-        for piece, _ in pieces([text]):
-            yield tokenizer.encode(piece)
-        if ends:
-            yield np.array([tokenizer.end_of_text], np.int32)
-
-
-def tail(length: int) -> int:
-    """Where the held-out tail of a document of `length` characters begins."""
-    return int(length * (1 - VAL_FRACTION))
+                yield document, split_of(document), True
 
 
 def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Items together, until they have readers.PIECE characters."""
+    """Items in chunks of some documents.PIECE characters, each of which is one task."""
     chunk: list[Item] = []
     size = 0
     for item in items:
         chunk.append(item)
         size += len(item)
-        if size >= readers.PIECE or len(chunk) >= 10_000:
+        if size >= documents.PIECE or len(chunk) >= 10_000:
             yield chunk
             chunk, size = [], 0
     if chunk:
@@ -134,33 +116,33 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-def run(work: Work, items: Iterable[Item], n_cores: int) -> Iterator[Encoded]:
-    """`work` done on the items in chunks, in order: here if they are few, else on so many cores.
+def run(encode: ChunkEncoder, items: Iterable[Item], n_cores: int) -> Iterator[EncodedChunk]:
+    """Encode the items in chunks, in order: in this process if they are few, else on so many cores.
 
     The result does not depend on the cores. At most some megabytes wait at any time.
     """
     todo = chunks(items)
     head = list(islice(todo, SMALL)) if n_cores > 1 else []
     if len(head) < SMALL:
-        yield from map(work, chain(head, todo))
+        yield from map(encode, chain(head, todo))
     else:
-        yield from _run_in_pool(work, chain(head, todo), n_cores)
+        yield from _run_in_pool(encode, chain(head, todo), n_cores)
 
 
-def _run_in_pool(work: Work, todo: Iterator[list[Item]], n_cores: int) -> Iterator[Encoded]:
+def _run_in_pool(encode: ChunkEncoder, todo: Iterator[list[Item]], n_cores: int) -> Iterator[EncodedChunk]:
     import multiprocessing
 
     processes = min(n_cores, PROCESSES)
     threads = -(-n_cores // processes)
     size = 1 if threads == 1 else 2 * threads  # so that no thread waits long for the slowest
     pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_start, initargs=(work, threads)
+        processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(encode, threads)
     )
-    waiting: deque[Future[list[Encoded]]] = deque()
+    waiting: deque[Future[list[EncodedChunk]]] = deque()
     try:
         while True:
             while len(waiting) < 2 * processes and (batch := list(islice(todo, size))):
-                waiting.append(pool.submit(_work_on, batch))
+                waiting.append(pool.submit(_encode_batch, batch))
             if not waiting:
                 return
             yield from waiting.popleft().result()
@@ -170,49 +152,50 @@ def _run_in_pool(work: Work, todo: Iterator[list[Item]], n_cores: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-_work: Work
+# Of a worker process, set when it starts.
+_encode: ChunkEncoder
 _threads: ThreadPoolExecutor
 
 
-def _start(work: Work, threads: int) -> None:
-    """Make a worker ready; it leaves Ctrl-C to its parent, and ends when that is gone, killed or not."""
+def _start_worker(encode: ChunkEncoder, threads: int) -> None:
+    """Make a worker ready; it leaves Ctrl-C to its parent, and exits when that has, killed or not."""
     import multiprocessing
 
-    global _work, _threads
-    _work, _threads = work, ThreadPoolExecutor(threads)
+    global _encode, _threads
+    _encode, _threads = encode, ThreadPoolExecutor(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         if parent:
             parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _work_on(batch: list[list[Item]]) -> list[Encoded]:
-    return list(_threads.map(_work, batch))
+def _encode_batch(batch: list[list[Item]]) -> list[EncodedChunk]:
+    return list(_threads.map(_encode, batch))
 
 
 class PeakMemory:
-    """Resident bytes of this process and its children together, at their highest; looked at twice a second."""
+    """Peak resident bytes of this process and its children together, sampled twice a second."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     @contextmanager
     def watch(self) -> Iterator[PeakMemory]:
-        """Look on while the block runs."""
+        """Sample while the block runs, and once when it ends."""
         done = threading.Event()
 
-        def look() -> None:
-            self._look()
+        def sample() -> None:
+            self._sample()
             while not done.wait(0.5):
-                self._look()
-            self._look()
+                self._sample()
+            self._sample()
 
-        thread = threading.Thread(target=look, daemon=True)
+        thread = threading.Thread(target=sample, daemon=True)
         thread.start()
         try:
             yield self
@@ -220,7 +203,7 @@ class PeakMemory:
             done.set()
             thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         import psutil
 
         me = psutil.Process()

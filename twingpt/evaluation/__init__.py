@@ -1,1 +1,1 @@
-"""How good a model is: held-out loss and n-gram baselines."""
+"""Evaluation: held-out loss, and the n-gram baselines to compare it with."""

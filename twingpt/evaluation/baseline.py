@@ -1,4 +1,4 @@
-"""n-gram baselines of a prepared data set: measured, kept beside it, and found again for the runs trained on it."""
+"""n-gram baselines of a data set: measured, cached beside it, and found again for the runs trained on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,14 +23,14 @@ Array = np.ndarray
 
 FILE = "baselines.json"
 MOST_TOKENS = 10_000_000  # of each split: 1.3 GB and 15 seconds at most
-QUICK_TOKENS = 2_000_000  # that `gpt train` counts by itself, in about a second
+QUICK_TOKENS = 2_000_000  # of both splits: what `gpt train` measures unasked, in about a second
 
 
 @dataclass(frozen=True)
-class Row:
-    """What n-grams counted over the first `tokens` training tokens lose on the first `targets` held-out ones.
+class NGramLoss:
+    """Cross-entropy in nats per token of n-grams, counted on `tokens` training tokens, on `targets` held-out ones.
 
-    `val_loss` is in nats per token. `seconds` are those of counting up to n, and of the loss.
+    Both are the first of their splits. `seconds` are those of counting up to n, and of the loss.
     """
 
     n: int
@@ -48,7 +47,7 @@ class Row:
 
 
 def parse_orders(text: str) -> list[int]:
-    """The lengths that `3`, `1..5` or `1,3` names, rising. Raises UserError for anything but 1 to LONGEST."""
+    """The orders n in `3`, `1..5` or `1,3`, rising. Raises UserError for anything but 1 to LONGEST."""
     found: set[int] = set()
     for part in text.split(","):
         ends = re.fullmatch(r"\s*(\d{1,9})\s*(?:\.\.\s*(\d{1,9})\s*)?", part, re.ASCII)
@@ -61,8 +60,8 @@ def parse_orders(text: str) -> list[int]:
     return sorted(found)
 
 
-def measure(data: TokenDataset, orders: Sequence[int], targets: int | None = None) -> tuple[list[Row], NGram]:
-    """The losses of n-grams of each length in `orders` (rising), and the counts up to the longest.
+def measure(data: TokenDataset, orders: Sequence[int], targets: int | None = None) -> tuple[list[NGramLoss], NGram]:
+    """The losses of n-grams of each order in `orders` (rising), and the counts up to the highest; also cached.
 
     Each of the first `targets` held-out tokens (None: of all) is predicted once, as in a model's evaluation,
     from all that stand before it in the split; the split's first is context only. Of both splits at
@@ -86,8 +85,8 @@ def measure(data: TokenDataset, orders: Sequence[int], targets: int | None = Non
             nats = model.nats(val)
             seconds = counting + time.perf_counter() - counted
             bits = nats / math.log(2) / size
-            rows.append(Row(n, nats / (len(val) - 1), bits, len(train), len(val) - 1, seconds))
-    _keep(data, rows)
+            rows.append(NGramLoss(n, nats / (len(val) - 1), bits, len(train), len(val) - 1, seconds))
+    _add_to_cache(data, rows)
     return rows, model
 
 
@@ -102,63 +101,66 @@ def _tokens(data: TokenDataset, split: str) -> Array:
 
 
 def samples(data: TokenDataset, model: NGram, orders: Sequence[int], length: int, seed: int) -> list[str]:
-    """For each n a text of at most `length` tokens, from the start of a document to its end, at temperature 1."""
+    """A text of at most `length` tokens from each order, one document at temperature 1."""
     end = data.tokenizer.end_of_text
     return [data.tokenizer.decode(model.sample(end, length, seed, n)) for n in orders]
 
 
-def best(rows: Sequence[Row]) -> Row:
-    """The row of the least loss, the shortest n among equals."""
+def best(rows: Sequence[NGramLoss]) -> NGramLoss:
+    """The row of least loss, of lowest order among equals."""
     return min(rows, key=lambda row: (row.val_loss, row.n))
 
 
-# A source of a run: its data, its share, the held-out tokens that are evaluated, and bytes of text per such token.
+# A data set of a run, its share of the windows, the held-out tokens evaluated, and bytes of text per such token.
 Evaluation = tuple[TokenDataset, float, int, float]
 
 
-def for_run(sources: Sequence[Evaluation]) -> Row | None:
+def for_run(sources: Sequence[Evaluation]) -> NGramLoss | None:
     """The best n-gram on the held-out tokens that a run evaluates on.
 
-    Of a mixture each source has n-grams of its own training tokens, and the losses are weighed as its
-    evaluation weighs them. They are found beside the data, or counted where that takes about a second;
-    None where it would take longer.
+    Each source of a mixture has n-grams of its own training tokens, and the losses are weighted as the run's
+    evaluation weights them. They are found in the cache, or measured where that takes about a second; None
+    where it would take longer.
     """
-    each = [{row.n: row for row in _quick_rows(data, targets)} for data, _, targets, _ in sources]
-    means, size = list(each[0].values()), sum(share * size for _, share, _, size in sources)
-    if len(sources) > 1:
-        means = [_mean([rows[n] for rows in each], sources, size) for n in sorted(set.intersection(*map(set, each)))]
-    return best(means) if means else None
+    by_source = [{row.n: row for row in _quick_rows(data, targets)} for data, _, targets, _ in sources]
+    if len(sources) == 1:
+        rows = list(by_source[0].values())
+    else:
+        size = sum(share * size for _, share, _, size in sources)
+        orders = sorted(set.intersection(*map(set, by_source)))
+        rows = [_weighted_mean([rows[n] for rows in by_source], sources, size) for n in orders]
+    return best(rows) if rows else None
 
 
-def _mean(rows: Sequence[Row], sources: Sequence[Evaluation], size: float) -> Row:
-    """What n-grams of one length lose on a mixture of `size` bytes per token."""
+def _weighted_mean(rows: Sequence[NGramLoss], sources: Sequence[Evaluation], size: float) -> NGramLoss:
+    """The loss of n-grams of one order on a mixture of `size` bytes of text per token."""
     loss = sum(share * row.val_loss for (_, share, _, _), row in zip(sources, rows, strict=True))
     tokens, targets, seconds = (sum(getattr(row, key) for row in rows) for key in ("tokens", "targets", "seconds"))
-    return Row(rows[0].n, loss, loss / math.log(2) / size, tokens, targets, seconds)
+    return NGramLoss(rows[0].n, loss, loss / math.log(2) / size, tokens, targets, seconds)
 
 
-def _quick_rows(data: TokenDataset, targets: int) -> list[Row]:
-    """What is known of n-grams on these held-out tokens, by n, after counting where that is quick."""
-    known = [row for row in _kept(data) if row.targets == targets]
+def _quick_rows(data: TokenDataset, targets: int) -> list[NGramLoss]:
+    """The losses on the first `targets` held-out tokens: cached, or of all orders, measured where that is quick."""
+    cached = [row for row in _read_cache(data) if row.targets == targets]
     orders = range(1, min(LONGEST, len(data.splits["train"])) + 1)
-    if not {row.n for row in known} >= set(orders) and len(data.splits["train"]) + targets <= QUICK_TOKENS:
-        known, _ = measure(data, orders, targets)
-    return known
+    if not {row.n for row in cached} >= set(orders) and len(data.splits["train"]) + targets <= QUICK_TOKENS:
+        cached, _ = measure(data, orders, targets)
+    return cached
 
 
-def _kept(data: TokenDataset) -> list[Row]:
-    """What was measured earlier on these data."""
+def _read_cache(data: TokenDataset) -> list[NGramLoss]:
+    """What was measured earlier on these tokens; nothing where the file is missing, broken or of other tokens."""
     try:
         content = read_json(data.folder / FILE)
-        rows = [Row(**row) for row in content["rows"]] if content["fingerprint"] == data.fingerprint else []
+        rows = [NGramLoss(**row) for row in content["rows"]] if content["fingerprint"] == data.fingerprint else []
     except (UserError, KeyError, TypeError):
         return []
     return rows
 
 
-def _keep(data: TokenDataset, rows: Sequence[Row]) -> None:
-    """Add to what is kept beside the data, unless it can't be written there: it can be measured again."""
-    merged = {(row.n, row.tokens, row.targets): asdict(row) for row in [*_kept(data), *rows]}
+def _add_to_cache(data: TokenDataset, rows: Sequence[NGramLoss]) -> None:
+    """Add rows to the cache beside the data; where that can't be written, they are measured again the next time."""
+    merged = {(row.n, row.tokens, row.targets): asdict(row) for row in [*_read_cache(data), *rows]}
     content: dict[str, Any] = {"fingerprint": data.fingerprint, "rows": [merged[key] for key in sorted(merged)]}
     with suppress(OSError):
-        write_atomically(Path(data.folder) / FILE, json.dumps(content, indent=2))
+        write_atomically(data.folder / FILE, json.dumps(content, indent=2))

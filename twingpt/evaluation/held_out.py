@@ -1,4 +1,4 @@
-"""The held-out loss of models that are not being trained."""
+"""Held-out loss of models outside of training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOW, BATCH, BATCHES = 1024, 4, 100  # positions, windows, and how many batche
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text that models with the same tokenizer are measured on, on a device."""
+    """A data set whose val split models of one tokenizer are evaluated on, and the device."""
 
     data: TokenDataset
     engines: Backend
@@ -28,7 +28,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, model: Model, source: str, backend: str, device: str | None) -> HeldOut:
-        """The held-out part of `source` in a model's tokens; UserError where there is none, or no such device."""
+        """`source` under the model's tokenizer; UserError where no text is held out, or there is no such device."""
         engines = registry.get(backend)
         target = registry.find_device(engines, device)
         tokenizer = model.tokenizer()
@@ -37,11 +37,11 @@ class HeldOut:
         return cls(data, engines, target)
 
     def loss(self, model: Model) -> float:
-        """Nats per token over the first held-out windows, in float32."""
+        """Cross-entropy in nats per token over the first BATCHES batches, in float32."""
         config = model.config
-        if config.position != "learned":  # a table for each of a million positions would take gigabytes
+        if config.position != "learned":  # RoPE's angles for a million positions would take gigabytes
             config = dataclasses.replace(config, block_size=min(WINDOW, config.block_size))
-        engine = self.engines.TrainEngine(config, self.device, "adamw", "float32", False, False, False)
+        engine = self.engines.TrainEngine(config, self.device)
         engine.load(model.parameters())
         handles, count = [], 0
         for tokens, targets in self.data.validation(BATCH, min(WINDOW, model.config.block_size), BATCHES):

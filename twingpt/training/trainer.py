@@ -22,7 +22,7 @@ from twingpt.core.errors import OutOfMemoryError, UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.schedule import hyperparameters, learning_rate_factor
 from twingpt.data.mixture import Data, Mixture, parts
-from twingpt.data.prefetch import Ahead
+from twingpt.data.prefetch import Prefetcher
 from twingpt.data.shards import TokenDataset
 from twingpt.evaluation import baseline
 from twingpt.inference.generator import LanguageModel
@@ -89,7 +89,7 @@ class Trainer:
         self.run, self.config, self.train, self.data = run, config, train, data
         self.backend, self.device, self.engine = backend, device, engine
         self.reporters, self.progress, self.peak = reporters, progress, peak
-        self.batches = Ahead(self._batch)
+        self.batches = Prefetcher(self._batch)
         self.unread: list[Handle] = []  # updates since the last report, oldest first
         self.skipped_in_row = 0
         self.baseline: Baseline | None = None  # what an n-gram reaches, once it is known

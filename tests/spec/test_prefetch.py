@@ -1,10 +1,10 @@
-"""Batches made one ahead."""
+"""Prefetched batches."""
 
 import threading
 
 import pytest
 
-from twingpt.data.prefetch import Ahead
+from twingpt.data.prefetch import Prefetcher
 
 
 def test_numbers_in_order_are_made_once_each_in_another_thread():
@@ -15,15 +15,15 @@ def test_numbers_in_order_are_made_once_each_in_another_thread():
         threads.add(threading.current_thread().name)
         return number * 10
 
-    ahead = Ahead(make)
-    assert [ahead(i) for i in range(5)] == [0, 10, 20, 30, 40]
-    ahead.next[1].result()
+    prefetcher = Prefetcher(make)
+    assert [prefetcher(i) for i in range(5)] == [0, 10, 20, 30, 40]
+    prefetcher.next[1].result()
     assert sorted(made) == [0, 1, 2, 3, 4, 5] and len(threads) == 2
 
 
 def test_any_other_number_is_right_too():
-    ahead = Ahead(lambda number: number * 10)
-    assert [ahead(i) for i in (3, 4, 9, 0, 1)] == [30, 40, 90, 0, 10]
+    prefetcher = Prefetcher(lambda number: number * 10)
+    assert [prefetcher(i) for i in (3, 4, 9, 0, 1)] == [30, 40, 90, 0, 10]
 
 
 def test_the_next_one_is_made_before_it_is_asked_for():
@@ -34,9 +34,9 @@ def test_the_next_one_is_made_before_it_is_asked_for():
             made.set()
         return number
 
-    ahead = Ahead(make)
-    ahead(0)
-    assert made.wait(200) and ahead(1) == 1
+    prefetcher = Prefetcher(make)
+    prefetcher(0)
+    assert made.wait(200) and prefetcher(1) == 1
 
 
 def test_an_error_is_raised_where_its_number_is_asked_for():
@@ -45,7 +45,7 @@ def test_an_error_is_raised_where_its_number_is_asked_for():
             raise ValueError("two")
         return number
 
-    ahead = Ahead(make)
-    assert [ahead(0), ahead(1)] == [0, 1]
+    prefetcher = Prefetcher(make)
+    assert [prefetcher(0), prefetcher(1)] == [0, 1]
     with pytest.raises(ValueError, match="two"):
-        ahead(2)
+        prefetcher(2)

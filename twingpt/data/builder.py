@@ -1,0 +1,213 @@
+"""Building a data set: some passes over its sources: count, learn the tokenizer, encode to shards."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from twingpt.core import rng
+from twingpt.core.errors import UserError
+from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
+from twingpt.data import shards, sources, workers
+from twingpt.data.documents import pieces
+from twingpt.data.readers import DocumentFile
+from twingpt.data.shards import SPLITS, ShardWriter
+from twingpt.data.sources import Source
+from twingpt.data.split import BY_HASH, BY_TAIL, VAL_FRACTION, pieces_by_hash, pieces_by_tail
+from twingpt.data.tokenizers import find, learn_or_find
+from twingpt.data.workers import ChunkEncoder, EncodedChunk
+
+FEW = 20  # text files; with so few, tails may be held out, and a pass that counts is cheaper than encoding twice
+SAMPLE = 2**26  # characters that a tokenizer is learned from, at most
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """The tokenizer of a data set: of this kind and size, from the path `kind`, or the one given."""
+
+    kind: str
+    vocab_size: int
+    tokenizer: Tokenizer | None = None
+
+    def __post_init__(self) -> None:
+        """Find the tokenizer that `kind` is the path of: the choice is its content, not where it lies."""
+        if self.tokenizer is None and self.kind not in TOKENIZERS:
+            object.__setattr__(self, "tokenizer", find(self.kind))
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The options of a run that ask for it; none for a given tokenizer."""
+        if self.tokenizer:
+            return {}
+        return {"tokenizer": self.kind} | ({"vocab_size": self.vocab_size} if self.kind == "bpe" else {})
+
+    @property
+    def key(self) -> str:
+        """What differs between choices that give different tokens."""
+        return self.tokenizer.digest if self.tokenizer else json.dumps(self.asked)
+
+
+@dataclass
+class Progress:
+    """Progress of a build, for `show`; `total` bytes are read once in each pass, called `task`."""
+
+    show: Callable[[Progress], object] = lambda progress: None
+    task: str = ""
+    total: int = 0
+    done: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+    def begin(self, task: str, total: int) -> None:
+        """Begin a pass."""
+        self.task, self.total, self.done, self.documents, self.tokens = task, total, 0, 0, 0
+        self.show(self)
+
+    def advance(self, count: int) -> None:
+        """Add bytes that were read."""
+        self.done += count
+        self.show(self)
+
+
+class DatasetBuilder:
+    """Builds one data set from sources, by what --data calls them, in as many passes as it takes."""
+
+    def __init__(
+        self, loaded: Mapping[str, Source], name: str, choice: TokenizerChoice, progress: Progress, n_cores: int
+    ) -> None:
+        self.loaded, self.name, self.choice, self.progress, self.n_cores = loaded, name, choice, progress, n_cores
+        self.source = Source(name, [one for source in loaded.values() for one in source.inputs])
+        self.size = self.source.size
+        # Whether the tail of each document is held out, and the characters of each document that comes in pieces.
+        self.tails, self.lengths, self.counted = False, list[int](), False
+
+    def write(self, folder: Path) -> None:
+        """Fill the folder: shards, tokenizer and, last, the manifest."""
+        stamp = self.source.stamp()
+        with ThreadPoolExecutor(1, "digests") as thread:
+            digests = thread.submit(lambda: {spec: source.digest for spec, source in self.loaded.items()})
+            if len(self.source.inputs) < FEW and all(one.kind == "text" for one in self.source.inputs):
+                self.count()
+            given = self.choice.tokenizer
+            tokenizer, learned = (given, {}) if given else learn_tokenizer([self], self.choice)
+            counts, writers = self._encode(folder, tokenizer)
+            rows = self._source_rows(digests.result())
+        if self.source.stamp() != stamp:
+            raise UserError(f"A file of {self.name} changed while it was read: prepare it again.")
+        (folder / "stdin").unlink(missing_ok=True)  # sources.spool's
+        split = BY_TAIL if self.tails else BY_HASH
+        facts: dict[str, Any] = {"name": self.name, "asked": self.choice.asked, "sources": rows, "split": split}
+        facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned}
+        shards.finish_dataset(folder, tokenizer, facts, writers)
+
+    def _source_rows(self, digests: Mapping[str, str]) -> list[dict[str, Any]]:
+        """The manifest's entry of each source."""
+        return [
+            {
+                "source": spec,
+                "files": len(source.inputs),
+                "bytes": source.size,
+                "sha256": digests[spec],
+                "licence": source.licence,
+            }
+            for spec, source in self.loaded.items()
+        ]
+
+    def _pass(
+        self, encode: ChunkEncoder, task: str, writers: Mapping[str, ShardWriter] = MappingProxyType({})
+    ) -> EncodedChunk:
+        """Run `encode` over everything, to the shards; the counts, from which `self.tails` is decided."""
+        self.progress.begin(task, self.size)
+        counts, lengths = EncodedChunk(), list[int]()
+        items = self.source.items(self.progress.advance)
+        placed = pieces_by_tail(items, self.lengths) if encode.tails else pieces_by_hash(items, lengths)
+        for chunk in workers.run(encode, placed, self.n_cores):
+            for split, writer in writers.items():
+                writer.append(chunk.tokens[split], chunk.bytes[split])
+            counts.count(chunk)
+            self.progress.documents, self.progress.tokens = sum(counts.documents.values()), counts.n_tokens
+        total = sum(counts.characters.values())
+        if not total:
+            raise sources.empty(self._display_name())
+        if not encode.tails:
+            share = counts.characters["val"] / total
+            self.tails, self.lengths = not VAL_FRACTION / 2 < share < VAL_FRACTION * 2, lengths
+            self.counted = True
+        return counts
+
+    def _display_name(self) -> object:
+        first, *others = self.source.inputs
+        return first.display_name if isinstance(first, DocumentFile) and not others else self.name
+
+    def _encode(self, folder: Path, tokenizer: Tokenizer) -> tuple[EncodedChunk, dict[str, ShardWriter]]:
+        """Write the shards; again where only the first pass shows that by hash too little or too much is held out."""
+        dtype = shards.token_dtype(tokenizer.vocab_size)
+        while True:
+            encode = ChunkEncoder(tokenizer, dtype.str, tails=self.tails)
+            with ExitStack() as stack:
+                writers = {split: stack.enter_context(ShardWriter(folder / f"{split}.bin", dtype)) for split in SPLITS}
+                counts = self._pass(encode, "tokenizing", writers)
+            if encode.tails == self.tails:
+                return counts, writers
+
+    def count(self) -> None:
+        """Decide how the data is split, by a pass that only counts, unless one was made."""
+        if not self.counted:
+            self._pass(ChunkEncoder(None, "", tails=False), "counting")
+
+    def training_texts(self) -> Iterator[str]:
+        """What is not held out, in order."""
+        encode, items = ChunkEncoder(None, "", tails=self.tails), self.source.items()
+        for item in pieces_by_tail(items, self.lengths) if self.tails else pieces_by_hash(items, []):
+            yield from (text for text, split, _ in encode.split(item, EncodedChunk()) if split == "train")
+
+    def alphabet(self) -> Iterator[str]:
+        """Every character that occurs, once."""
+        seen: set[str] = set()
+        for item in self.source.items():
+            for text in item.documents():
+                seen.update(text)
+        yield "".join(seen)
+
+
+def learn_tokenizer(builders: Sequence[DatasetBuilder], choice: TokenizerChoice) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer chosen, learned from the training texts of `builders` where it learns, and the manifest's facts."""
+    if choice.kind == "bpe":
+        for builder in builders:
+            builder.count()
+            builder.progress.begin("learning the tokenizer", 0)
+    sample = TextSample(text for builder in builders for text in builder.training_texts())
+    alphabet = (text for builder in builders for text in builder.alphabet())
+    tokenizer = learn_or_find(choice.kind, sample, alphabet, choice.vocab_size)
+    if not sample.total:
+        return tokenizer, {}
+    return tokenizer, {"learned_from": {"characters": sample.taken, "of": sample.total, "by": "lowest hash"}}
+
+
+class TextSample:
+    """Texts to learn from: all, or the pieces of lowest hash that make SAMPLE characters, in their order.
+
+    `taken` of `total` characters are known once it has been read.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = texts
+        self.taken = self.total = 0
+
+    def __iter__(self) -> Iterator[str]:
+        heap: list[tuple[int, int, str]] = []  # the highest hash first
+        parts = (piece for text in self.texts for piece, _ in pieces([text]))
+        for number, part in enumerate(parts):
+            self.total += len(part)
+            self.taken += len(part)
+            heapq.heappush(heap, (-rng.digest("sample", part), number, part))
+            while self.taken > SAMPLE:
+                self.taken -= len(heapq.heappop(heap)[2])
+        yield from (part for _, _, part in sorted(heap, key=lambda entry: entry[1]))
