@@ -113,10 +113,10 @@ def best(rows: Sequence[Row]) -> Row:
 
 
 # A source of a run: its data, its share, the held-out tokens that are evaluated, and bytes of text per such token.
-Evaluation = tuple[TokenDataset, float, int, float]
+EvaluatedSource = tuple[TokenDataset, float, int, float]
 
 
-def for_run(sources: Sequence[Evaluation]) -> Row | None:
+def for_run(sources: Sequence[EvaluatedSource]) -> Row | None:
     """The best n-gram on the held-out tokens that a run evaluates on.
 
     Of a mixture each source has n-grams of its own training tokens, and the losses are weighed as its
@@ -130,7 +130,7 @@ def for_run(sources: Sequence[Evaluation]) -> Row | None:
     return best(means) if means else None
 
 
-def _mean(rows: Sequence[Row], sources: Sequence[Evaluation], size: float) -> Row:
+def _mean(rows: Sequence[Row], sources: Sequence[EvaluatedSource], size: float) -> Row:
     """What n-grams of one length lose on a mixture of `size` bytes per token."""
     loss = sum(share * row.val_loss for (_, share, _, _), row in zip(sources, rows, strict=True))
     tokens, targets, seconds = (sum(getattr(row, key) for row in rows) for key in ("tokens", "targets", "seconds"))

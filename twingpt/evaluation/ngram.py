@@ -102,7 +102,7 @@ class NGram:
         ranks = self._ranks(np.asarray(tokens).astype(np.int64))
         p = np.full(len(tokens) - 1, 1 / self.vocab_size)
         for k, order in enumerate(self.orders, 1):
-            p = _counts(order, k == self.n).mix(p, ranks[k - 1][:-1], ranks[k][1:])
+            p = _counts(order, highest=k == self.n).mix(p, ranks[k - 1][:-1], ranks[k][1:])
         return p
 
     def nats(self, tokens: Array) -> float:
@@ -123,7 +123,7 @@ class NGram:
             context = int(ranks[k - 1][-1])
             if context < 0:
                 continue
-            counts = _counts(order, k == n)
+            counts = _counts(order, highest=k == n)
             bounds = np.array([context, context + 1], np.int64) * self.vocab_size
             low, high = np.searchsorted(order.keys, bounds)
             p *= counts.left[context]
@@ -145,7 +145,7 @@ class NGram:
         return text[1:]
 
 
-def _counts(order: Order, highest: bool) -> Smoothed:
+def _counts(order: Order, *, highest: bool) -> Smoothed:
     return order.seen if highest or order.continued is None else order.continued
 
 

@@ -13,7 +13,7 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_count, state_table
 from twingpt.core.schedule import hyperparameters
 from twingpt.data.shards import TokenDataset
-from twingpt.training import launch
+from twingpt.training.engine import make_engine
 
 EVALUATIONS = 10  # of a run, beside the one at its start
 
@@ -72,7 +72,7 @@ class _DryRun:
 
     def __init__(self, config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Place) -> None:
         self.config, self.train, self.data = config, train, data
-        self.engine = launch.make_engine(config, train, place.engines, place.device, None)
+        self.engine = make_engine(config, train, place.engines, place.device, compile=None)
         self.engine.load(initialise(config, train.seed))
 
     def seconds(self, rows: int, micro_batches: int = 1, updates: int = 1) -> float:
