@@ -173,7 +173,7 @@ def warm_up(backend: str) -> None:
     from matplotlib.figure import Figure
 
     from twingpt import cli
-    from twingpt.training import launch  # noqa: F401
+    from twingpt.training import launch, resume, trainer  # noqa: F401
 
     figure = Figure(layout="constrained")
     figure.add_subplot().set_title("fonts and all", parse_math=False)

@@ -94,7 +94,7 @@ def test_it_goes_on_without_the_model(gpt, model, prose, tmp_path):
 @needs("torch")
 def test_a_run_killed_before_its_first_checkpoint_says_how_to_start_again(gpt, model, prose, tmp_path):
     init = open_checkpoint(model())
-    launch.new_run({"data": str(prose)}, tmp_path / "run", "torch", "cpu", None, init)
+    launch.new_run({"data": str(prose)}, tmp_path / "run", "torch", "cpu", init=init)
     code, _, message = gpt("train", "--resume", tmp_path / "run")
     assert code == 2 and "was killed before its first checkpoint: start it again with gpt train --config" in message
 

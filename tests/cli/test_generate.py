@@ -21,7 +21,8 @@ both = pytest.mark.parametrize("backend", BOTH)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A model that has learned something, or sampling would be tested on near-uniform distributions only."""
-    from twingpt.training import launch
+    from twingpt.training.launch import new_run
+    from twingpt.training.trainer import Trainer
 
     options = {
         "data": "python-docs", "vocab_size": 512, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64,
@@ -29,7 +30,7 @@ def trained(tmp_path_factory):
         "sample_interval": 0, "checkpoint_interval": 0, "eval_iters": 2,
     }  # fmt: skip
     run = tmp_path_factory.mktemp("trained") / "run"
-    summary = launch.new_run(options, run, "auto", "cpu", None).fit()
+    summary = Trainer(new_run(options, run, "auto", "cpu")).fit()
     assert summary["val_loss"] < 5
     return run
 

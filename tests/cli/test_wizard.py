@@ -24,7 +24,7 @@ from twingpt.core.config import TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.presets import preset
 from twingpt.data.prepare import prepare
-from twingpt.training import estimate, recipes
+from twingpt.training import estimate, memory, recipes
 from twingpt.training.estimate import Place, Plan, Speed
 from twingpt.training.settings import read
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_is_as_large_as_said(saved):
 
     config = open_checkpoint(saved).config
     size = sum((saved / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer"))
-    assert estimate.checkpoint_bytes(config, TrainConfig()) == pytest.approx(size, rel=0.1)
+    assert memory.checkpoint_bytes(config, TrainConfig()) == pytest.approx(size, rel=0.1)
 
 
 def test_without_a_terminal_it_is_one_sentence():

@@ -127,11 +127,12 @@ def test_a_model_without_a_family_is_refused(tmp_path, bpe, switches):
 @needs("torch")
 def test_a_trained_run_opens_as_it_stands(tmp_path):
     """From `gpt train` to transformers' and mlx-lm's own generation, with nothing between."""
-    from twingpt.training import launch
+    from twingpt.training.launch import new_run
+    from twingpt.training.trainer import Trainer
 
     options = {"vocab_size": 400, "n_layer": 2, "n_embd": 64, "block_size": 32, "max_iters": 40, "eval_iters": 1}
     run = tmp_path / "run"
-    folder = launch.new_run({**options, "sample_interval": 0}, run, "torch", "cpu", None).fit()["checkpoint"]
+    folder = Trainer(new_run({**options, "sample_interval": 0}, run, "torch", "cpu")).fit()["checkpoint"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer("The value of", return_tensors="pt").input_ids

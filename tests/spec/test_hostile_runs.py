@@ -18,7 +18,7 @@ from twingpt.data.shards import ShardWriter, TokenDataset, finish_dataset
 from twingpt.runs import console, inventory, plot, report
 from twingpt.runs.events import Saved, read_events, rewind, seconds_so_far
 from twingpt.training import settings
-from twingpt.training.resume import _read_run
+from twingpt.training.stored import read_run_json
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def show_and_print(run):
 
 
 def resume(run):
-    described = _read_run(run)
+    described = read_run_json(run)
     GPTConfig.from_dict(described["config"])
     TrainConfig.from_dict(described["train"])
 
@@ -83,7 +83,7 @@ def test_a_description_that_is_deep_or_huge_is_damage(run, content):
     with pytest.raises(UserError, match=r"run.json is damaged, so the run can't be shown"):
         inventory.describe(str(run))
     with pytest.raises(UserError, match="is not what twingpt wrote"):
-        _read_run(run)
+        read_run_json(run)
 
 
 def test_numbers_that_no_curve_can_show(run):

@@ -50,8 +50,8 @@ def disk(monkeypatch):
 @pytest.fixture
 def saver(tmp_path):
     events = []
-    saver = Saver(tmp_path / "run", CONFIG, ByteTokenizer(), keep=2, report=events.append)
-    saver.description, saver.events = "{}", events
+    saver = Saver(tmp_path / "run", CONFIG, ByteTokenizer(), keep=2, report=events.append, run_json="{}")
+    saver.events = events
     return saver
 
 

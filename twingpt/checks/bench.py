@@ -30,7 +30,7 @@ from twingpt.core.parameters import initialise, parameter_count
 from twingpt.core.presets import preset
 from twingpt.core.schedule import hyperparameters
 from twingpt.training import flops
-from twingpt.training.launch import make_engine
+from twingpt.training.engine import make_engine
 from twingpt.training.memory import estimate
 from twingpt.training.recipes import RECIPES
 from twingpt.training.settings import MODEL_FIELDS, TRAIN_FIELDS
@@ -67,7 +67,7 @@ class Worker:
     def build(self, mode: str, config: Options, train: Options, compile: bool) -> None:
         """Make an engine with random weights and a random batch, and run it until it is warm."""
         model, settings = GPTConfig.from_dict(config), TrainConfig.from_dict(train)
-        self.engine = make_engine(model, settings, self.engines, self.device, compile)
+        self.engine = make_engine(model, settings, self.engines, self.device, compile=compile)
         self.engine.load(initialise(model, settings.seed))
         shape = (settings.batch_size, model.block_size + 1)
         tokens = rng.generator("bench", settings.seed).integers(0, model.vocab_size, shape).astype(np.int32)

@@ -35,12 +35,12 @@ def baseline(
     gpt train shows the best of them beside the model's loss.
     """
     from twingpt.evaluation import baseline as baselines
-    from twingpt.training.resume import data_of
+    from twingpt.training.stored import open_named_data
 
     orders = baselines.parse_orders(n)
     if sample < 0:
         raise UserError(f"--sample must be at least 0, and is {sample}.")
-    data, targets = data_of(name, tokenizer, vocab_size)
+    data, targets = open_named_data(name, tokenizer, vocab_size)
     rows, model = baselines.measure(data, orders, targets)
     result = [{**dataclasses.asdict(row), "perplexity": row.perplexity} for row in rows]
     if json_:

@@ -13,7 +13,7 @@ from twingpt.core.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from twingpt.training.trainer import Trainer
+    from twingpt.training.state import RunState
 
 app = typer.Typer()
 
@@ -125,8 +125,10 @@ def train(
 
     from twingpt.runs import trackers
     from twingpt.runs.console import ConsoleReporter
-    from twingpt.training import launch, settings
+    from twingpt.training import settings
+    from twingpt.training.launch import new_run
     from twingpt.training.resume import resume_run
+    from twingpt.training.trainer import Trainer
     from twingpt.weights.formats import open_model
 
     console = Console(stderr=json_, highlight=False)
@@ -138,21 +140,20 @@ def train(
             raise UserError(f"--resume goes on in the run's own folder, with its own model: leave out {names[key]}.")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
-    place = (where["backend"] or "auto", where["device"], where["compile"])
+    place = (where["backend"] or "auto", where["device"])
+    common = {"compile": where["compile"], "report_to": where["report_to"]}
     if resume is not None:
-        trainer = resume_run(resume, options, *place, stop_after, names, where["report_to"])
+        state = resume_run(resume, options, *place, stop_after=stop_after, names=names, **common)
     else:
         init = open_model(where["init_from"]).model if where["init_from"] else None
-        trainer = launch.new_run(
-            options, Path(where["out"]) if where["out"] else None, *place, init, where["report_to"]
-        )
-    _print_settings(console, trainer, options)
-    reporter = ConsoleReporter(console)
-    trainer.reporters = [*trainer.reporters, *trackers.make(track, trainer.run), reporter]
-    with reporter.live():
+        state = new_run(options, Path(where["out"]) if where["out"] else None, *place, init=init, **common)
+    _print_settings(console, state, options)
+    display = ConsoleReporter(console)
+    trainer = Trainer(state, [*trackers.make(track, state.folder), display])
+    with display.live():
         summary = trainer.fit(stop_after)
     if json_:
-        print_json(summary | {"settings": settings.spelled_out(trainer.config, trainer.train)})
+        print_json(summary | {"settings": settings.spelled_out(state.config, state.train)})
     else:
         _print_summary(console, summary)
 
@@ -173,19 +174,19 @@ def _ask_wizard(beside: list[str]) -> Path:
     return path
 
 
-def _print_settings(console: "Console", trainer: "Trainer", options: dict[str, Any]) -> None:
+def _print_settings(console: "Console", state: "RunState", options: dict[str, Any]) -> None:
     """What the depth came to, and what is not as in the recipe."""
     from rich.markup import escape
 
-    from twingpt.training import recipes
     from twingpt.training.depth import describe
+    from twingpt.training.recipes import differences
     from twingpt.training.settings import as_pairs
 
     if "depth" in options:
-        console.print(describe(options["depth"], trainer.config, trainer.train))
-    differences = recipes.differences(trainer, options)
-    if differences:
-        console.print(f"[dim]Other than the recipe: {escape(as_pairs(differences))}[/]")
+        console.print(describe(options["depth"], state.config, state.train))
+    changed = differences(state.config, state.train, state.device, options, fine_tuned=bool(state.init_from))
+    if changed:
+        console.print(f"[dim]Other than the recipe: {escape(as_pairs(changed))}[/]")
 
 
 def _print_summary(console: "Console", summary: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from twingpt.data.named import NAMES
 from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset
 from twingpt.training import depth, memory, recipes
-from twingpt.training.estimate import Place, Plan, Speed, checkpoint_bytes, measure, places, plan
+from twingpt.training.estimate import Place, Plan, Speed, measure, places, plan
 from twingpt.training.settings import Settings, write
 
 DEPTHS = (2, 4, 6, 8, 12, 16, 20, 24)  # shown; any is accepted
@@ -54,21 +54,21 @@ def _conversation(console: Console) -> tuple[Path, bool]:
     place = _ask_place(console)
     spec, data = _ask_data(console, place.device)
     while True:
-        size, plan = _ask_length(console, place, spec, data)
+        size, planned = _ask_length(console, place, spec, data)
         if Confirm.ask("Go on with this? [dim](n asks for size and time again)[/]", console=console, default=True):
             break
     settings: Settings = {
         **size,
         "data": spec,
-        "max_iters": plan.steps,
-        "eval_interval": plan.eval_interval,
-        "eval_iters": plan.eval_iters,
-        "checkpoint_interval": plan.eval_interval,
-        "sample_interval": math.ceil(plan.steps / 2),
+        "max_iters": planned.steps,
+        "eval_interval": planned.eval_interval,
+        "eval_iters": planned.eval_iters,
+        "checkpoint_interval": planned.eval_interval,
+        "sample_interval": math.ceil(planned.steps / 2),
         "backend": place.engines.NAME,
         "device": place.device.name,
     }
-    path = _ask_file(console, settings, f"About {human_time(plan.seconds)} on {place}, as measured there.")
+    path = _ask_file(console, settings, f"About {human_time(planned.seconds)} on {place}, as measured there.")
     command = f"gpt train --config {shlex.quote(str(path))}"
     console.print(f"Wrote {escape(str(path))}. To train: [bold]{escape(command)}[/]", soft_wrap=True)
     return path, Confirm.ask("Start now?", console=console, default=True)
@@ -93,8 +93,8 @@ def _ask_place(console: Console) -> Place:
         raise UserError("No backend works on this machine: gpt doctor says why.")
     table = Table(box=box.SIMPLE, show_header=False, padding=(0, 1))
     for number, place in enumerate(found, 1):
-        memory = human_bytes(place.device.memory_bytes) if place.device.memory_bytes else "memory unknown"
-        table.add_row(f"[bold]{number}[/]", str(place), escape(place.device.description), memory)
+        size = human_bytes(place.device.memory_bytes) if place.device.memory_bytes else "memory unknown"
+        table.add_row(f"[bold]{number}[/]", str(place), escape(place.device.description), size)
     console.print(table)
 
     def parse(text: str) -> Place:
@@ -193,7 +193,7 @@ def _estimate(
     config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed, planned: Plan, place: Place
 ) -> Table:
     tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
-    disk = checkpoint_bytes(config, train)
+    disk = memory.checkpoint_bytes(config, train)
     rows: list[tuple[str, Any]] = [
         ("parameters", human_count(parameter_count(config))),
         ("speed, measured", f"{human_count(tokens / speed.step)} tokens/s"),

@@ -111,11 +111,11 @@ def best(rows: Sequence[NGramLoss]) -> NGramLoss:
     return min(rows, key=lambda row: (row.val_loss, row.n))
 
 
-# A data set of a run, its share of the windows, the held-out tokens evaluated, and bytes of text per such token.
-Evaluation = tuple[TokenDataset, float, int, float]
+# A source of a run: its data, its share of the windows, held-out tokens evaluated, and bytes of text per such token.
+EvaluatedSource = tuple[TokenDataset, float, int, float]
 
 
-def for_run(sources: Sequence[Evaluation]) -> NGramLoss | None:
+def for_run(sources: Sequence[EvaluatedSource]) -> NGramLoss | None:
     """The best n-gram on the held-out tokens that a run evaluates on.
 
     Each source of a mixture has n-grams of its own training tokens, and the losses are weighted as the run's
@@ -132,7 +132,7 @@ def for_run(sources: Sequence[Evaluation]) -> NGramLoss | None:
     return best(rows) if rows else None
 
 
-def _weighted_mean(rows: Sequence[NGramLoss], sources: Sequence[Evaluation], size: float) -> NGramLoss:
+def _weighted_mean(rows: Sequence[NGramLoss], sources: Sequence[EvaluatedSource], size: float) -> NGramLoss:
     """The loss of n-grams of one order on a mixture of `size` bytes of text per token."""
     loss = sum(share * row.val_loss for (_, share, _, _), row in zip(sources, rows, strict=True))
     tokens, targets, seconds = (sum(getattr(row, key) for row in rows) for key in ("tokens", "targets", "seconds"))

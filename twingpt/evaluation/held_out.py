@@ -1,21 +1,90 @@
-"""Held-out loss of models outside of training."""
+"""Held-out loss: the cross-entropy on a data set's validation windows, of a run's engine and of finished models."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from twingpt.backends import registry
-from twingpt.core.backend import Backend, Device
+from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.checkpoint.schema import Model
+from twingpt.data.mixture import Data, MixturePart, parts
 from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset
+from twingpt.evaluation import baseline
+from twingpt.runs.events import Baseline, SourceLoss
 
 Array = np.ndarray
 
 WINDOW, BATCH, BATCHES = 1024, 4, 100  # positions, windows, and how many batches of them at most
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Cross-entropy on held-out tokens in nats per token, and the bytes of text per token, over `targets` tokens."""
+
+    nats: float
+    bytes_per_token: float
+    targets: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits per byte of text, which compares across tokenizers."""
+        return self.nats / math.log(2) / self.bytes_per_token
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss on each source of a run's data, and `mean`, weighted by their shares of the windows."""
+
+    sources: Sequence[tuple[MixturePart, HeldOutLoss]]
+    mean: HeldOutLoss
+
+    @property
+    def source_losses(self) -> dict[str, SourceLoss]:
+        """The loss on each source of a mixture, by name; empty for one data set."""
+        if len(self.sources) == 1:
+            return {}
+        return {part.name: SourceLoss(loss.nats, loss.bits_per_byte) for part, loss in self.sources}
+
+    def ngram_baseline(self, step: int, known: Baseline | None) -> Baseline | None:
+        """What the best n-gram reaches on the same tokens, reported after `step` steps.
+
+        None before the first step, where `known` is of these tokens already, and where counting would take more
+        than about a second.
+        """
+        if step == 0 or (known and known.targets == self.mean.targets):
+            return None
+        row = baseline.for_run(
+            [(part.data, part.share, loss.targets, loss.bytes_per_token) for part, loss in self.sources]
+        )
+        return Baseline(step, row.n, row.val_loss, row.bits_per_byte, row.targets) if row else None
+
+
+def evaluate(engine: TrainEngine, data: Data, batch_size: int, block_size: int, n_batches: int) -> Evaluation:
+    """Evaluate an engine on at most `n_batches` held-out batches of each source of `data` (0: all); waits."""
+    sources = parts(data)
+    losses = [_source_loss(engine, part.data, batch_size, block_size, n_batches) for part in sources]
+    means = [(loss.nats, loss.bytes_per_token) for loss in losses]
+    nats, bytes_per_token = np.average(means, axis=0, weights=[part.share for part in sources]).tolist()
+    mean = HeldOutLoss(nats, bytes_per_token, sum(loss.targets for loss in losses))
+    return Evaluation(list(zip(sources, losses, strict=True)), mean)
+
+
+def _source_loss(
+    engine: TrainEngine, data: TokenDataset, batch_size: int, block_size: int, n_batches: int
+) -> HeldOutLoss:
+    handles, count, size = [], 0, 0
+    for tokens, targets in data.validation(batch_size, block_size, n_batches):
+        handles.append(engine.evaluate(tokens, targets))
+        counted = targets[targets >= 0]
+        count += counted.size
+        size += int(data.tokenizer.byte_lengths[counted].sum())
+    return HeldOutLoss(float(engine.read(handles).sum()) / count, max(1, size) / count, count)
 
 
 @dataclass(frozen=True)
@@ -41,10 +110,6 @@ class HeldOut:
         config = model.config
         if config.position != "learned":  # RoPE's angles for a million positions would take gigabytes
             config = dataclasses.replace(config, block_size=min(WINDOW, config.block_size))
-        engine = self.engines.TrainEngine(config, self.device)
+        engine = self.engines.TrainEngine(config, self.device, optimizer="adamw", dtype="float32")
         engine.load(model.parameters())
-        handles, count = [], 0
-        for tokens, targets in self.data.validation(BATCH, min(WINDOW, model.config.block_size), BATCHES):
-            handles.append(engine.evaluate(tokens, targets))
-            count += int((targets >= 0).sum())
-        return float(engine.read(handles).sum()) / count
+        return _source_loss(engine, self.data, BATCH, min(WINDOW, model.config.block_size), BATCHES).nats

@@ -1,4 +1,4 @@
-"""How long a run takes: a few of its steps measured, and a length that fits the time."""
+"""How long a run will take: its steps timed on the device, and a length and intervals that fit a given time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from twingpt.backends import registry
 from twingpt.core.backend import Backend, Device
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
-from twingpt.core.parameters import initialise, parameter_count, state_table
+from twingpt.core.parameters import initialise
 from twingpt.core.schedule import hyperparameters
 from twingpt.data.shards import TokenDataset
-from twingpt.training import launch
+from twingpt.training.engine import make_engine
 
 EVALUATIONS = 10  # of a run, beside the one at its start
-
 EVALUATION_SHARE = 0.1  # of a run's time, at most
-
-MEASURED_SECONDS = 3.0
-
-PATIENCE_SECONDS = 20.0
+MEASURED_SECONDS = 3.0  # of steps, once the engine is warm
+MOST_UPDATES = 200  # steps that are measured, at most
+PATIENCE_SECONDS = 20.0  # for a whole micro-batch; a slower one is measured by its windows
 
 
 @dataclass(frozen=True)
 class Place:
-    """A device of a backend."""
+    """A backend, and one of its devices."""
 
     engines: Backend
     device: Device
@@ -37,7 +35,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a dry run measured: seconds of a step, of a batch of evaluation and of compiling."""
+    """Seconds, as measured, of an optimizer step and of a batch of evaluation, and of compiling at the start."""
 
     step: float
     evaluation_batch: float
@@ -46,7 +44,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that fits the time: its length, its intervals, in steps, and what it will take."""
+    """The length of a run: in steps, and in seconds with its evaluations, which come every `eval_interval` steps.
+
+    `eval_iters` is as in TrainConfig: batches of an evaluation, 0 for the whole validation split.
+    """
 
     steps: int
     seconds: float
@@ -55,7 +56,7 @@ class Plan:
 
 
 def places() -> list[Place]:
-    """Every device of every backend that works here, the one that would be chosen first."""
+    """Every device of every backend that works here, those of the backend that `auto` chooses first."""
     found = []
     for name in filter(registry.installed, registry.BACKENDS):  # MLX first, as in `gpt doctor`
         try:
@@ -68,15 +69,15 @@ def places() -> list[Place]:
 
 
 class _DryRun:
-    """The engine of a run, timed on its first batches; nothing of it is kept."""
+    """A run's engine, timed on the first batch of its data; its parameters are thrown away."""
 
     def __init__(self, config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Place) -> None:
         self.config, self.train, self.data = config, train, data
-        self.engine = launch.make_engine(config, train, place.engines, place.device, None)
+        self.engine = make_engine(config, train, place.engines, place.device, compile=None)
         self.engine.load(initialise(config, train.seed))
 
     def seconds(self, rows: int, micro_batches: int = 1, updates: int = 1) -> float:
-        """Steps of some micro-batches of `rows` windows, from the call to the last number read."""
+        """Seconds of `updates` steps of `micro_batches` of `rows` windows each, until their losses are read."""
         tokens, targets = self.data.batch(0, rows, self.config.block_size, self.train.seed)
         start, handles = time.perf_counter(), []
         for _ in range(updates):
@@ -87,7 +88,7 @@ class _DryRun:
         return time.perf_counter() - start
 
     def evaluation(self, rows: int) -> float:
-        """One batch of evaluation, once the first has warmed up."""
+        """Seconds of the second of two batches of evaluation; the first one warms up."""
         tokens, targets = next(self.data.validation(rows, self.config.block_size, 1))
         for _ in range(2):
             start = time.perf_counter()
@@ -96,10 +97,10 @@ class _DryRun:
 
 
 def measure(config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Place) -> Speed:
-    """Train on real batches for a few seconds, and evaluate one.
+    """Time a run on a device: some seconds of steps on its first batch, and an evaluation of one batch.
 
-    Where a step has more micro-batches than that time holds, some are measured and the rest is added.
-    Where even one is too long for a CPU, one window and two are, and the rest is added.
+    Where a step has more micro-batches than MEASURED_SECONDS hold, it is extrapolated from fewer; where a
+    micro-batch takes a CPU longer than PATIENCE_SECONDS, from one window and two.
     """
     dry, rows, micro_batches = _DryRun(config, train, data, place), train.batch_size, train.gradient_accumulation_steps
     cpu = place.device.kind == "cpu"  # elsewhere other shapes would compile again
@@ -107,17 +108,20 @@ def measure(config: GPTConfig, train: TrainConfig, data: TokenDataset, place: Pl
     if one * rows > PATIENCE_SECONDS:
         row = max(0.0, dry.seconds(2) - one)
         return Speed(one + (rows * micro_batches - 1) * row, rows * dry.evaluation(1))
-    first = step = dry.seconds(rows)  # compiles where that is on, and allocates
+    first = each = dry.seconds(rows)  # compiles where that is on, and allocates
     if not cpu or first < MEASURED_SECONDS:
-        step = dry.seconds(rows)
-        measured = max(1, min(micro_batches, int(MEASURED_SECONDS / step)))
-        updates = max(1, min(200, int(MEASURED_SECONDS / (step * measured))))
-        step = dry.seconds(rows, measured, updates) / updates / measured
-    return Speed(step * micro_batches, dry.evaluation(rows), max(0.0, first - step))
+        each = dry.seconds(rows)
+        measured = max(1, min(micro_batches, int(MEASURED_SECONDS / each)))
+        updates = max(1, min(MOST_UPDATES, int(MEASURED_SECONDS / (each * measured))))
+        each = dry.seconds(rows, measured, updates) / updates / measured
+    return Speed(each * micro_batches, dry.evaluation(rows), max(0.0, first - each))
 
 
 def plan(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed, span: float | int) -> Plan:
-    """Steps for a time (a float, in seconds), or the time for steps (an int), evaluations included."""
+    """The run that fills `span`: seconds, evaluations included, as a float, or a number of steps as an int.
+
+    It is evaluated EVALUATIONS times beside its start, on as much of the validation split as EVALUATION_SHARE allows.
+    """
     windows = math.ceil((len(data.splits["val"]) - 1) / config.block_size)
     whole = math.ceil(windows / train.batch_size)
     seconds = span if isinstance(span, float) else span * speed.step
@@ -130,9 +134,3 @@ def plan(config: GPTConfig, train: TrainConfig, data: TokenDataset, speed: Speed
     evaluations = 1 + math.ceil(steps / interval)
     total = speed.start + steps * speed.step + evaluations * evaluation
     return Plan(steps, total, interval, eval_iters)
-
-
-def checkpoint_bytes(config: GPTConfig, train: TrainConfig) -> int:
-    """The size of a checkpoint's tensors: parameters and optimizer state, in float32."""
-    state = state_table(config, train.optimizer, train.dtype)
-    return 4 * (parameter_count(config) + sum(math.prod(shape) for shape in state.values()))

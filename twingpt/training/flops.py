@@ -1,4 +1,4 @@
-"""How much arithmetic a model is, how much a device can do, and the share of it that a run uses (MFU)."""
+"""FLOPs of training a model, peak FLOP/s of devices, and MFU: the share of the peak that a run reaches."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ SECONDS = 0.25  # for a measurement: little against the start of a run
 
 @dataclass(frozen=True)
 class Peak:
-    """The most floating-point operations that a device does in a second; `source` is documented or measured."""
+    """Peak FLOP/s of a device in matrix products of one dtype; `source` is documented or measured."""
 
     flops_per_second: float
     source: str
 
 
 def documented_peak(device: Device, dtype: str) -> Peak | None:
-    """The published figure for matrix products of `dtype`, or None for a device that PEAKS doesn't have."""
+    """The peak that the device's maker publishes for `dtype`; None for a device that PEAKS doesn't have."""
     if device.kind == "cpu":
         return None
     for name, peaks in PEAKS.items():
@@ -78,7 +78,7 @@ def documented_peak(device: Device, dtype: str) -> Peak | None:
 
 
 def measured_peak(backend: Backend, device: Device, dtype: str) -> Peak | None:
-    """The median speed of a product of two square matrices, the largest that SECONDS allow several of.
+    """The peak by timing products of two square matrices: the median of REPEATS or more, the fastest of all sizes.
 
     None where the product alone fails, as for want of memory.
     """
@@ -113,7 +113,7 @@ def peak(backend: Backend, device: Device, dtype: str) -> Peak | None:
 
 
 def flops_per_token(config: GPTConfig) -> float:
-    """Operations for a token of training, forward and backward: 6 N + 12 L H Q T (PaLM, appendix B).
+    """FLOPs per token of training, forward and backward: 6 N + 12 L H Q T (PaLM, appendix B).
 
     N leaves out the embedding tables, which are looked up, and counts the head, tied or not. T is the
     context, or the window where it is shorter. What is computed again to save memory doesn't count.
@@ -127,9 +127,9 @@ def flops_per_token(config: GPTConfig) -> float:
 
 
 def mfu(tokens_per_second: float, config: GPTConfig, peak: Peak | None) -> float | None:
-    """The share of a device's peak that training at this speed uses, or None where the peak isn't known.
+    """Model FLOPs utilization in (0, 1]: training's FLOP/s over the device's peak; None where no peak is known.
 
-    It isn't where training is faster: then the machine was busy with something else when it was measured.
+    Nor is it known where training is faster: then the machine was busy with something else when it was measured.
     """
     share = tokens_per_second * flops_per_token(config) / peak.flops_per_second if peak else math.inf
     return share if share <= 1 else None

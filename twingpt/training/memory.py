@@ -1,6 +1,6 @@
-"""How much memory a training step takes, from the configuration alone, and what would fit.
+"""Memory of a training step, estimated from the configuration alone, and the settings that fit a device.
 
-The counts of kept arrays follow the backends' models line by line: what the backward pass of each line
+The counts of activations follow the backends' models line by line: what the backward pass of each line
 needs again. tests/spec/test_memory.py holds them to what is measured on a CPU.
 """
 
@@ -40,12 +40,13 @@ CLEARLY = 1.5  # times all memory: the estimate is never as wrong
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of the arrays of a training step. The first six are for all of it, the others for a moment.
+    """Memory of a training step in bytes of arrays, by what they are for.
 
-    `casts` are the parameters in the compute dtype, `activations` what the forward pass keeps for the
-    backward pass, and gradients of micro-batches before. At the loss there are `loss` besides, where the
-    backward pass begins `begin`, where it ends `end` and the gradients, and in the optimizer step
-    `update` and the gradients.
+    `parameters` and `optimizer` (its state) are there throughout, in float32. In the forward and backward passes
+    there are `casts`, the parameters in the compute dtype, and up to where the backward pass begins `activations`,
+    which it needs, with the gradients of earlier micro-batches. What is there for a moment besides: `loss` at the
+    loss, `begin` where the backward pass begins, `end` where it ends, when all `gradients` are there, and
+    `update` in the optimizer step.
     """
 
     parameters: int
@@ -60,27 +61,26 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The most at one time."""
+        """Bytes at the widest moment of the step."""
         begin = self.activations + max(self.loss, self.begin)
         passes = self.casts + max(begin, self.gradients + self.end)
         return self.parameters + self.optimizer + max(passes, self.gradients + self.update)
 
 
 def estimate(config: GPTConfig, train: TrainConfig, backend: str, kind: str) -> Estimate:
-    """What a step takes on a backend's device of a `kind`, uncompiled."""
+    """Memory of an optimizer step on a backend's device of a `kind`, uncompiled."""
     counts = Counts(config, train, backend, kind)
     parameters = FLOAT * parameter_count(config)
-    inside, again = counts.block(), train.gradient_checkpointing
-    kept = counts.width * config.n_embd if again else inside
-    state = state_table(config, train.optimizer, train.dtype)
+    inside = counts.block()
+    recomputed = inside if train.gradient_checkpointing else 0
+    kept = counts.width * config.n_embd if train.gradient_checkpointing else inside
     accumulated = parameters if train.gradient_accumulation_steps > 1 else 0
     ahead = backend == "mlx"  # it works ahead: the loss's arrays, or those of another block computed again, are there
-    redone = inside if again else 0
-    begin = redone + counts.backward() + (max(counts.loss(), redone) if ahead else 0)
+    begin = recomputed + counts.backward() + (max(counts.loss(), recomputed) if ahead else 0)
     return Estimate(
         parameters=parameters,
         gradients=parameters,
-        optimizer=FLOAT * sum(math.prod(shape) for shape in state.values()),
+        optimizer=FLOAT * _state_size(config, train),
         casts=parameters * counts.width // FLOAT if counts.half else 0,
         activations=config.n_layer * kept + counts.outside() + accumulated,
         loss=counts.loss(),
@@ -91,14 +91,24 @@ def estimate(config: GPTConfig, train: TrainConfig, backend: str, kind: str) -> 
 
 
 def needed(config: GPTConfig, train: TrainConfig, backend: str, kind: str) -> int:
-    """Bytes that a run takes on a device of a `kind`: for a step, or for a copy of all that is saved, on the host."""
+    """Peak memory of a run on a device of a `kind`, in bytes: of a step or, in the host's memory, of saving."""
     step = estimate(config, train, backend, kind)
-    saved = 2 * (step.parameters + step.optimizer) if kind in SHARED else 0
+    saved = 2 * (step.parameters + step.optimizer) if kind in SHARED else 0  # a checkpoint is copied to the host
     return int(max(step.peak, saved) * (HEAP[backend] if kind == "cpu" else 1))
 
 
+def checkpoint_bytes(config: GPTConfig, train: TrainConfig) -> int:
+    """Bytes of a checkpoint's tensors on the disk: parameters and optimizer state, in float32."""
+    return FLOAT * (parameter_count(config) + _state_size(config, train))
+
+
+def _state_size(config: GPTConfig, train: TrainConfig) -> int:
+    """Numbers in the optimizer state."""
+    return sum(math.prod(shape) for shape in state_table(config, train.optimizer, train.dtype).values())
+
+
 class Counts:
-    """The parts of an estimate: bytes for the tokens of a micro-batch, by the lines of the backends' models."""
+    """Bytes of a micro-batch's arrays, part by part, as the lines of the backends' models allocate them."""
 
     def __init__(self, config: GPTConfig, train: TrainConfig, backend: str, kind: str) -> None:
         self.config, self.train, self.backend, self.kind = config, train, backend, kind
@@ -109,7 +119,7 @@ class Counts:
         self.scores = config.n_head * config.block_size  # of a token
 
     def block(self) -> int:
-        """What the backward pass of a block needs."""
+        """Activations of a block: what its backward pass needs."""
         c = self.config
         projections = self.width * (2 * self.queries + 2 * self.keys)  # queries, keys, values; and the result
         normed = self.norm("rmsnorm") * (self.queries + self.keys) if c.qk_norm else 0
@@ -138,7 +148,7 @@ class Counts:
         return self.config.n_embd * (self.width if self.backend == "torch" and self.kind == "cpu" else 1)
 
     def outside(self) -> int:
-        """What the backward pass needs before and after the blocks."""
+        """Activations before and after the blocks."""
         c = self.config
         norms = (1 + c.embed_norm) * (self.norm(c.norm) + self.width) * c.n_embd
         return self.tokens * (norms + c.smear * self.width * c.n_embd + self.dropout())
@@ -156,7 +166,7 @@ class Counts:
         return (4 if c.logit_softcap else 2) * logits + before + head + hidden
 
     def backward(self) -> int:
-        """What the backward pass of a block holds besides at its widest moment, in the MLP or the attention."""
+        """Temporaries of a block's backward pass at its widest moment, in the MLP or the attention."""
         c = self.config
         if self.backend == "mlx":  # measured: it works on several lines at a time
             wide = 3.3 * c.n_inner + 8.6 * c.n_embd + (2.4 * self.scores if self.attention() else 0)
@@ -169,7 +179,7 @@ class Counts:
         return FLOAT * self.config.vocab_size * self.config.n_embd if self.config.tie_embeddings else 0
 
     def update(self) -> int:
-        """What an optimizer step holds besides: the clipped gradients, and what is computed of its largest arrays."""
+        """Temporaries of the optimizer step: the clipped gradients, and the updates of its largest arrays."""
         table, plan = parameter_table(self.config), optimizer_plan(self.config, self.train.optimizer)
         sizes = sorted((table[name].size for name in plan.adamw), reverse=True)
         batches = max((sum(table[name].size for name in batch) for batch in plan.muon), default=0)
@@ -184,17 +194,18 @@ class Counts:
 def plan(
     config: GPTConfig, train: TrainConfig, backend: str, device: Device, free: int, chosen: Collection[str]
 ) -> tuple[TrainConfig, list[str]]:
-    """`train` as it fits the `free` bytes of a device, and what to tell about that.
+    """`train` with micro-batches, and if need be gradient checkpointing, that fit a device's `free` bytes; and notes.
 
-    Batch size, accumulation and checkpointing change only where the user has not `chosen` them, and never
-    the windows of a step. Raises UserError for a run that is clearly larger than the whole device.
+    `batch_size`, `gradient_accumulation_steps` and `gradient_checkpointing` change only where they are not among
+    the user's `chosen` ones, and a step keeps its windows. The notes are sentences on what was changed or will not
+    fit. Raises UserError for a run that is clearly larger than all of the device's memory.
     """
     if _fits(config, train, backend, device, free):
         return train, []
     smaller = list(_smaller(train, chosen))
     for candidate in smaller:
         if _fits(config, candidate, backend, device, free):
-            return candidate, [_said(train, candidate, free)]
+            return candidate, [_change_note(train, candidate, free)]
     least = needed(config, smaller[-1] if smaller else train, backend, device.kind)
     short = f"Training this takes about {human_bytes(least)} of memory, and {device.name} has"
     hint = advice(config, train, backend, device, free)
@@ -204,7 +215,7 @@ def plan(
 
 
 def advice(config: GPTConfig, train: TrainConfig, backend: str, device: Device, free: int | None) -> str:
-    """A sentence that says which options make a run need less: as little as the `free` bytes, where some do."""
+    """A sentence on the options that make a run need less memory: no more than `free` bytes where that can be."""
     now = needed(config, train, backend, device.kind)
     budget = min(now, free or now)  # it doesn't fit, whatever the estimate says
     ideas = []
@@ -226,15 +237,15 @@ def _fits(config: GPTConfig, train: TrainConfig, backend: str, device: Device, f
 
 
 def _smaller(train: TrainConfig, chosen: Collection[str]) -> Iterator[TrainConfig]:
-    """The same steps in smaller and smaller micro-batches; then, if need be, with activations computed again."""
+    """The same steps in ever smaller micro-batches, then those with gradient checkpointing."""
     windows = train.batch_size * train.gradient_accumulation_steps
     sizes = [train.batch_size]
     if not {"batch_size", "gradient_accumulation_steps"} & set(chosen):
         sizes = [size for size in range(train.batch_size, 0, -1) if windows % size == 0]
-    again = [train.gradient_checkpointing]
+    choices = [train.gradient_checkpointing]
     if not train.gradient_checkpointing and "gradient_checkpointing" not in chosen:
-        again.append(True)
-    for checkpointing in again:
+        choices.append(True)
+    for checkpointing in choices:
         for size in sizes:
             if (size, checkpointing) != (train.batch_size, train.gradient_checkpointing):
                 yield dataclasses.replace(
@@ -245,7 +256,8 @@ def _smaller(train: TrainConfig, chosen: Collection[str]) -> Iterator[TrainConfi
                 )
 
 
-def _said(train: TrainConfig, fitting: TrainConfig, free: int) -> str:
+def _change_note(train: TrainConfig, fitting: TrainConfig, free: int) -> str:
+    """What of `train` was changed to fit, in a sentence."""
     parts = []
     if fitting.batch_size != train.batch_size:
         parts.append(

@@ -1,4 +1,4 @@
-"""Recipes: the configurations that options come to, for a new run on a device and for fine-tuning."""
+"""Recipes: default settings by kind of device and for fine-tuning, and options resolved on top of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from twingpt.core.presets import preset, shaped
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.training import depth
 from twingpt.training.settings import FIELDS, MODEL_FIELDS, SIZE_KEYS, TRAIN_FIELDS, spelled_out
-from twingpt.training.trainer import Trainer
 
 Array = np.ndarray
 
-# What a run is without flags: on two CPU cores text worth reading in minutes, on a GPU a larger model.
-# docs/experiments.md has the figures behind them.
+# The default settings of a run, by kind of device: on two CPU cores text worth reading in minutes, on a GPU a
+# larger model. docs/experiments.md has the figures behind them.
 RECIPES: dict[str, dict[str, Any]] = {
     "cpu": {
         "preset": "micro",
@@ -39,7 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpu": {"preset": "tiny", "batch_size": 32, "max_iters": 2000, "dropout": 0.1},
 }
 
-# What fine-tuning is without flags; docs/experiments.md has what other rates gave.
+# The default settings of fine-tuning; docs/experiments.md has what other rates gave.
 FINE_TUNING: dict[str, Any] = {
     "optimizer": "adamw",
     "lr_schedule": "cosine",
@@ -52,18 +51,18 @@ FINE_TUNING: dict[str, Any] = {
     "checkpoint_interval": 50,
 }
 
-LONGEST_WINDOW = 1024
+LONGEST_WINDOW = 1024  # tokens that a model is fine-tuned on by default, however long its context is
 
 Options = Mapping[str, Any]
 
 
 def recipe(device: Device) -> dict[str, Any]:
-    """What a run on a device is without flags."""
+    """The default settings of a run on a device."""
     return RECIPES["cpu" if device.kind == "cpu" else "gpu"]
 
 
 def resolve(options: Options, device: Device, vocab_size: int) -> tuple[GPTConfig, TrainConfig]:
-    """The configurations that `options` come to on a device, with a vocabulary.
+    """The model and training configurations of a run with `options`, on a device and for a vocabulary.
 
     `options` are fields of GPTConfig and TrainConfig, `preset` or `depth`, and `shape`; what is not
     given comes from the depth, or else from the recipe of the device's kind. Raises UserError for
@@ -88,7 +87,7 @@ def resolve(options: Options, device: Device, vocab_size: int) -> tuple[GPTConfi
 
 
 def adapted(config: GPTConfig, options: Options) -> GPTConfig:
-    """The configuration that a model is fine-tuned with: its own, with another dropout or block_size at most.
+    """A model's configuration for fine-tuning: its own, with another dropout or block_size at most.
 
     A context beyond LONGEST_WINDOW is cut to it, unless `options` say otherwise; learned positions can't
     become more. Raises UserError for anything else of a model among `options` that isn't as it has it.
@@ -118,7 +117,7 @@ def with_end_of_text(config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
 
 
 def cropped(tensors: Iterable[tuple[str, Array]], config: GPTConfig) -> Iterator[tuple[str, Array]]:
-    """Parameters for a model that may have fewer learned positions and one id more, its row the mean of the others'."""
+    """Parameters resized to `config`: learned positions cropped, and the row of an added token the mean of the rest."""
     for name, array in tensors:
         if name == "model.embed_positions.weight":
             array = array[: config.block_size]
@@ -127,10 +126,15 @@ def cropped(tensors: Iterable[tuple[str, Array]], config: GPTConfig) -> Iterator
         yield name, array
 
 
-def differences(trainer: Trainer, options: Options) -> dict[str, Any]:
-    """What of a run is not as its recipe has it: that of the preset, depth and shape among the run's `options`."""
+def differences(
+    config: GPTConfig, train: TrainConfig, device: Device, options: Options, *, fine_tuned: bool
+) -> dict[str, Any]:
+    """The settings of a run on a device that are not as in its recipe: FINE_TUNING's where it is `fine_tuned`.
+
+    Otherwise that of the preset, depth and shape among the run's `options`.
+    """
     size = {key: options[key] for key in SIZE_KEYS & options.keys()}
-    config, train = resolve(FINE_TUNING if trainer.init_from else size, trainer.device, trainer.config.vocab_size)
-    usual = spelled_out(trainer.config if trainer.init_from else config, train)
-    now = spelled_out(trainer.config, trainer.train)
+    model, usual_train = resolve(FINE_TUNING if fine_tuned else size, device, config.vocab_size)
+    usual = spelled_out(config if fine_tuned else model, usual_train)
+    now = spelled_out(config, train)
     return {key: value for key, value in now.items() if key not in usual or value != usual[key]}

@@ -1,4 +1,4 @@
-"""Saving a run so that trouble with its folder neither stops the training nor loses a checkpoint."""
+"""Saving checkpoints, with retries: trouble with a run's folder neither stops the training nor loses one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from twingpt.core.paths import write_atomically
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.runs import folder as runs
 from twingpt.runs.events import Event, Saved, SaveFailed
+from twingpt.training.state import Progress, RunState
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries while training goes on; each wait doubles the last
 LAST_WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between those at the end of a run
@@ -25,7 +26,10 @@ LAST_WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between those at the end of a run
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A run as it was after `step` steps, on the host: what becomes a checkpoint, and whether it is the best one."""
+    """A copy of a run on the host after `step` steps, to become a checkpoint; `best` if its held-out loss is.
+
+    `tensors` are parameters and optimizer state by name, in float32, and `training` becomes training_state.json.
+    """
 
     step: int
     tensors: Mapping[str, np.ndarray]
@@ -33,22 +37,45 @@ class Snapshot:
     best: bool
 
 
+def take_snapshot(state: RunState, progress: Progress, *, best: bool) -> Snapshot:
+    """Copy a run's parameters, optimizer state and progress to the host; waits for the device."""
+    training = {
+        **progress.to_dict(),
+        "tokens": progress.step * state.tokens_per_step,
+        "data": state.data.fingerprint,
+        "train": state.train.to_dict(),
+        "backend": state.backend.NAME,
+    }
+    return Snapshot(progress.step, dict(state.engine.state()), training, best)
+
+
 class Saver:
     """Writes a run's checkpoints; one that can't be written waits in memory, and training goes on.
 
-    At most two wait: the newest, and the best. `description` is run.json, for a folder that somebody
+    At most two wait: the newest, and the best. `run_json` is the content of run.json, for a folder that somebody
     removed; `saved_at` is the step of the newest checkpoint on the disk, -1 before the first.
     """
 
     def __init__(
-        self, run: Path, config: GPTConfig, tokenizer: Tokenizer, keep: int, report: Callable[[Event], None]
+        self,
+        run: Path,
+        config: GPTConfig,
+        tokenizer: Tokenizer,
+        keep: int,
+        report: Callable[[Event], None],
+        run_json: str,
+        saved_at: int = -1,
     ) -> None:
         self.run, self.config, self.tokenizer, self.keep, self.report = run, config, tokenizer, keep, report
-        self.description = ""
-        self.saved_at = -1
+        self.run_json, self.saved_at = run_json, saved_at
         self.waiting: list[Snapshot] = []
         self.wait, self.next_try = FIRST_WAIT, 0.0
-        self.troubles: set[object] = set()  # what was said to fail, and has not worked since
+        self.failing: set[str] = set()  # what was reported to fail, and has not worked since
+
+    @property
+    def kept(self) -> str:
+        """What is left of a run that ends in an error, as part of a sentence."""
+        return "the last checkpoint is good" if self.saved_at > 0 else "nothing was saved"
 
     def holds(self, step: int) -> bool:
         """Whether the run after `step` steps is on the disk, or waits to be."""
@@ -60,7 +87,7 @@ class Saver:
         self.waiting = [snapshot, *best]
         self.retry()
 
-    def retry(self, now: bool = False) -> None:
+    def retry(self, *, now: bool = False) -> None:
         """Write what waits, unless the last try was a moment ago and it isn't to be `now`."""
         if not self.waiting or (time.monotonic() < self.next_try and not now):
             return
@@ -69,7 +96,7 @@ class Saver:
             return
         self.next_try = time.monotonic() + self.wait
         self.wait = min(2 * self.wait, LONGEST_WAIT)
-        self.trouble(
+        self._report_failure(
             "save",
             self.waiting[0].step,
             f"the checkpoint can't be saved ({_reason(error)}): it waits in memory, and is tried again; "
@@ -99,12 +126,12 @@ class Saver:
             try:
                 runs.point(self.run, "best", folder)
             except OSError as error:
-                self.trouble("best", step, f"{self.run / 'best'} can't be written ({_reason(error)})")
+                self._report_failure("best", step, f"{self.run / 'best'} can't be written ({_reason(error)})")
 
-    def trouble(self, what: object, step: int, message: str) -> None:
+    def _report_failure(self, what: str, step: int, message: str) -> None:
         """Report that `what` fails, unless it did the last time too."""
-        if what not in self.troubles:
-            self.troubles.add(what)
+        if what not in self.failing:
+            self.failing.add(what)
             self.report(SaveFailed(step, message))
 
     def _write(self) -> Exception | None:
@@ -119,14 +146,14 @@ class Saver:
                 self.waiting.remove(snapshot)
         if failure is None:
             self.wait, self.next_try = FIRST_WAIT, 0.0
-            self.troubles.discard("save")
+            self.failing.discard("save")
         return failure
 
     def _write_one(self, snapshot: Snapshot) -> None:
-        description = self.run / "run.json"
-        if not description.exists():
+        run_json = self.run / "run.json"
+        if not run_json.exists():
             self.run.mkdir(parents=True, exist_ok=True)
-            write_atomically(description, self.description)
+            write_atomically(run_json, self.run_json)
         runs.remove_leftovers(self.run)  # what a killed save left may be what fills the disk
         folder = runs.checkpoint_folder(self.run, snapshot.step)
         checkpoint.save(folder, self.config, self.tokenizer, snapshot.tensors, snapshot.training)
@@ -143,10 +170,10 @@ class Saver:
     def _prune(self) -> None:
         try:
             runs.prune(self.run, self.keep)
-            self.troubles.discard("prune")
+            self.failing.discard("prune")
         except OSError as error:
             message = f"old checkpoints can't be removed ({_reason(error)}): they stay for now"
-            self.trouble("prune", self.saved_at, message)
+            self._report_failure("prune", self.saved_at, message)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,23 @@
+"""Training engines from a run's configuration."""
+
+from __future__ import annotations
+
+from twingpt.core.backend import Backend, Device, TrainEngine
+from twingpt.core.config import GPTConfig, TrainConfig
+
+
+def make_engine(
+    config: GPTConfig, train: TrainConfig, backend: Backend, device: Device, *, compile: bool | None
+) -> TrainEngine:
+    """A TrainEngine without parameters yet; `compile` None compiles the step everywhere but on a CPU."""
+    if compile is None:  # on a CPU compiling takes longer than the run that it would speed up
+        compile = device.kind != "cpu"
+    return backend.TrainEngine(
+        config,
+        device,
+        optimizer=train.optimizer,
+        dtype=train.dtype,
+        compile=compile,
+        gradient_checkpointing=train.gradient_checkpointing,
+        skip_nonfinite=train.skip_nonfinite,
+    )
