@@ -18,7 +18,7 @@ from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights import gguf, mlx_lm, torch_state
-from twingpt.weights.families import FAMILIES, Family, family_for
+from twingpt.weights.families import family_for, require_family
 from twingpt.weights.formats import Found
 from twingpt.weights.huggingface import joined, write
 
@@ -122,7 +122,7 @@ def _keeps_bits(model: Model, to: str, quantization: Quantization | None) -> boo
     """Whether a quantized model passes as it is stored, since it is to stay as it is: again would be a bit worse."""
     if model.quantization is None or to not in QUANTIZED or quantization not in (None, model.quantization):
         return False
-    return to == "twingpt" or not _family(model.config).transposed
+    return to == "twingpt" or not require_family(model.config).transposed
 
 
 def _told(
@@ -178,7 +178,7 @@ def _write_theirs(
     stored: bool,
 ) -> dict[str, str]:
     """A directory under Hugging Face's names; the matrices that a quantized one keeps in float32, and why."""
-    family = _family(config)
+    family = require_family(config)
     beside = {name: text for name, text in model_texts(config, tokenizer, None).items() if name != "config.json"}
     beside |= texts
     if quantization is None:
@@ -187,16 +187,6 @@ def _write_theirs(
     content = {**family.content(config), **ids}
     arrays = joined(tensors, family, family.layout(config), config)
     return mlx_lm.write_quantized(folder, config, family, content, arrays, quantization, beside, stored)
-
-
-def _family(config: GPTConfig) -> Family:
-    family = family_for(config)
-    if family is None:
-        raise UserError(
-            "No transformers family computes this model (see gpt convert --inspect): "
-            f"only those of {', '.join(FAMILIES)} do."
-        )
-    return family
 
 
 def _size(path: Path) -> int:

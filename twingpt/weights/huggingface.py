@@ -21,7 +21,7 @@ from twingpt.core.paths import expand, new_folder, write_synced
 from twingpt.core.reading import inside
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
-from twingpt.weights.families import FAMILIES, Family, family_for, family_of
+from twingpt.weights.families import Family, family_of, require_family
 
 Array = np.ndarray
 
@@ -203,11 +203,7 @@ def write(
     config.json, `texts` further files, by name. What was at `folder` is replaced. Raises UserError where no
     family in transformers computes this model.
     """
-    family = family_for(config)
-    if family is None:
-        raise UserError(
-            f"No transformers family computes this model (see its config.json): only those of {', '.join(FAMILIES)} do."
-        )
+    family = require_family(config)
     table, layout = parameter_table(config), family.layout(config)
     shapes = {name: family.shape(name, [table[ours].shape for ours in parts]) for name, parts in layout.items()}
     content = {**family.content(config), "bos_token_id": None, "eos_token_id": None, **ids}

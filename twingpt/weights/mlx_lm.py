@@ -20,7 +20,8 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import VECTOR, parameter_table
 from twingpt.core.paths import expand, new_folder, write_synced
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.weights.families import Family, family_for, family_of, window_pattern
+from twingpt.weights.families import Family, family_for, family_of
+from twingpt.weights.families.windows import window_pattern
 from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files, tensors, tokenizer_of
 
 Array = np.ndarray
