@@ -12,6 +12,7 @@ from tests.conftest import needs, open_checkpoint, write_prose
 from twingpt.core import reference
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.checkpoint.config_json import end_ids
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.checkpoint.schema import save_model
 from twingpt.core.config import GPTConfig
@@ -240,7 +241,7 @@ def test_the_ends_of_a_chat_model_go_along(gpt, source, tmp_path, to):
         for file in ("generation_config.json", *(["config.json"] if to in ("hf", "mlx") else [])):
             written = json.loads((tmp_path / name / file).read_text())
             assert (written["bos_token_id"], written["eos_token_id"]) == ids
-        assert end_ids(tmp_path / name) == ids[1]
+        assert end_ids(ModelDirectory(tmp_path / name)) == ids[1]
         assert (tmp_path / name / "README.md").is_file()
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from tests.mutate import mutations
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.safetensors_file import TensorFile, write_safetensors
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_count
 from twingpt.core.presets import SHAPES
 from twingpt.weights.families import FAMILIES, family_of
-from twingpt.weights.huggingface import INDEX, is_huggingface, open_huggingface, read_config, tensors, write
+from twingpt.weights.huggingface import INDEX, HuggingFace, write
 
 TINY = {
     "model_type": "llama", "vocab_size": 40, "max_position_embeddings": 16, "num_hidden_layers": 2, "hidden_size": 16,
@@ -46,7 +47,15 @@ def written(path, **switches):
 
 
 def all_tensors(path):
-    return dict(tensors(path, read_config(path)))
+    return dict(opened(path).parameters())
+
+
+def opened(path):
+    return HuggingFace().open(ModelDirectory(path))
+
+
+def detected(path):
+    return HuggingFace().detect(ModelDirectory(path))
 
 
 # Configurations as they are published, older spellings included, with the published numbers of parameters.
@@ -124,7 +133,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations(name, tmp_path):
     parameters, content = PUBLISHED[name]
-    config = read_config(folder_of(tmp_path / "x", content))
+    config = opened(folder_of(tmp_path / "x", content)).config
     assert parameter_count(config) == parameters
     family = family_of(content)
     assert family.computes(config) and family.config(family.content(config)).rope_theta == config.rope_theta
@@ -224,7 +233,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, name):
     changes, message = REFUSED[name]
     content = {key: value for key, value in {**TINY, **changes}.items() if value is not ...}
     with pytest.raises(UserError) as refused:
-        open_huggingface(folder_of(tmp_path / "x", content))
+        opened(folder_of(tmp_path / "x", content))
     assert message in str(refused.value) and str(tmp_path / "x" / "config.json") in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -241,7 +250,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, name):
 )
 def test_a_config_that_is_none(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
-        read_config(folder_of(tmp_path / "x", content))
+        opened(folder_of(tmp_path / "x", content))
 
 
 def test_ten_thousand_mutated_configurations(tmp_path, monkeypatch):
@@ -253,7 +262,7 @@ def test_ten_thousand_mutated_configurations(tmp_path, monkeypatch):
             # 10,000 files would take ten times as long.
             monkeypatch.setattr(Path, "read_text", lambda _, encoding, mutated=mutated: mutated.decode(encoding))
             try:
-                accepted += isinstance(read_config(tmp_path), GPTConfig)
+                accepted += isinstance(opened(tmp_path).config, GPTConfig)
             except UserError as error:
                 assert "\n" not in str(error)
     assert 1000 < accepted < 9000  # what changes a key that plays no part is as good as before
@@ -261,11 +270,11 @@ def test_ten_thousand_mutated_configurations(tmp_path, monkeypatch):
 
 def test_a_thousand_mutated_indexes(tmp_path):
     path, _, _ = sharded(tmp_path / "x")
-    config, content, accepted = read_config(path), (path / INDEX).read_bytes(), 0
+    content, accepted = (path / INDEX).read_bytes(), 0
     for mutated in mutations(content, 0, 1000, lambda content: (0, len(content))):
         (path / INDEX).write_bytes(mutated)
         try:
-            accepted += tensors(path, config) is not None  # it has checked all names and shapes
+            accepted += opened(path).parameters() is not None  # it has checked all names and shapes
         except UserError as error:
             assert "\n" not in str(error)
     assert accepted < 500
@@ -418,16 +427,16 @@ def test_pickles_are_not_opened(tmp_path):
 
 def test_which_directories_are_someone_elses(tmp_path, saved):
     path, _ = written(tmp_path / "x")
-    assert is_huggingface(path) and not is_huggingface(saved) and not is_huggingface(tmp_path)
+    assert detected(path) and not detected(saved) and not detected(tmp_path)
     (saved / "manifest.json").unlink()
-    assert not is_huggingface(saved)  # ours, and damaged
-    assert is_huggingface(folder_of(tmp_path / "y", "{"))
+    assert not detected(saved)  # ours, and damaged
+    assert detected(folder_of(tmp_path / "y", "{"))
 
 
 def test_a_model_without_a_tokenizer_takes_no_text(tmp_path):
     path, _ = written(tmp_path / "x")
     with pytest.raises(UserError, match=r"has no tokenizer.json: the model can be converted, but takes no text"):
-        open_huggingface(path).tokenizer()
+        opened(path).tokenizer()
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import cpu, needs
 from twingpt.backends import registry
 from twingpt.core import reference
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.safetensors_file import TensorFile
 from twingpt.core.errors import UserError
 from twingpt.core.sampler import Sampling
@@ -128,7 +129,11 @@ def relative(a, b) -> float:
 
 
 def tensors_of(folder) -> dict[str, np.ndarray]:
-    return dict(huggingface.tensors(folder, huggingface.read_config(folder)))
+    return dict(opened(folder).parameters())
+
+
+def opened(folder):
+    return huggingface.HuggingFace().open(ModelDirectory(folder))
 
 
 TOKENS = np.random.default_rng(0).integers(0, 199, (2, 40))
@@ -139,7 +144,7 @@ def test_it_computes_what_transformers_computes(variant, monkeypatch):
     expected, read = their_logits(model, TOKENS), []
     original = TensorFile.read
     monkeypatch.setattr(TensorFile, "read", lambda file, name: read.append(name) or original(file, name))
-    config, params = huggingface.read_config(folder), tensors_of(folder)
+    config, params = opened(folder).config, tensors_of(folder)
     assert sorted(read) == sorted(TensorFile(folder / "model.safetensors").entries)  # each once, none left
     assert relative(reference.forward(params, TOKENS, config), expected) <= 1e-5
     for name in filter(registry.installed, registry.BACKENDS):
@@ -156,12 +161,12 @@ def test_it_computes_what_transformers_computes(variant, monkeypatch):
 
 def test_it_goes_back_to_transformers(variant, tmp_path):
     name, model, folder = variant
-    config, params = huggingface.read_config(folder), tensors_of(folder)
+    config, params = opened(folder).config, tensors_of(folder)
     family = huggingface.write(tmp_path / "back", config, params.items(), {"bos_token_id": 0, "eos_token_id": 0})
     # What a plain one of another family is, llama writes as well.
     assert family == name.split(",")[0] or name.startswith(("mistral, no window", "granite, plain"))
     again = tensors_of(tmp_path / "back")
-    assert huggingface.read_config(tmp_path / "back") == config
+    assert opened(tmp_path / "back").config == config
     assert again.keys() == params.keys() and all(np.array_equal(again[key], params[key]) for key in params)
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not (report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"])
@@ -192,15 +197,13 @@ def test_mlx_lm_computes_the_same_or_is_not_written_for(variant, tmp_path):
     import mlx.core as mx
 
     name, model, folder = variant
-    config = huggingface.read_config(folder)
+    config = opened(folder).config
     if name in NOT_IN_MLX_LM:
         with pytest.raises(UserError, match=f"mlx-lm computes .* models without {NOT_IN_MLX_LM[name]}: write --to hf"):
             mlx_lm.check(config)
         return
     mlx_lm.check(config)
-    huggingface.write(
-        tmp_path / "back", config, huggingface.tensors(folder, config), {"bos_token_id": 0, "eos_token_id": 0}
-    )
+    huggingface.write(tmp_path / "back", config, opened(folder).parameters(), {"bos_token_id": 0, "eos_token_id": 0})
     theirs, _ = utils.load_model(tmp_path / "back")
     assert relative(np.array(theirs(mx.array(TOKENS)).tolist()), their_logits(model, TOKENS)) <= 1e-5
 
@@ -212,7 +215,7 @@ def test_halves_in_shards(tmp_path, dtype):
 
     build("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    config, params = huggingface.read_config(tmp_path), tensors_of(tmp_path)
+    config, params = opened(tmp_path).config, tensors_of(tmp_path)
     assert all(array.dtype == np.float32 for array in params.values())
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = their_logits(model, TOKENS)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.mutate import Judge, header_at, mutations, overwrite, whole
 from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
@@ -47,14 +48,16 @@ def write(folder, family, monkeypatch, quantization=None):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", *SHARDS, INDEX]
 
 
-def judged(judge, folder, opened, counts):
-    """Read mutations of the folder's files by `opened`; one of 25 as `gpt convert` does, which asks all readers."""
+def judged(judge, folder, format, counts):
+    """Read mutations of the folder's files in a `format`; one of 25 as `gpt convert` does, which asks all readers."""
     for name, count in counts.items():
         content = (folder / name).read_bytes()
         for mutated in mutations(content, 3, count, header_at if name.endswith("safetensors") else whole):
             overwrite(folder / name, mutated)
-            model = opened if judge.judged % 25 else lambda path: open_model(path).model
-            judge(lambda model=model: list(model(folder).parameters()), len(mutated))
+            opened = (
+                (lambda: format.open(ModelDirectory(folder))) if judge.judged % 25 else lambda: open_model(folder).model
+            )
+            judge(lambda opened=opened: list(opened().parameters()), len(mutated))
         overwrite(folder / name, content)
 
 
@@ -64,7 +67,7 @@ def test_ten_thousand_mutated_directories(tmp_path, monkeypatch):
     for family in MODELS:
         write(tmp_path / family, family, monkeypatch)
         counts = {"config.json": 1400, INDEX: 400, SHARDS[0]: 200}
-        judged(judge, tmp_path / family, huggingface.open_huggingface, counts)
+        judged(judge, tmp_path / family, huggingface.HuggingFace(), counts)
     assert judge.judged == 10_000 and 1000 < judge.read < 6000
 
 
@@ -73,7 +76,7 @@ def test_ten_thousand_mutated_quantized_directories(tmp_path, monkeypatch):
     judge = Judge(3)
     for bits in (4, 8):
         write(tmp_path / str(bits), "qwen3", monkeypatch, Quantization(bits, 32))
-        judged(judge, tmp_path / str(bits), mlx_lm.open_mlx_lm, {"config.json": 2500, "model.safetensors": 2500})
+        judged(judge, tmp_path / str(bits), mlx_lm.MLXLM(), {"config.json": 2500, "model.safetensors": 2500})
     assert judge.judged == 10_000 and 500 < judge.read < 6000
 
 

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from tests.conftest import needs
 from tests.mutate import Judge, SavedByTorch, header_at, mutations, overwrite, whole
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
@@ -22,6 +23,20 @@ ARGUMENTS = {"n_layer": 1, "n_head": 1, "n_embd": 2, "block_size": 4, "vocab_siz
 SHAPES = {
     "wte": (3, 2), "wpe": (4, 2), "h.0.ln_1": (2,), "h.0.attn.c_attn": (6, 2), "h.0.attn.c_proj": (2, 2),
     "h.0.ln_2": (2,), "h.0.mlp.c_fc": (8, 2), "h.0.mlp.c_proj": (2, 8), "ln_f": (2,),
+}  # fmt: skip
+
+
+NANOCHAT = {
+    "transformer.wte.weight": (3, 2), "transformer.h.0.attn.c_q.weight": (2, 2),
+    "transformer.h.0.attn.c_k.weight": (2, 2), "transformer.h.0.attn.c_v.weight": (2, 2),
+    "transformer.h.0.attn.c_proj.weight": (2, 2), "transformer.h.0.mlp.c_fc.weight": (8, 2),
+    "transformer.h.0.mlp.c_proj.weight": (2, 8), "lm_head.weight": (3, 2),
+}  # fmt: skip
+IN_TRANSFORMERS = {
+    "model.embed_tokens.weight": (3, 2), "model.layers.0.self_attn.q_proj.weight": (2, 2),
+    "model.layers.0.self_attn.k_proj.weight": (2, 2), "model.layers.0.self_attn.v_proj.weight": (2, 2),
+    "model.layers.0.self_attn.o_proj.weight": (2, 2), "model.layers.0.mlp.fc1.weight": (8, 2),
+    "model.layers.0.mlp.fc2.weight": (2, 8), "lm_head.weight": (3, 2),
 }  # fmt: skip
 
 
@@ -48,8 +63,8 @@ def test_ten_thousand_mutated_checkpoints_of_nanogpt(tiny, nothing_runs):
     judge = Judge(5)
 
     def read():
-        _, state = nanogpt._open(tiny)
-        assert all(array.dtype == np.float32 for array in (stored.read() for stored in state.values()))
+        model = nanogpt.NanoGPT().open(ModelDirectory(tiny))
+        assert all(array.dtype == np.float32 for _, array in model.parameters())
 
     for mutated in SavedByTorch(tiny).mutations(5, 10_000):
         overwrite(tiny, mutated)
@@ -57,19 +72,17 @@ def test_ten_thousand_mutated_checkpoints_of_nanogpt(tiny, nothing_runs):
     assert judge.judged == 10_000 and 100 < judge.read < 6000
 
 
-def every_parameter(module, path, config):
-    """Read a model through a module of `weights`, as `gpt convert` does; its configuration too where none is given."""
-    config = config or module.read_config(path)
-    assert all(array.dtype == np.float32 for _, array in module.tensors(path, config))
-
-
-def judged(judge, module, folder, name, mutated_files):
-    """Read the folder with each of the files in the place of the one called `name`, which is put back."""
+def judged(judge, format, folder, name, mutated_files):
+    """Read the folder in a format with each of the files in the place of the one called `name`, which is put back."""
     good = (folder / name).read_bytes()
-    config = None if name.endswith(".json") else module.read_config(folder)
+
+    def read():
+        model = format.open(ModelDirectory(folder))
+        assert all(array.dtype == np.float32 for _, array in model.parameters())
+
     for mutated in mutated_files:
         overwrite(folder / name, mutated)
-        judge(lambda: every_parameter(module, folder, config), len(mutated))
+        judge(read, len(mutated))
     overwrite(folder / name, good)
 
 
@@ -80,14 +93,11 @@ def test_ten_thousand_mutated_models_of_nanochat(tmp_path, nothing_runs):
 
     own, theirs, judge = tmp_path / "own", tmp_path / "theirs", Judge(7)
     options = {"sequence_len": 8, "vocab_size": 3, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 2}
-    config = nanochat._config(options, own)
-    shapes = nanochat._shapes(config, {}, nanochat.OWN)
     own.mkdir()
-    torch.save({name: torch.ones(shape) for name, shape in shapes.items()}, own / "model_000003.pt")
+    torch.save({name: torch.ones(shape) for name, shape in NANOCHAT.items()}, own / "model_000003.pt")
     meta = {"step": 3, "model_config": options, "user_config": {"run": "x"}}
     (own / "meta_000003.json").write_text(json.dumps(meta))
     theirs.mkdir()
-    shapes = nanochat._shapes(config, {}, nanochat.TRANSFORMERS)
     content = {
         "model_type": "nanochat", "max_position_embeddings": 8, "vocab_size": 3, "num_hidden_layers": 1,
         "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 2, "intermediate_size": 8, "head_dim": 2,
@@ -95,7 +105,9 @@ def test_ten_thousand_mutated_models_of_nanochat(tmp_path, nothing_runs):
         "final_logit_softcapping": 15.0, "attention_bias": False, "tie_word_embeddings": False,
     }  # fmt: skip
     (theirs / "config.json").write_text(json.dumps(content))
-    save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, theirs / "model.safetensors")
+    save_file(
+        {name: np.ones(shape, np.float32) for name, shape in IN_TRANSFORMERS.items()}, theirs / "model.safetensors"
+    )
     saved = SavedByTorch(own / "model_000003.pt")
     overwrite(own / "model_000003.pt", saved.content)
     for folder, name, text, count in (
@@ -103,8 +115,8 @@ def test_ten_thousand_mutated_models_of_nanochat(tmp_path, nothing_runs):
         (theirs, "config.json", whole, 2000),
         (theirs, "model.safetensors", header_at, 1500),
     ):
-        judged(judge, nanochat, folder, name, mutations((folder / name).read_bytes(), 7, count, text))
-    judged(judge, nanochat, own, "model_000003.pt", saved.mutations(7, 4500))
+        judged(judge, nanochat.Nanochat(), folder, name, mutations((folder / name).read_bytes(), 7, count, text))
+    judged(judge, nanochat.Nanochat(), own, "model_000003.pt", saved.mutations(7, 4500))
     assert judge.judged == 10_000 and 500 < judge.read < 6000
 
 
@@ -117,8 +129,8 @@ def test_ten_thousand_mutated_state_dicts(tmp_path, nothing_runs):
     saved = SavedByTorch(folder / "model.pt")
     overwrite(folder / "model.pt", saved.content)
     content = (folder / "config.json").read_bytes()
-    judged(judge, torch_state, folder, "config.json", mutations(content, 9, 3000, whole))
-    judged(judge, torch_state, folder, "model.pt", saved.mutations(9, 7000))
+    judged(judge, torch_state.TorchState(), folder, "config.json", mutations(content, 9, 3000, whole))
+    judged(judge, torch_state.TorchState(), folder, "model.pt", saved.mutations(9, 7000))
     assert judge.judged == 10_000 and 500 < judge.read < 6000
 
 

@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import cpu, needs
 from twingpt.backends import registry
 from twingpt.core import reference
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.tokenizer import ByteTokenizer, files
@@ -76,6 +77,14 @@ def saved(folder, state, step="000650", **changes):
     return folder
 
 
+def detected(path):
+    return nanochat.Nanochat().detect(ModelDirectory(path))
+
+
+def opened(path):
+    return nanochat.Nanochat().open(ModelDirectory(path))
+
+
 def some_tokens():
     return np.random.default_rng(0).integers(0, 70, (2, 32))
 
@@ -85,8 +94,8 @@ def relative(a, b):
 
 
 def assert_computes(path, theirs):
-    config = nanochat.read_config(path)
-    tensors = dict(nanochat.tensors(path, config))
+    model = opened(path)
+    config, tensors = model.config, dict(model.parameters())
     assert {name: array.shape for name, array in tensors.items()} == {
         name: row.shape for name, row in parameter_table(config).items()
     }
@@ -107,15 +116,14 @@ def test_the_logits_are_nanochats(tmp_path, variant):
     prefix = "_orig_mod." if variant == "compiled" else ""
     options = OPTIONS | ({"window_pattern": "L"} if variant == "no windows" else {})
     saved(tmp_path, {prefix + name: tensor for name, tensor in state.items()}, model_config=options)
-    assert nanochat.is_nanochat(tmp_path) and nanochat.is_nanochat(tmp_path / "model_000650.pt")
+    assert detected(tmp_path) and detected(tmp_path / "model_000650.pt")
     assert_computes(tmp_path, forward(state, torch.from_numpy(some_tokens())))
 
 
 def test_the_last_step_of_a_folder_is_taken(tmp_path):
     saved(saved(tmp_path, state_dict(1)), state_dict(2), "001000")
-    config = nanochat.read_config(tmp_path)
     for path, seed in ((tmp_path, 2), (tmp_path / "model_000650.pt", 1)):
-        head = dict(nanochat.tensors(path, config))["lm_head.weight"]
+        head = dict(opened(path).parameters())["lm_head.weight"]
         assert np.array_equal(head, state_dict(seed)["lm_head.weight"].numpy())
 
 
@@ -136,7 +144,7 @@ def test_the_logits_are_those_of_transformers(tmp_path, variant):
     torch.manual_seed(0)
     model = transformers.NanoChatForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
-    assert nanochat.is_nanochat(tmp_path)
+    assert detected(tmp_path)
     with torch.no_grad():
         assert_computes(tmp_path, model(torch.from_numpy(some_tokens())).logits.numpy())
 
@@ -164,7 +172,7 @@ def test_another_config_of_the_family_is_refused(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps(content | changes))
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=message):
-        nanochat.read_config(tmp_path)
+        opened(tmp_path)
 
 
 NEWER = {
@@ -179,7 +187,7 @@ def test_what_newer_models_have_is_refused_by_name(tmp_path, name):
 
     saved(tmp_path, state_dict() | {name: torch.ones(NEWER[name])})
     with pytest.raises(UserError, match=f"has a tensor {name}, for which this model has no place"):
-        nanochat.read_config(tmp_path)
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -197,24 +205,26 @@ def test_what_newer_models_have_is_refused_by_name(tmp_path, name):
 def test_another_model_is_refused(tmp_path, changes, message):
     saved(tmp_path, state_dict(), **changes)
     with pytest.raises(UserError, match=message):
-        nanochat.read_config(tmp_path)
+        opened(tmp_path)
 
 
 def test_other_folders_are_not_nanochats(tmp_path):
     for name in ("model_1.pt", "model_x.pt", "ckpt.pt", "config.json"):
         (tmp_path / name).write_text("{")
-    assert not nanochat.is_nanochat(tmp_path) and not nanochat.is_nanochat(tmp_path / "nowhere")
+    assert not detected(tmp_path) and not detected(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"meta_1\.json is missing"):
-        nanochat.read_config(tmp_path)
+        opened(tmp_path)
 
 
 def test_its_tokenizer_is_taken_where_it_is_no_pickle(tmp_path):
     saved(tmp_path, state_dict())
     (tmp_path / "tokenizer.pkl").write_bytes(b"cos\nsystem\n.")
-    assert nanochat.tokenizer(tmp_path) is None
+    with pytest.raises(UserError, match="has no tokenizer: the model can be converted"):
+        opened(tmp_path).tokenizer()
     for name, text in files(ByteTokenizer(), 32).items():
         (tmp_path / name).write_text(text)
-    assert nanochat.tokenizer(tmp_path).digest == nanochat.tokenizer(tmp_path / "model_000650.pt").digest
+    first, second = opened(tmp_path).tokenizer(), opened(tmp_path / "model_000650.pt").tokenizer()
+    assert first.digest == second.digest
 
 
 def test_it_becomes_a_run_that_generates(tmp_path, gpt):

@@ -13,6 +13,7 @@ from tests.conftest import cpu, needs
 from tests.mutate import bytes_changed
 from twingpt.backends import registry
 from twingpt.core import reference
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.tokenizer import tiktoken_gpt2
@@ -94,6 +95,20 @@ def saved(path, state, **changes):
     return path
 
 
+def detected(path):
+    return nanogpt.NanoGPT().detect(ModelDirectory(path))
+
+
+def opened(path):
+    return nanogpt.NanoGPT().open(ModelDirectory(path))
+
+
+def read(path):
+    """The configuration and the parameters."""
+    model = opened(path)
+    return model.config, dict(model.parameters())
+
+
 def some_tokens(vocab_size=65):
     return np.random.default_rng(0).integers(0, vocab_size, (2, 24))
 
@@ -121,9 +136,8 @@ def test_the_logits_are_nanogpts(tmp_path, variant):
     if "masks" in variant:
         stored |= {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
     saved(tmp_path / "ckpt.pt", stored, model_args=ARGUMENTS | {"bias": bias, "vocab_size": size})
-    assert nanogpt.is_nanogpt(tmp_path) and nanogpt.is_nanogpt(tmp_path / "ckpt.pt")
-    config = nanogpt.read_config(tmp_path)
-    tensors = dict(nanogpt.tensors(tmp_path, config))
+    assert detected(tmp_path) and detected(tmp_path / "ckpt.pt")
+    config, tensors = read(tmp_path)
     assert list(tensors) == list(parameter_table(config)) and config.vocab_size == size and config.tie_embeddings
     theirs = forward(state, torch.from_numpy(some_tokens()))
     assert relative(reference.forward(tensors, some_tokens(), config), theirs) <= 1e-5
@@ -136,24 +150,22 @@ def test_the_logits_are_nanogpts(tmp_path, variant):
 def test_a_head_of_its_own_is_kept(tmp_path):
     state = state_dict()
     state["lm_head.weight"] = state["lm_head.weight"] + 1
-    config = nanogpt.read_config(saved(tmp_path / "ckpt.pt", state))
+    config, tensors = read(saved(tmp_path / "ckpt.pt", state))
     assert not config.tie_embeddings
-    head = dict(nanogpt.tensors(tmp_path / "ckpt.pt", config))["lm_head.weight"]
-    assert np.array_equal(head, state["lm_head.weight"].numpy())
+    assert np.array_equal(tensors["lm_head.weight"], state["lm_head.weight"].numpy())
 
 
 def test_an_equal_copy_of_the_embedding_is_tied(tmp_path):
     state = state_dict()
     state["lm_head.weight"] = state["lm_head.weight"].clone()
-    assert nanogpt.read_config(saved(tmp_path / "ckpt.pt", state)).tie_embeddings
+    assert opened(saved(tmp_path / "ckpt.pt", state)).config.tie_embeddings
 
 
 def test_half_precision_is_widened(tmp_path):
     import torch
 
     state = {name: tensor.to(torch.bfloat16) for name, tensor in state_dict().items()}
-    path = saved(tmp_path / "ckpt.pt", state)
-    found = dict(nanogpt.tensors(path, nanogpt.read_config(path)))["model.norm.weight"]
+    found = read(saved(tmp_path / "ckpt.pt", state))[1]["model.norm.weight"]
     assert found.dtype == np.float32 and np.array_equal(found, state["transformer.ln_f.weight"].float().numpy())
 
 
@@ -171,22 +183,19 @@ def test_the_characters_are_found(tmp_path):
     path = tmp_path / "out" / "ckpt.pt"
     path.parent.mkdir()
     saved(path, state_dict(), config={"dataset": "prose"})
-    assert nanogpt.tokenizer(path) is None
+    with pytest.raises(UserError, match=r"ckpt\.pt has no tokenizer: the model can be converted"):
+        opened(path).tokenizer()
     meta(tmp_path / "data" / "prose" / "meta.pkl", ALPHABET)
-    assert nanogpt.tokenizer(path.parent).encode(" !`").tolist() == [0, 1, 64]
+    assert opened(path.parent).tokenizer().encode(" !`").tolist() == [0, 1, 64]
     meta(path.with_name("meta.pkl"), ALPHABET[:-1])  # of something else
-    assert nanogpt.tokenizer(path).encode("`").tolist() == [64]
-    with pytest.raises(UserError, match=r"has 64 characters, and the model in .* 65 tokens"):
-        nanogpt.tokenizer(path, path.with_name("meta.pkl"))
-    with pytest.raises(UserError, match="There is no "):
-        nanogpt.tokenizer(path, tmp_path / "nowhere.pkl")
+    assert opened(path).tokenizer().encode("`").tolist() == [64]
 
 
 @pytest.mark.parametrize("size", [50257, 50304])
 def test_gpt2s_vocabulary_is_known_by_its_size(tmp_path, monkeypatch, size):
     monkeypatch.setattr(nanogpt, "tiktoken_gpt2", lambda: "GPT-2's")
-    path = saved(tmp_path / "ckpt.pt", state_dict(), model_args=ARGUMENTS | {"vocab_size": size})
-    assert nanogpt.tokenizer(path) == "GPT-2's"
+    path = saved(tmp_path / "ckpt.pt", state_dict(vocab_size=size), model_args=ARGUMENTS | {"vocab_size": size})
+    assert opened(path).tokenizer() == "GPT-2's"
 
 
 class Bomb:
@@ -201,7 +210,7 @@ class Bomb:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     saved(tmp_path / "ckpt.pt", state_dict(), config=Bomb(tmp_path / "ran"))
-    for call in (nanogpt.is_nanogpt, nanogpt.read_config, nanogpt.tokenizer):
+    for call in (detected, opened):
         with pytest.raises(UserError, match=r"ckpt.pt names (posix|nt).mkdir, which would run code: .* nothing ran"):
             call(tmp_path)
     assert not (tmp_path / "ran").exists()
@@ -209,10 +218,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 def test_code_in_a_table_of_characters_is_not_run(tmp_path):
     path = saved(tmp_path / "ckpt.pt", state_dict())
-    table = tmp_path / "table.pkl"
-    table.write_bytes(pickle.dumps({"itos": Bomb(tmp_path / "ran")}))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": Bomb(tmp_path / "ran")}))
     with pytest.raises(UserError, match="more than plain values"):
-        nanogpt.tokenizer(path, table)
+        opened(path).tokenizer()
     assert not (tmp_path / "ran").exists()
 
 
@@ -243,7 +251,7 @@ def test_a_table_that_would_fill_the_memory_is_not_read(tmp_path):
 def test_what_is_not_nanogpts_model_is_refused(tmp_path, changes, message):
     path = saved(tmp_path / "ckpt.pt", state_dict(), **changes)
     with pytest.raises(UserError, match=message):
-        nanogpt.read_config(path)
+        opened(path)
 
 
 def test_more_numbers_than_the_file_has_are_refused(tmp_path):
@@ -251,35 +259,35 @@ def test_more_numbers_than_the_file_has_are_refused(tmp_path):
 
     state = state_dict() | {"transformer.wte.weight": torch.zeros(1, 1).expand(65, 16)}
     with pytest.raises(UserError, match="claims more numbers than are stored"):
-        nanogpt.read_config(saved(tmp_path / "ckpt.pt", state))
+        opened(saved(tmp_path / "ckpt.pt", state))
 
 
 def test_two_of_one_name_are_refused(tmp_path):
     state = state_dict() | {"_orig_mod.transformer.wte.weight": state_dict()["transformer.wte.weight"]}
     with pytest.raises(UserError, match="has a tensor twice"):
-        nanogpt.read_config(saved(tmp_path / "ckpt.pt", state))
+        opened(saved(tmp_path / "ckpt.pt", state))
 
 
 def test_another_folder_is_not_nanogpts(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(b"not a zip file")
     (tmp_path / "other").mkdir()
     for path in (tmp_path, tmp_path / "other", tmp_path / "nowhere"):
-        assert not nanogpt.is_nanogpt(path)
-    assert not nanogpt.is_nanogpt(saved(tmp_path / "model.pt", state_dict(), model_args=3))
+        assert not detected(path)
+    assert not detected(saved(tmp_path / "model.pt", state_dict(), model_args=3))
 
 
 def test_a_zip_bomb_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", b"\0" * 10**7)
     with pytest.raises(UserError, match="its records are compressed"):
-        nanogpt.read_config(tmp_path)
+        opened(tmp_path)
 
 
 def test_without_pytorch_one_sentence_says_so(tmp_path, monkeypatch):
     path = saved(tmp_path / "ckpt.pt", state_dict())
     monkeypatch.setattr(pickles, "installed", lambda name: False)
     with pytest.raises(UserError, match="is a file of PyTorch, which is not installed: pip install"):
-        nanogpt.is_nanogpt(path)
+        detected(path)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -293,16 +301,15 @@ def test_damaged_files_are_read_or_refused(tmp_path, seed):
         at = [0, start, len(content) - 1500][i % 3]  # the first header, the pickle, the directory
         path.write_bytes(content[:at] + bytes_changed(content[at : at + 4000], chance) + content[at + 4000 :])
         try:
-            config = nanogpt.read_config(path)
-            assert all(array.dtype == np.float32 for _, array in nanogpt.tensors(path, config))
+            assert all(array.dtype == np.float32 for _, array in opened(path).parameters())
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 500
 
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="../shared/tiktoken is not here")
 def test_gpt2s_tokenizer(tmp_path):
-    path = saved(tmp_path / "ckpt.pt", state_dict(), model_args=ARGUMENTS | {"vocab_size": 50304})
-    assert nanogpt.tokenizer(path).digest == tiktoken_gpt2().digest
+    path = saved(tmp_path / "ckpt.pt", state_dict(vocab_size=50304), model_args=ARGUMENTS | {"vocab_size": 50304})
+    assert opened(path).tokenizer().digest == tiktoken_gpt2().digest
 
 
 def test_a_model_of_characters_becomes_a_run_that_generates_and_learns(tmp_path, gpt):

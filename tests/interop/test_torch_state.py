@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import needs
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer
 from twingpt.weights import torch_file, torch_state
+from twingpt.weights.formats import open_model
 
 pytestmark = needs("torch")
 
@@ -31,17 +33,19 @@ def test_there_and_back_bit_for_bit(tmp_path, shape):
     assert all(np.array_equal(loaded[name].numpy(), array) for name, array in tensors.items())
     with zipfile.ZipFile(tmp_path / "x" / "model.pt") as archive:
         assert archive.testzip() is None
-    assert torch_state.is_torch_state(tmp_path / "x") and torch_state.read_config(tmp_path / "x") == config
-    back = dict(torch_state.tensors(tmp_path / "x", config))
+    opened = open_model(tmp_path / "x")
+    assert opened.format == "torch" and opened.model.config == config
+    back = dict(opened.model.parameters())
     assert list(back) == list(tensors)
     assert all(back[name].dtype == np.float32 and np.array_equal(back[name], tensors[name]) for name in tensors)
-    assert torch_state.tokenizer(tmp_path / "x").digest == ByteTokenizer().digest
+    assert opened.model.tokenizer().digest == ByteTokenizer().digest
 
 
 def test_without_a_tokenizer(tmp_path):
     config = GPTConfig(**SMALL)
     torch_state.write(tmp_path / "x", config, initialise(config, 1))
-    assert torch_state.tokenizer(tmp_path / "x") is None
+    with pytest.raises(UserError, match="x has no tokenizer: the model can be converted"):
+        open_model(tmp_path / "x").model.tokenizer()
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def test_a_broken_configuration_is_refused(written, text, message):
     if text is not None:
         (written / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        torch_state.read_config(written)
+        torch_state.TorchState().open(ModelDirectory(written))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ def test_another_models_tensors_are_refused(written, changes, message):
     content["twingpt"] |= changes
     (written / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
-        list(torch_state.tensors(written, torch_state.read_config(written)))
+        list(open_model(written).model.parameters())
 
 
 def test_tensors_in_another_order_are_not_written(tmp_path):

@@ -7,10 +7,16 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from tests.conftest import training_state
 from tests.mutate import Judge, header_at, mutations, overwrite
 from twingpt.core.checkpoint import safetensors_file as module
+from twingpt.core.checkpoint import schema
 from twingpt.core.checkpoint.safetensors_file import DTYPES, TensorFile, write_safetensors
+from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
+from twingpt.core.parameters import initialise
+from twingpt.core.paths import new_folder
+from twingpt.core.tokenizer import ByteTokenizer
 
 SOME = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -63,6 +69,27 @@ def test_whole_numbers_are_no_weights(tmp_path):
 def test_tensors_in_another_order_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"b .* came, where a"):
         write_safetensors(tmp_path / "x", {"a": (1,)}, [("b", np.ones(1, np.float32))])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_file_that_safetensors_refuses_is_not_published(tmp_path, name):
+    """`__metadata__` is what the format has for other things than a tensor."""
+    config = GPTConfig(vocab_size=257, block_size=8, n_layer=1, n_head=1, n_embd=8)
+    tensors = dict(initialise(config, 0)) | {"__metadata__": np.zeros(2, np.float32)}
+    with pytest.raises(RuntimeError, match=f"{name} was written so that safetensors does not open it"):
+        if name == "optimizer.safetensors":
+            schema.save(tmp_path / "new", config, ByteTokenizer(), tensors, training_state(1))
+        else:
+            with new_folder(tmp_path / "new") as folder:
+                schema.write_model(folder, {name: array.shape for name, array in tensors.items()}, tensors.items())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_safetensors_reads_otherwise_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setattr("safetensors.safe_open", lambda path, framework: safe_open(tmp_path / "other", framework))
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "other")
+    with pytest.raises(RuntimeError, match="x was written so that safetensors finds other tensors in it"):
+        write_safetensors(tmp_path / "x", {"a": (2,)}, [("a", np.ones(2, np.int32))], {"a": "I32"})
 
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}

@@ -18,7 +18,7 @@ from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.weights import mlx_lm
 from twingpt.weights.families import FAMILIES, family_for
-from twingpt.weights.formats import Found, dtypes
+from twingpt.weights.formats import OpenedModel
 from twingpt.weights.huggingface import write
 
 Array = np.ndarray
@@ -40,16 +40,16 @@ def _open_in_mlx_lm(folder: Path) -> Any:
     return model
 
 
-def _ours_as_theirs(found: Found) -> bool:
-    return found.format == "twingpt" and model_type(found.model.config) != "twingpt"
+def _ours_as_theirs(opened: OpenedModel) -> bool:
+    return opened.format == "twingpt" and model_type(opened.model.config) != "twingpt"
 
 
-def _opens_in_transformers(found: Found) -> bool:
-    return found.format == "huggingface" or (_ours_as_theirs(found) and found.model.quantization is None)
+def _opens_in_transformers(opened: OpenedModel) -> bool:
+    return opened.format == "huggingface" or (_ours_as_theirs(opened) and opened.model.quantization is None)
 
 
-def _opens_in_mlx_lm(found: Found) -> bool:
-    return found.format in ("huggingface", "mlx-lm") or _ours_as_theirs(found)
+def _opens_in_mlx_lm(opened: OpenedModel) -> bool:
+    return opened.format in ("huggingface", "mlx-lm") or _ours_as_theirs(opened)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Library:
     name: str
     module: str
     backend: str
-    opens: Callable[[Found], bool]
+    opens: Callable[[OpenedModel], bool]
     open: Callable[[Path], Any]
     lacks: Callable[[GPTConfig, str], str | None] = lambda config, family: None
 
@@ -115,20 +115,20 @@ class Outside:
                 raise UserError(f"{self.name} can't run {where}: {reason or type(error).__name__}.") from error
 
 
-def is_quantized(found: Found) -> bool:
+def is_quantized(opened: OpenedModel) -> bool:
     """Whether some of the model's matrices are quantized, which is more than that ours can run all of them so."""
-    return found.format in ("twingpt", "mlx-lm") and "U32" in dtypes(found.model)
+    return opened.format in ("twingpt", "mlx-lm") and "U32" in opened.model.dtypes()
 
 
-def outsiders(names: str, found: Found | None) -> list[Outside]:
-    """The libraries that `names` lists, by commas, to be compared on the model that was found, or on random ones.
+def outsiders(names: str, opened: OpenedModel | None) -> list[Outside]:
+    """The libraries that `names` lists, by commas, to be compared on the model that was opened, or on random ones.
 
     Raises UserError for an unknown library, for one that isn't installed, and where it has no such model.
     """
-    return [_outside(name.strip(), found) for name in dict.fromkeys(names.split(","))]
+    return [_outside(name.strip(), opened) for name in dict.fromkeys(names.split(","))]
 
 
-def _outside(name: str, found: Found | None) -> Outside:
+def _outside(name: str, opened: OpenedModel | None) -> Outside:
     if name not in LIBRARIES:
         raise unknown_choice("library", name, tuple(LIBRARIES))
     library = LIBRARIES[name]
@@ -136,9 +136,9 @@ def _outside(name: str, found: Found | None) -> Outside:
         raise UserError(f"{library.name} is not installed: pip install {library.name}.")
     if not installed(library.backend):
         raise UserError(f"{library.name} needs {library.backend}: {how_to_install(library.backend)}.")
-    if found is None:
+    if opened is None:
         return Outside(library)
-    problem = library.problem(found.model.config)
+    problem = library.problem(opened.model.config)
     if problem:
-        raise UserError(f"{found.model.folder} can't be compared with {library.name}: it {problem}.")
-    return Outside(library, found.model.folder if library.opens(found) else None)
+        raise UserError(f"{opened.model.folder} can't be compared with {library.name}: it {problem}.")
+    return Outside(library, opened.model.folder if library.opens(opened) else None)

@@ -57,9 +57,9 @@ def convert(
     from twingpt.weights import convert as conversion
     from twingpt.weights.formats import describe, open_model
 
-    found = open_model(model)
+    opened = open_model(model)
     if inspect:
-        _print_model(describe(found), json_)
+        _print_model(describe(opened), json_)
         return
     if folder is None:
         raise UserError("Where should the result go? gpt convert SRC DST, or --inspect to see what SRC is.")
@@ -69,11 +69,11 @@ def convert(
     from twingpt.evaluation.held_out import HeldOut
 
     quantization = Quantization(q_bits, q_group_size) if q_bits is not None else None
-    held_out = HeldOut.of(found.model, data, backend, device) if data else None
-    with _conversion_bar(found.model.config, json_) as progress:
-        result = conversion.convert(found, folder, to, quantization, force, progress)
+    held_out = HeldOut.of(opened.model, data, backend, device) if data else None
+    with _conversion_bar(opened.model.config, json_) as progress:
+        result = conversion.convert(opened, folder, to, quantization, force=force, progress=progress)
     if held_out:
-        before, after = (held_out.loss(model) for model in (found.model, open_model(folder).model))
+        before, after = (held_out.loss(model) for model in (opened.model, open_model(folder).model))
         result |= {"val_loss": before, "val_loss_quantized": after}
     if json_:
         print_json(result)

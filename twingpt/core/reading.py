@@ -42,14 +42,27 @@ def inside(folder: Path, name: str, whole: str = "model directory") -> Path:
 
 def read_json(path: Path, most: int = MAX_JSON) -> Any:
     """What a JSON file says; UserError where it can't be read, is none, or has more than `most` bytes."""
+    return parse_json(read_text(path, most), path)
+
+
+def read_text(path: Path, most: int = MAX_JSON) -> str:
+    """The text of a JSON file; UserError where it can't be read, is none, or has more than `most` bytes."""
     try:
         if path.exists() and not path.is_file():  # a pipe would keep its reader waiting, a device never end
             raise UserError(f"{path} can't be read: it is not a file.")
         if (size := path.stat().st_size) > most:
             raise UserError(f"{path} can't be read: it has {size:,} bytes, and at most {most:,} are read.")
-        return json.loads(path.read_text("utf-8"))
+        return path.read_text("utf-8")
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} can't be read as JSON: {error}.") from None
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """What a JSON text says; UserError, which names the file that it was read from, where it is none."""
+    try:
+        return json.loads(text)
     except RecursionError:
         raise UserError(f"{path} can't be read: it is nested too deeply.") from None
     except ValueError as error:

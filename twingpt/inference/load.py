@@ -25,4 +25,4 @@ def language_model(model: Model, backend: str, device: str | None, dtype: str | 
     target = registry.find_device(engines, device)
     compute = registry.find_dtype(target, dtype or "float32")
     engine = engines.InferenceEngine(model.config, model.stored(), target, compute)
-    return LanguageModel(model.config, model.tokenizer(), engine, end_ids(model.folder))
+    return LanguageModel(model.config, model.tokenizer(), engine, end_ids(model.directory))

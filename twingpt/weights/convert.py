@@ -11,29 +11,29 @@ import numpy as np
 
 from twingpt.core.checkpoint.config_json import GENERATION, generation_settings
 from twingpt.core.checkpoint.quantize import Quantization
-from twingpt.core.checkpoint.schema import Model, model_texts, save_model
+from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.weights import gguf, mlx_lm, torch_state
-from twingpt.weights.families import FAMILIES, Family, family_for
-from twingpt.weights.formats import Found
-from twingpt.weights.huggingface import joined, write
+from twingpt.weights.export import Export
+from twingpt.weights.families import family_for
+from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel
+from twingpt.weights.gguf import GGUF
+from twingpt.weights.huggingface import HuggingFace
+from twingpt.weights.twingpt import TwinGPT
 
 Array = np.ndarray
 Progress = Callable[[int], None]
 
-TARGETS = ("twingpt", "hf", "mlx", "torch", "gguf")
-QUANTIZED = ("twingpt", "mlx")
-
 
 def convert(
-    found: Found,
+    opened: OpenedModel,
     folder: Path,
     to: str | None = None,
     quantization: Quantization | None = None,
+    *,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
@@ -44,52 +44,54 @@ def convert(
     passes. Raises UserError, before anything is written, for a format that can't hold the model, and for a
     `folder` that exists, unless it holds a model and `force` is given.
     """
-    model = found.model
-    usual = "hf" if found.format == "twingpt" and not quantization else "twingpt"
-    to = to or ("gguf" if folder.suffix == ".gguf" else usual)
-    if to not in TARGETS:
-        raise unknown_choice("format", to, TARGETS)
-    if to == "mlx":
-        mlx_lm.check(model.config)
+    model = opened.model
+    usual = HuggingFace.target if opened.format == TwinGPT.name and not quantization else TwinGPT.target
+    to = to or (GGUF.target if folder.suffix == ".gguf" else usual)
+    if to not in WRITABLE:
+        raise unknown_choice("format", to, tuple(WRITABLE))
     if quantization:
         _check_quantization(quantization, model.config, to)
     folder = expand(folder)
-    check_place(folder, model.folder, force)
+    check_place(folder, model.folder, force=force)
     place = folder.resolve() if folder.is_symlink() else folder  # the link stays
-    tokenizer, stored = _tokenizer(model), _keeps_bits(model, to, quantization)
-    quantization = model.quantization if stored else quantization
-    tensors = _told(model.stored() if stored else model.parameters(), progress, quantization if stored else None)
-    settings = generation_settings(model.folder)
-    texts = _settings_text(model, settings) | {"README.md": card(found, to, quantization)}
-    kept: dict[str, str] = {}
+    export = _export(opened, to, quantization, progress)
     try:
-        if to == "torch":
-            torch_state.write(place, model.config, tensors, tokenizer, texts)
-        elif to == "gguf":
-            gguf.write(place, model.config, tensors, _needed(tokenizer, model), found.model.folder.name)
-        elif to == "twingpt":
-            save_model(place, model.config, tokenizer, tensors, quantization, texts, stored)
-            kept = quantization.kept(model.config) if quantization else {}
-        else:
-            ids = _ids(settings, tokenizer)
-            kept = _write_theirs(place, model.config, tensors, tokenizer, quantization, texts, ids, stored)
+        kept = WRITABLE[to].write(place, export)
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror or error}.") from error
     family = family_for(model.config)
     return {
-        "source_format": found.format,
+        "source_format": opened.format,
         "target_format": to,
-        "family": family.model_type if family and to != "twingpt" else found.family,
+        "family": family.model_type if family and to != TwinGPT.target else opened.family,
         "parameters": parameter_count(model.config),
         "bytes": _size(folder),
-        "quantization": quantization.to_json() if quantization else None,
+        "quantization": export.quantization.to_json() if export.quantization else None,
         "unquantized": kept,
         "source": str(model.folder),
         "target": str(folder),
     }
 
 
-def check_place(folder: Path, source: Path, force: bool) -> None:
+def _export(opened: OpenedModel, to: str, quantization: Quantization | None, progress: Progress) -> Export:
+    """What is written: the model's tensors, as they are stored where a quantized model is to stay as it is."""
+    model = opened.model
+    tokenizer, quantized = _tokenizer(model), _keeps_quantized(model, to, quantization)
+    quantization = model.quantization if quantized else quantization
+    settings = generation_settings(model.directory)
+    return Export(
+        source=model.folder,
+        config=model.config,
+        tensors=_with_progress(model.stored() if quantized else model.parameters(), progress, model.quantization),
+        tokenizer=tokenizer,
+        quantization=quantization,
+        quantized=quantized,
+        ids=_ids(settings, tokenizer),
+        texts=_settings_text(model, settings) | {"README.md": card(opened, to, quantization)},
+    )
+
+
+def check_place(folder: Path, source: Path, *, force: bool) -> None:
     """Raise UserError where nothing may be written at `folder`: there is something else, or the source itself."""
     if folder.resolve() == source.resolve() or folder.resolve() in source.resolve().parents:
         raise UserError(f"{folder} holds the model that is to be converted: choose another place.")
@@ -118,17 +120,17 @@ def _check_quantization(quantization: Quantization, config: GPTConfig, to: str) 
         raise UserError(f"No matrix of the model can be quantized: no width is a multiple of --q-group-size {size}.")
 
 
-def _keeps_bits(model: Model, to: str, quantization: Quantization | None) -> bool:
+def _keeps_quantized(model: Model, to: str, quantization: Quantization | None) -> bool:
     """Whether a quantized model passes as it is stored, since it is to stay as it is: again would be a bit worse."""
     if model.quantization is None or to not in QUANTIZED or quantization not in (None, model.quantization):
         return False
-    return to == "twingpt" or not _family(model.config).transposed
+    return QUANTIZED[to].keeps_quantized(model.config)
 
 
-def _told(
+def _with_progress(
     tensors: Iterable[tuple[str, Array]], progress: Progress, quantization: Quantization | None
 ) -> Iterator[tuple[str, Array]]:
-    """The tensors; `progress` is told the bytes of each in float32."""
+    """Pass the tensors on; `progress` is told the bytes of each in float32, of a quantized one by its words."""
     for name, array in tensors:
         yield name, array
         if array.dtype == np.uint32 and quantization:
@@ -147,17 +149,10 @@ def _tokenizer(model: Model) -> Tokenizer | None:
         return None
 
 
-def _needed(tokenizer: Tokenizer | None, model: Model) -> Tokenizer:
-    if tokenizer is None:
-        raise UserError(f"{model.folder} has no tokenizer, and a GGUF file needs one.")
-    return tokenizer
-
-
 def _settings_text(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:
     """generation_config.json as it lies beside the model; or what the model's config.json says, which had it once."""
-    path = model.folder / GENERATION
-    if path.is_file():
-        return {GENERATION: path.read_text("utf-8")}
+    if (model.folder / GENERATION).is_file():
+        return {GENERATION: model.directory.text(GENERATION)}
     return {GENERATION: json.dumps(settings, indent=2)} if settings else {}
 
 
@@ -167,38 +162,6 @@ def _ids(settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, 
     return {key: settings.get(key, end) for key in ("bos_token_id", "eos_token_id")}
 
 
-def _write_theirs(
-    folder: Path,
-    config: GPTConfig,
-    tensors: Iterable[tuple[str, Array]],
-    tokenizer: Tokenizer | None,
-    quantization: Quantization | None,
-    texts: Mapping[str, str],
-    ids: Mapping[str, Any],
-    stored: bool,
-) -> dict[str, str]:
-    """A directory under Hugging Face's names; the matrices that a quantized one keeps in float32, and why."""
-    family = _family(config)
-    beside = {name: text for name, text in model_texts(config, tokenizer, None).items() if name != "config.json"}
-    beside |= texts
-    if quantization is None:
-        write(folder, config, tensors, ids, beside)
-        return {}
-    content = {**family.content(config), **ids}
-    arrays = joined(tensors, family, family.layout(config), config)
-    return mlx_lm.write_quantized(folder, config, family, content, arrays, quantization, beside, stored)
-
-
-def _family(config: GPTConfig) -> Family:
-    family = family_for(config)
-    if family is None:
-        raise UserError(
-            "No transformers family computes this model (see gpt convert --inspect): "
-            f"only those of {', '.join(FAMILIES)} do."
-        )
-    return family
-
-
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     if path.is_file():
@@ -206,9 +169,9 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def card(found: Found, to: str, quantization: Quantization | None) -> str:
+def card(opened: OpenedModel, to: str, quantization: Quantization | None) -> str:
     """A model card: what the model is, where it came from, and how it is used."""
-    config, name = found.model.config, found.model.folder.name
+    config, name = opened.model.config, opened.model.folder.name
     library = {"hf": "transformers", "mlx": "mlx"}.get(to, "twingpt")
     bits = f", {quantization.bits} bits in groups of {quantization.group_size}" if quantization else ""
     use = {
@@ -216,11 +179,11 @@ def card(found: Found, to: str, quantization: Quantization | None) -> str:
         "mlx": 'import mlx_lm\n\nmodel, tokenizer = mlx_lm.load("FOLDER")',
     }.get(to, 'import twingpt\n\nmodel = twingpt.load("FOLDER")\nprint(model.generate("Once"))')
     return (
-        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- twingpt\n- {found.family}\n---\n\n"
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- twingpt\n- {opened.family}\n---\n\n"
         f"# {name}\n\n"
-        f"A language model of the {found.family} family: {parameter_count(config):,} parameters, "
+        f"A language model of the {opened.family} family: {parameter_count(config):,} parameters, "
         f"{config.n_layer} layers, {config.n_embd} wide, a context of {config.block_size:,} tokens, "
         f"a vocabulary of {config.vocab_size:,}{bits}.\n\n"
-        f"Converted from the {found.format} format by TwinGPT's `gpt convert`.\n\n"
+        f"Converted from the {opened.format} format by TwinGPT's `gpt convert`.\n\n"
         f"```python\n{use}\n```\n"
     )

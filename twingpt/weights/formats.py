@@ -1,30 +1,32 @@
-"""A model on disk, whatever wrote it: which format it is in, and opening it as one of ours."""
+"""The formats that models are read from and written in, and opening a model of any of them.
+
+A format is a class with what it can do: most are read and written, GGUF is only written, and nanoGPT's and
+nanochat's are only read.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-
-from twingpt.core.checkpoint.config_json import model_type
-from twingpt.core.checkpoint.safetensors_file import TensorFile
-from twingpt.core.checkpoint.schema import Model, open_checkpoint
+from twingpt.core.checkpoint.directory import ModelDirectory
+from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count, parameter_table
 from twingpt.core.paths import expand
-from twingpt.core.tokenizer import Tokenizer
 from twingpt.runs.folder import RUNS, resolve
-from twingpt.weights import mlx_lm, nanochat, nanogpt, torch_state
-from twingpt.weights.huggingface import is_huggingface, open_huggingface
-
-Array = np.ndarray
+from twingpt.weights.export import Export
+from twingpt.weights.gguf import GGUF
+from twingpt.weights.huggingface import HuggingFace
+from twingpt.weights.mlx_lm import MLXLM
+from twingpt.weights.nanochat import Nanochat
+from twingpt.weights.nanogpt import NanoGPT
+from twingpt.weights.torch_state import TorchState
+from twingpt.weights.twingpt import TwinGPT
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [
@@ -32,50 +34,65 @@ HUB_FILES = [
     "chat_template.jinja", "model_*.pt", "meta_*.json",
 ]  # fmt: skip
 
-# What other trainers save: the module that reads it, how it is known, its name and its family, or None for ours.
-OTHERS = (
-    (torch_state, torch_state.is_torch_state, "torch", None),
-    (nanogpt, nanogpt.is_nanogpt, "nanogpt", "gpt2"),
-    (nanochat, nanochat.is_nanochat, "nanochat", "nanochat"),
-)
+
+class ReadableFormat(Protocol):
+    """A format that models are read from; `name` is what `gpt convert --json` calls it."""
+
+    @property
+    def name(self) -> str:
+        """As "source_format"."""
+
+    def detect(self, directory: ModelDirectory) -> bool:
+        """Whether a model is in this format, by its files and what they begin with; no format before claimed it."""
+
+    def open(self, directory: ModelDirectory) -> Model:
+        """Open a model in this format; UserError where it is damaged, or can't be expressed here."""
+
+
+class WritableFormat(Protocol):
+    """A format that models are written in; `target` is what `gpt convert --to` calls it."""
+
+    @property
+    def target(self) -> str:
+        """As "target_format"."""
+
+    def write(self, folder: Path, export: Export) -> Mapping[str, str]:
+        """Write a model in one atomic step; the matrices that its quantization leaves in float32, each with why.
+
+        What is at `folder`, which for some is a file, is replaced. Raises UserError, before anything is
+        written, for a model that the format can't hold, and UserError or OSError where it can't be written.
+        """
+
+
+class QuantizedFormat(WritableFormat, Protocol):
+    """A format with quantized matrices."""
+
+    def keeps_quantized(self, config: GPTConfig) -> bool:
+        """Whether a quantized model passes as it is stored, word for word."""
+
+
+# In this order a model is asked for its format: later ones take what is left.
+READABLE: tuple[ReadableFormat, ...] = (TorchState(), NanoGPT(), Nanochat(), MLXLM(), HuggingFace(), TwinGPT())
+QUANTIZED: dict[str, QuantizedFormat] = {format.target: format for format in (TwinGPT(), MLXLM())}
+WRITABLE: dict[str, WritableFormat] = {
+    format.target: format for format in (TwinGPT(), HuggingFace(), MLXLM(), TorchState(), GGUF())
+}
 
 
 @dataclass(frozen=True)
-class OtherModel:
-    """A model that another trainer saved, read by the functions of a module of this package."""
-
-    module: ModuleType
-    folder: Path
-    config: GPTConfig
-    quantization: None = None
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, where the format keeps or implies one."""
-        found: Tokenizer | None = self.module.tokenizer(self.folder)
-        if found is None:
-            raise UserError(f"{self.folder} has no tokenizer: the model can be converted, but takes no text.")
-        return found
-
-    def parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, float32 array) of every parameter."""
-        found: Iterator[tuple[str, Array]] = self.module.tensors(self.folder, self.config)
-        return found
-
-    def stored(self) -> Iterator[tuple[str, Array]]:
-        """As `parameters`."""
-        return self.parameters()
-
-
-@dataclass(frozen=True)
-class Found:
-    """A model, the format it is in, and the family of its architecture."""
+class OpenedModel:
+    """A model, and the name of the format that it is in."""
 
     format: str
-    family: str
     model: Model
 
+    @property
+    def family(self) -> str:
+        """The family of its architecture."""
+        return self.model.family
 
-def open_model(name: str | Path) -> Found:
+
+def open_model(name: str | Path) -> OpenedModel:
     """Find out what `name` is, and open it: a checkpoint or run of ours, a folder or file of another's, a hub id.
 
     Raises UserError for what is none of these, or is damaged, and where the hub can't be reached.
@@ -83,20 +100,13 @@ def open_model(name: str | Path) -> Found:
     path = expand(name)
     if not path.exists() and _is_hub_id(str(name)):
         path = _download(str(name))
-    for module, is_one, format, family in OTHERS:
-        if is_one(path):
-            config = module.read_config(path)
-            return Found(format, family or model_type(config), OtherModel(module, path, config))
-    if mlx_lm.is_mlx_lm(path):
-        model = mlx_lm.open_mlx_lm(path)
-        return Found("mlx-lm", model.family, model)
-    if is_huggingface(path):
-        found = open_huggingface(path)
-        return Found("huggingface", found.family, found)
-    if path.exists() and not any((path / mark).exists() for mark in ("run.json", "config.json", "manifest.json")):
+    directory = ModelDirectory(path)
+    for format in READABLE:
+        if format.detect(directory):
+            return OpenedModel(format.name, format.open(directory))
+    if path.exists() and not (path / "run.json").exists():
         raise UserError(_no_model(path))
-    checkpoint = open_checkpoint(resolve(name))
-    return Found("twingpt", model_type(checkpoint.config), checkpoint)
+    return OpenedModel(TwinGPT.name, TwinGPT().open(ModelDirectory(resolve(name))))
 
 
 def _no_model(path: Path) -> str:
@@ -134,9 +144,9 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def describe(found: Found) -> dict[str, Any]:
+def describe(opened: OpenedModel) -> dict[str, Any]:
     """What a model is, for people and scripts: format, family, parameters, dtypes, tokenizer, tensors."""
-    model = found.model
+    model = opened.model
     try:
         tokenizer = model.tokenizer()
         spoken: str | None = f"{tokenizer.kind}, {tokenizer.vocab_size} ids"
@@ -145,21 +155,13 @@ def describe(found: Found) -> dict[str, Any]:
     table = parameter_table(model.config)
     quantization = model.quantization
     return {
-        "source_format": found.format,
-        "family": found.family,
+        "source_format": opened.format,
+        "family": opened.family,
         "path": str(model.folder),
         "parameters": parameter_count(model.config),
-        "dtypes": dtypes(model),
+        "dtypes": model.dtypes(),
         "quantization": quantization.to_json() if quantization else None,
         "tokenizer": spoken,
         "config": model.config.to_dict(),
         "tensors": {name: list(row.shape) for name, row in table.items()},
     }
-
-
-def dtypes(model: Model) -> dict[str, int]:
-    """How many of a model's tensors are stored in each dtype, by the names of safetensors."""
-    if isinstance(model, OtherModel):
-        return dict(Counter(model.module.dtypes(model.folder)))
-    files = [TensorFile(path) for path in sorted(model.folder.glob("model*.safetensors"))]
-    return dict(Counter(entry.dtype for file in files for entry in file.entries.values()))

@@ -18,6 +18,7 @@ from twingpt.core.paths import sync_folder
 from twingpt.core.presets import shaped
 from twingpt.core.rope import rope_periods
 from twingpt.core.tokenizer import PATTERNS, Tokenizer
+from twingpt.weights.export import Export
 
 if TYPE_CHECKING:
     import gguf
@@ -57,6 +58,19 @@ GPT2_FREE = (
 # llama.cpp splits text into words by code that it knows by name, not by the pattern itself.
 SPLITS = {PATTERNS["gpt2"]: "gpt-2", PATTERNS["llama3"]: "llama-bpe", PATTERNS["qwen2"]: "qwen2"}
 NO_MERGE = "À À"  # of two bytes that UTF-8 has not: llama.cpp wants merges, and a tokenizer of bytes has none
+
+
+class GGUF:
+    """A GGUF file, which is only written; in float32."""
+
+    target = "gguf"
+
+    def write(self, folder: Path, export: Export) -> dict[str, str]:
+        """Write the file `folder`; UserError for a model or a tokenizer that llama.cpp has not."""
+        if export.tokenizer is None:
+            raise UserError(f"{export.source} has no tokenizer, and a GGUF file needs one.")
+        write(folder, export.config, export.tensors, export.tokenizer, export.source.name)
+        return {}
 
 
 def architecture(config: GPTConfig) -> str:

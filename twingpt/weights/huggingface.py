@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from twingpt.core import reading
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.safetensors_file import TensorFile
-from twingpt.core.checkpoint.schema import MODEL, check_layers, write_model
+from twingpt.core.checkpoint.schema import MODEL, Model, check_layers, model_texts, write_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
-from twingpt.core.paths import expand, new_folder, write_synced
-from twingpt.core.reading import inside
+from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.core.tokenizer import load as load_tokenizer
-from twingpt.weights.families import FAMILIES, Family, family_for, family_of
+from twingpt.weights.export import Export
+from twingpt.weights.families import Family, family_of, require_family
 
 Array = np.ndarray
 
@@ -30,124 +29,117 @@ FLOATS = ("F32", "F16", "BF16")
 HEAD = "lm_head.weight"
 
 Layout = Mapping[str, tuple[str, ...]]  # a tensor of theirs -> those of ours that it holds
-Found = dict[str, tuple[TensorFile, str]]  # a tensor of theirs -> where it is, and its name there
+Places = dict[str, tuple[TensorFile, str]]  # a tensor of theirs -> where it is, and its name there
 
 
-def is_huggingface(path: str | Path) -> bool:
-    """Whether `path` is a model directory of someone else's: a config.json, and nothing of ours in or beside it."""
-    folder = expand(path)
-    if not (folder / "config.json").is_file() or (folder / "manifest.json").exists():
+class HuggingFace:
+    """A Hugging Face directory: config.json of a family of transformers, and safetensors."""
+
+    name, target = "huggingface", "hf"
+
+    def detect(self, directory: ModelDirectory) -> bool:
+        """Whether it is a model directory of someone else's."""
+        return is_huggingface(directory)
+
+    def open(self, directory: ModelDirectory) -> HuggingFaceModel:
+        """Read config.json; UserError, naming it, for a family or an option that isn't supported."""
+        content = directory.json_object("config.json")
+        return HuggingFaceModel(directory, *family_and_config(content, directory.path / "config.json"))
+
+    def write(self, folder: Path, export: Export) -> dict[str, str]:
+        """Write a directory with the tokenizer's files and the texts."""
+        write(folder, export.config, export.tensors, export.ids, texts_beside(export))
+        return {}
+
+
+class HuggingFaceModel(Model):
+    """A Hugging Face directory whose config.json has been read; tensors are read when asked for."""
+
+    def __init__(self, directory: ModelDirectory, architecture: Family, config: GPTConfig) -> None:
+        super().__init__(directory, config)
+        self.architecture = architecture
+
+    @property
+    def family(self) -> str:
+        """Its `model_type`."""
+        return self.architecture.model_type
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in tokenizer.json."""
+        if not (self.folder / "tokenizer.json").exists():
+            raise UserError(f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text.")
+        return self.directory.tokenizer
+
+    def parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) of every parameter, dequantized where need be.
+
+        All names, shapes and dtypes are checked before the first is read, when this is called; UserError
+        names the tensor and the file.
+        """
+        config, family = self.config, self.architecture
+        check_layers(config.n_layer, sum(len(file.entries) for file in self.files), self.folder)
+        layout = family.layout(config)
+        places = _by_canonical_name(self.files, family, layout)
+        _check(places, family, layout, config, self.folder)
+        return _read(places, family, layout, config)
+
+    @cached_property
+    def files(self) -> Sequence[TensorFile]:
+        """The files that its tensors are in."""
+        return tensor_files(self.directory)
+
+
+def is_huggingface(directory: ModelDirectory) -> bool:
+    """Whether it is a model directory of someone else's: a config.json, and nothing of ours in or beside it."""
+    if not (directory.path / "config.json").is_file() or (directory.path / "manifest.json").exists():
         return False
     try:
-        return "twingpt" not in read_json(folder, "config.json")
+        return "twingpt" not in directory.json_object("config.json")
     except UserError:  # the one who opens it says what is wrong
         return True
 
 
-def read_config(folder: Path) -> GPTConfig:
-    """The configuration of a Hugging Face directory.
-
-    Raises UserError, naming the file, for a family or an option that isn't supported.
-    """
-    content = read_json(folder, "config.json")
+def family_and_config(content: Mapping[str, Any], path: Path) -> tuple[Family, GPTConfig]:
+    """The family and the configuration that the config.json at `path` describes; UserError names it and the key."""
     try:
-        return family_of(content).config(content)
+        family = family_of(content)
+        return family, family.config(dict(content))
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     except OverflowError:
-        raise UserError(f"{folder / 'config.json'}: a number in it is too large.") from None
+        raise UserError(f"{path}: a number in it is too large.") from None
 
 
-def tensors(
-    folder: Path, config: GPTConfig, family: Family | None = None, files: Sequence[TensorFile] = ()
-) -> Iterator[tuple[str, Array]]:
-    """(name, float32 array) of every parameter, in the order of the parameter table, one at a time.
-
-    All names, shapes and dtypes are checked before the first is read; UserError names the tensor and the
-    file. `family` and `files` are those of the folder, but where its format differs from Hugging Face's.
-    """
-    family = family or family_of(read_json(folder, "config.json"))
-    files = files or tensor_files(folder)
-    check_layers(config.n_layer, sum(len(file.entries) for file in files), folder)
-    layout = family.layout(config)
-    found = _by_canonical_name(files, family, layout)
-    _check(found, family, layout, config, folder)
-    return _read(found, family, layout, config)
-
-
-@dataclass(frozen=True)
-class HuggingFaceModel:
-    """A Hugging Face directory whose config.json has been read; tensors are read when asked for."""
-
-    folder: Path
-    config: GPTConfig
-    family: str
-    quantization: None = None
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer in tokenizer.json."""
-        return tokenizer_of(self.folder)
-
-    def parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, float32 array) of every parameter."""
-        return tensors(self.folder, self.config)
-
-    def stored(self) -> Iterator[tuple[str, Array]]:
-        """As `parameters`: quantized files are not read."""
-        return self.parameters()
-
-
-def open_huggingface(path: str | Path) -> HuggingFaceModel:
-    """Open a Hugging Face directory; UserError for one that can't be read as a model of ours."""
-    folder = expand(path)
-    return HuggingFaceModel(folder, read_config(folder), family_of(read_json(folder, "config.json")).model_type)
-
-
-def tokenizer_of(folder: Path) -> Tokenizer:
-    """The tokenizer in a directory's tokenizer.json."""
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} has no tokenizer.json: the model can be converted, but takes no text.")
-    return load_tokenizer(folder)
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of the directory; UserError where there is none."""
-    path = inside(folder, name)
-    content = reading.read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return content
-
-
-def tensor_files(folder: Path) -> list[TensorFile]:
+def tensor_files(directory: ModelDirectory) -> list[TensorFile]:
     """model.safetensors, or the files that its index names."""
+    folder = directory.path
     if (folder / MODEL).exists():
-        return [TensorFile(inside(folder, MODEL))]
+        return [directory.tensor_file(MODEL)]
     if not (folder / INDEX).exists():
         found = next((path.name for path in folder.glob("*.bin")), None)
         hint = f": {found} is a pickle, which could run code; save it as safetensors first." if found else "."
         raise UserError(f"{folder} has no {MODEL}{hint}")
-    places = read_json(folder, INDEX).get("weight_map")
+    places = directory.json_object(INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise UserError(f"{folder / INDEX} has no weight_map from tensors to files.")
-    files = {name: TensorFile(inside(folder, name)) for name in sorted(set(places.values()))}
+    files = {name: directory.tensor_file(name) for name in sorted(set(places.values()))}
     for tensor, place in places.items():
         if tensor not in files[place].entries:
             raise UserError(f"The tensor {tensor[:80]} is missing from {folder / place}, where the index has it.")
     return list(files.values())
 
 
-def _by_canonical_name(files: Iterable[TensorFile], family: Family, layout: Layout) -> Found:
+def _by_canonical_name(files: Iterable[TensorFile], family: Family, layout: Layout) -> Places:
     """Every tensor that takes part in the model -> its file, and its name there."""
-    found: Found = {}
+    places: Places = {}
     for file in files:
         for name in file.entries:
             canonical = family.canonical(name, layout)
-            if canonical in found:
+            if canonical in places:
                 raise UserError(f"The tensor {canonical} is there twice, the second time in {file.path}.")
             if canonical is not None:
-                found[canonical] = (file, name)
-    return found
+                places[canonical] = (file, name)
+    return places
 
 
 def _equal(file: TensorFile, name: str, other_file: TensorFile, other: str) -> bool:
@@ -157,16 +149,16 @@ def _equal(file: TensorFile, name: str, other_file: TensorFile, other: str) -> b
     return all(np.array_equal(a, b) for a, b in zip(file.pieces(name), other_file.pieces(other), strict=True))
 
 
-def _check(found: Found, family: Family, layout: Layout, config: GPTConfig, folder: Path) -> None:
-    """Names, shapes and dtypes against the parameter table; takes a tied head that is there out of `found`."""
+def _check(places: Places, family: Family, layout: Layout, config: GPTConfig, folder: Path) -> None:
+    """Names, shapes and dtypes against the parameter table; takes a tied head that is there out of `places`."""
     table = parameter_table(config)
     head = family.rename(HEAD)
-    if config.tie_embeddings and head in found and not _equal(*found.pop(head), *found[next(iter(layout))]):
+    if config.tie_embeddings and head in places and not _equal(*places.pop(head), *places[next(iter(layout))]):
         raise UserError(f"{folder} has a tensor {head} beside the embedding that config.json says it is tied to.")
     for name in layout:
-        if name not in found:
+        if name not in places:
             raise UserError(f"The tensor {name} is missing from {folder}.")
-    for name, (file, stored) in found.items():
+    for name, (file, stored) in places.items():
         if name not in layout:
             raise UserError(f"{file.path} has a tensor {stored}, which this model has not.")
         entry, shape = file.entries[stored], family.shape(name, [table[ours].shape for ours in layout[name]])
@@ -176,18 +168,25 @@ def _check(found: Found, family: Family, layout: Layout, config: GPTConfig, fold
             raise UserError(f"The tensor {stored} in {file.path} is {entry.dtype}, and must be {' or '.join(FLOATS)}.")
 
 
-def _read(found: Found, family: Family, layout: Layout, config: GPTConfig) -> Iterator[tuple[str, Array]]:
+def _read(places: Places, family: Family, layout: Layout, config: GPTConfig) -> Iterator[tuple[str, Array]]:
     homes = {ours: (theirs, i) for theirs, parts in layout.items() for i, ours in enumerate(parts)}
     whole: dict[str, Array] = {}  # of theirs, until the last part is taken
     for ours in parameter_table(config):
         theirs, i = homes[ours]
         if i == 0:
-            file, stored = found[theirs]
+            file, stored = places[theirs]
             whole[theirs] = file.read_float(stored)
         count = len(layout[theirs])
         yield ours, np.ascontiguousarray(family.part(whole[theirs], theirs, i, count, config))
         if i == count - 1:
             del whole[theirs]
+
+
+def texts_beside(export: Export) -> dict[str, str]:
+    """The files of a directory beside its config.json and its tensors, by name."""
+    texts = model_texts(export.config, export.tokenizer, None) | dict(export.texts)
+    del texts["config.json"]
+    return texts
 
 
 def write(
@@ -203,11 +202,7 @@ def write(
     config.json, `texts` further files, by name. What was at `folder` is replaced. Raises UserError where no
     family in transformers computes this model.
     """
-    family = family_for(config)
-    if family is None:
-        raise UserError(
-            f"No transformers family computes this model (see its config.json): only those of {', '.join(FAMILIES)} do."
-        )
+    family = require_family(config)
     table, layout = parameter_table(config), family.layout(config)
     shapes = {name: family.shape(name, [table[ours].shape for ours in parts]) for name, parts in layout.items()}
     content = {**family.content(config), "bos_token_id": None, "eos_token_id": None, **ids}

@@ -5,23 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization, dequantize, from_config, quantize
 from twingpt.core.checkpoint.safetensors_file import TensorFile
 from twingpt.core.checkpoint.schema import write_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import VECTOR, parameter_table
-from twingpt.core.paths import expand, new_folder, write_synced
-from twingpt.core.tokenizer import Tokenizer
-from twingpt.weights.families import Family, family_for, family_of, window_pattern
-from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files, tensors, tokenizer_of
+from twingpt.core.paths import new_folder, write_synced
+from twingpt.weights.export import Export
+from twingpt.weights.families import Family, family_for, require_family
+from twingpt.weights.families.windows import window_pattern
+from twingpt.weights.huggingface import (
+    HuggingFace,
+    HuggingFaceModel,
+    family_and_config,
+    is_huggingface,
+    joined,
+    tensor_files,
+    texts_beside,
+)
 
 Array = np.ndarray
 
@@ -30,10 +39,10 @@ QUANTIZATION = ("quantization", "quantization_config")
 
 
 class DequantizedFile(TensorFile):
-    """A file of mlx-lm's whose quantized matrices look like float32 ones."""
+    """A file of mlx-lm's whose header was read, with quantized matrices that look like float32 ones."""
 
-    def __init__(self, path: Path, quantization: Quantization) -> None:
-        super().__init__(path)
+    def __init__(self, file: TensorFile, quantization: Quantization) -> None:
+        self.path, self.entries, self.metadata = file.path, file.entries, file.metadata
         self.parts: dict[str, tuple[str, str]] = {}
         visible = dict(self.entries)
         for name, entry in self.entries.items():
@@ -45,7 +54,7 @@ class DequantizedFile(TensorFile):
             groups = (*shape[:-1], shape[-1] // quantization.group_size)
             for part in (scales, biases):
                 if self.entries[part].shape != groups or self.entries[part].dtype not in ("F32", "F16", "BF16"):
-                    raise UserError(f"The tensor {part} in {path} does not fit the matrix that it belongs to.")
+                    raise UserError(f"The tensor {part} in {self.path} does not fit the matrix that it belongs to.")
                 del visible[part]
             self.parts[name] = scales, biases
             visible[name] = dataclasses.replace(entry, dtype="F32", shape=shape)
@@ -73,34 +82,64 @@ class DequantizedFile(TensorFile):
         return self._read(name, self.stored[name]), scales, biases
 
 
-@dataclass(frozen=True)
-class MLXModel:
+class MLXLM:
+    """A directory that mlx-lm wrote, or that it reads."""
+
+    name, target = "mlx-lm", "mlx"
+
+    def detect(self, directory: ModelDirectory) -> bool:
+        """Whether mlx-lm wrote it: by the mark in its files, or their quantization."""
+        if not is_huggingface(directory):
+            return False
+        try:
+            quantized = isinstance(directory.json_object("config.json").get("quantization"), dict)
+            return quantized or _is_marked(directory)
+        except UserError:  # the one who opens it says what is wrong
+            return False
+
+    def open(self, directory: ModelDirectory) -> MLXModel:
+        """Read config.json; UserError, naming it, for a family or an option that isn't supported."""
+        path, content = directory.path / "config.json", directory.json_object("config.json")
+        quantization = from_config(content, path)
+        plain = {key: value for key, value in content.items() if key not in QUANTIZATION}
+        family, config = family_and_config(plain, path)
+        if _is_marked(directory):  # saved from its models, which transpose when they load
+            prefix = "model." if family.transposed else family.prefix  # of the one such family, GPT-2
+            family = dataclasses.replace(family, transposed=False, prefix=prefix)
+        return MLXModel(directory, family, config, quantization)
+
+    def keeps_quantized(self, config: GPTConfig) -> bool:
+        """Whether mlx-lm does not transpose the matrices when it loads them."""
+        return not require_family(config).transposed
+
+    def write(self, folder: Path, export: Export) -> dict[str, str]:
+        """Write a directory for mlx-lm; the matrices that quantization leaves in float32, and why."""
+        config, quantization = export.config, export.quantization
+        check(config)
+        if quantization is None:
+            return HuggingFace().write(folder, export)
+        family = require_family(config)
+        content = {**family.content(config), **export.ids}
+        arrays = joined(export.tensors, family, family.layout(config), config)
+        texts = texts_beside(export)
+        return write_quantized(folder, config, family, content, arrays, quantization, texts, quantized=export.quantized)
+
+
+class MLXModel(HuggingFaceModel):
     """A directory that mlx-lm wrote; tensors are read when asked for."""
 
-    folder: Path
-    config: GPTConfig
-    layout: Family
-    source: Quantization | None
-
-    @property
-    def family(self) -> str:
-        """Its `model_type`."""
-        return self.layout.model_type
+    def __init__(
+        self, directory: ModelDirectory, architecture: Family, config: GPTConfig, source: Quantization | None
+    ) -> None:
+        super().__init__(directory, architecture, config)
+        self.source = source
 
     @cached_property
     def quantization(self) -> Quantization | None:
         """As in the file, where its matrices are ours one by one and those that we would quantize; else None."""
-        if self.source is None or any(len(parts) > 1 for parts in self.layout.layout(self.config).values()):
+        if self.source is None or any(len(parts) > 1 for parts in self.architecture.layout(self.config).values()):
             return None
         return self.source if self._homes.keys() == set(self.source.matrices(self.config)) else None
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer in tokenizer.json."""
-        return tokenizer_of(self.folder)
-
-    def parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, float32 array) of every parameter, dequantized where need be."""
-        return tensors(self.folder, self.config, self.layout, self._files)
 
     def stored(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) of every tensor as `quantization` says; a quantized matrix keeps its very bits."""
@@ -116,54 +155,30 @@ class MLXModel:
             yield from zip((name, f"{base}.scales", f"{base}.biases"), file.words(theirs), strict=True)
 
     @cached_property
-    def _files(self) -> Sequence[TensorFile]:
-        files = tensor_files(self.folder)
-        return files if self.source is None else [DequantizedFile(file.path, self.source) for file in files]
+    def files(self) -> Sequence[TensorFile]:
+        """The files that its tensors are in, dequantized."""
+        files = tensor_files(self.directory)
+        return files if self.source is None else [DequantizedFile(file, self.source) for file in files]
 
     @cached_property
     def _homes(self) -> dict[str, tuple[DequantizedFile, str]]:
         """Our name, without `.weight`, of every quantized matrix -> its file, and its name there."""
-        layout = self.layout.layout(self.config)
+        layout = self.architecture.layout(self.config)
         homes: dict[str, tuple[DequantizedFile, str]] = {}
-        for file in self._files:
+        for file in self.files:
             if not isinstance(file, DequantizedFile):
                 continue
             for name in file.parts:
-                canonical = self.layout.canonical(name, layout)
+                canonical = self.architecture.canonical(name, layout)
                 if canonical not in layout:
                     raise UserError(f"{file.path} has a tensor {name}, which this model has not.")
                 homes[layout[canonical][0].removesuffix(".weight")] = file, name
         return homes
 
 
-def is_mlx_lm(path: str | Path) -> bool:
-    """Whether `path` is a model directory that mlx-lm wrote: by the mark in its files, or their quantization."""
-    folder = expand(path)
-    if not is_huggingface(folder):
-        return False
-    try:
-        content = read_json(folder, "config.json")
-        quantized = isinstance(content.get("quantization"), dict)
-        return quantized or tensor_files(folder)[0].metadata.get("format") == "mlx"
-    except UserError:  # the one who opens it says what is wrong
-        return False
-
-
-def open_mlx_lm(path: str | Path) -> MLXModel:
-    """Open mlx-lm's directory; UserError, naming the file, for a family or an option that isn't supported."""
-    folder = expand(path)
-    content = read_json(folder, "config.json")
-    source = from_config(content, folder / "config.json")
-    plain = {key: value for key, value in content.items() if key not in QUANTIZATION}
-    try:
-        family = family_of(plain)
-        config = family.config(plain)
-    except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
-    if tensor_files(folder)[0].metadata.get("format") == "mlx":  # saved from its models, which transpose when they load
-        prefix = "model." if family.transposed else family.prefix  # of the one such family, GPT-2
-        family = dataclasses.replace(family, transposed=False, prefix=prefix)
-    return MLXModel(folder, config, family, source)
+def _is_marked(directory: ModelDirectory) -> bool:
+    """Whether the tensors' metadata say that MLX wrote them."""
+    return tensor_files(directory)[0].metadata.get("format") == "mlx"
 
 
 def check(config: GPTConfig) -> None:
@@ -225,6 +240,7 @@ def write_quantized(
     arrays: Iterable[tuple[str, Array]],
     quantization: Quantization,
     texts: Mapping[str, str],
+    *,
     quantized: bool = False,
 ) -> dict[str, str]:
     """Write a quantized directory for mlx-lm, atomically; the matrices that stayed in float32, and why.
@@ -237,27 +253,11 @@ def write_quantized(
     if family.transposed:
         raise UserError(f"mlx-lm transposes the matrices of {family.model_type} when it loads them, and can't those "
                         "that are quantized: write --to mlx without --q-bits, or --to twingpt.")  # fmt: skip
-    table = parameter_table(config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes, chosen, kept = {}, set(), {}
-    for name, parts in family.layout(config).items():
-        shape = family.shape(name, [table[ours].shape for ours in parts])
-        matrix = table[parts[0]].group != VECTOR and name.endswith(".weight")
-        if not matrix or shape[-1] % quantization.group_size:
-            shapes[name] = shape
-            if matrix:
-                kept[name] = f"its width {shape[-1]} is not a multiple of {quantization.group_size}"
-            continue
-        chosen.add(name)
-        base = name.removesuffix(".weight")
-        shapes[name], dtypes[name] = (*shape[:-1], shape[-1] * quantization.bits // 32), "U32"
-        shapes |= {
-            f"{base}.{part}": (*shape[:-1], shape[-1] // quantization.group_size) for part in ("scales", "biases")
-        }
+    shapes, dtypes, kept = _quantized_table(config, family, quantization)
 
     def stored() -> Iterator[tuple[str, Array]]:
         for name, array in arrays:
-            if quantized or name not in chosen:
+            if quantized or name not in dtypes:
                 yield name, array
                 continue
             base = name.removesuffix(".weight")
@@ -270,3 +270,24 @@ def write_quantized(
         for name, text in {**texts, "config.json": json.dumps(described, indent=2)}.items():
             write_synced(temporary / name, text.encode())
     return kept
+
+
+def _quantized_table(
+    config: GPTConfig, family: Family, quantization: Quantization
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
+    """Every stored tensor's shape; U32 for those that are quantized; and why the other matrices are not, by name."""
+    table = parameter_table(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes, kept = {}, {}
+    for name, parts in family.layout(config).items():
+        *rest, width = shape = family.shape(name, [table[ours].shape for ours in parts])
+        matrix = table[parts[0]].group != VECTOR and name.endswith(".weight")
+        if not matrix or width % quantization.group_size:
+            shapes[name] = shape
+            if matrix:
+                kept[name] = f"its width {width} is not a multiple of {quantization.group_size}"
+            continue
+        base = name.removesuffix(".weight")
+        shapes[name], dtypes[name] = (*rest, width * quantization.bits // 32), "U32"
+        shapes |= {f"{base}.{part}": (*rest, width // quantization.group_size) for part in ("scales", "biases")}
+    return shapes, dtypes, kept

@@ -11,6 +11,7 @@ by the name of the first tensor that has no place here.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.safetensors_file import TensorFile
-from twingpt.core.checkpoint.schema import check_layers
+from twingpt.core.checkpoint.schema import Model, check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.reading import short
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.core.tokenizer import load as load_tokenizer
-from twingpt.weights.huggingface import is_huggingface, read_json, tensor_files
-from twingpt.weights.pickles import Stored, check_state, is_torch_file, read_pickle, state_of
+from twingpt.weights.huggingface import is_huggingface, tensor_files
+from twingpt.weights.pickles import StoredTensor, check_state, is_torch_file, read_pickle, state_of, tokenizer_of
 
 Array = np.ndarray
 
@@ -84,40 +85,72 @@ ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 VOCABULARIES = ("model.embed_tokens", "lm_head")
 
 
-def is_nanochat(path: Path) -> bool:
-    """Whether `path` is a model_STEP.pt of nanochat, a folder with one, or a folder of transformers' nanochat."""
-    file = _file(path)
-    if file is not None:
-        return is_torch_file(file) and _meta(file).is_file()
-    return is_huggingface(path) and _family(path) == "nanochat"
+class Nanochat:
+    """A model_STEP.pt of nanochat, a folder with one, or a folder of transformers' nanochat family."""
+
+    name = "nanochat"
+
+    def detect(self, directory: ModelDirectory) -> bool:
+        """By the file's name and the meta_STEP.json beside it, or by the family in config.json."""
+        file = _file(directory.path)
+        if file is not None:
+            return is_torch_file(file) and _meta(file).is_file()
+        return is_huggingface(directory) and _model_type(directory) == "nanochat"
+
+    def open(self, directory: ModelDirectory) -> NanochatModel:
+        """Read all but the weights; UserError, by name, for what can't be expressed here."""
+        path, file = directory.path, _file(directory.path)
+        beside, layout = directory, TRANSFORMERS
+        if file is None:
+            config = _transformers_config(directory.json_object("config.json"), path)
+            state: dict[str, StoredTensor] = {
+                name: SafeTensor(source, name) for source in tensor_files(directory) for name in source.entries
+            }
+        else:
+            beside, layout = directory if path.is_dir() else ModelDirectory(file.parent), OWN
+            meta = _meta(file)
+            config = _config(beside.json_object(meta.name).get("model_config"), meta)
+            state = state_of(directory.read_once(file, read_pickle), file)
+        check_layers(config.n_layer, len(state), path)
+        check_state(state, _shapes(config, state, layout), path)
+        return NanochatModel(directory, config, state, layout, beside)
 
 
-def read_config(path: Path) -> GPTConfig:
-    """The model's configuration; UserError, by name, for what can't be expressed here. Reads no weights."""
-    return _open(path)[0]
+class NanochatModel(Model):
+    """A model of nanochat whose tensors fit its configuration; `beside` is the folder that its other files are in."""
 
+    family = "nanochat"
 
-def tensors(path: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
-    """Yield (our name, float32 array) in the order of the parameter table."""
-    _, state, layout = _open(path)
-    for name, row in parameter_table(config).items():
-        theirs, part = _source(name, layout)
-        if theirs is None:
-            yield name, np.ones(row.shape, np.float32)
-            continue
-        array = state[theirs].read(slice(row.shape[0]))
-        yield name, _halves_exchanged(array, config.head_dim) if part in ROTATED else array
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        config: GPTConfig,
+        state: Mapping[str, StoredTensor],
+        layout: Layout,
+        beside: ModelDirectory,
+    ) -> None:
+        super().__init__(directory, config)
+        self.state = state
+        self.layout = layout
+        self.beside = beside
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.json beside the checkpoint, if there is one: nanochat's own, tokenizer.pkl, is code."""
+        return tokenizer_of(self.beside, self.folder)
 
-def dtypes(path: Path) -> list[str]:
-    """How each tensor is stored, by the names of safetensors."""
-    return [tensor.dtype for tensor in _open(path)[1].values()]
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors are stored in each dtype, by the names of safetensors."""
+        return dict(Counter(tensor.dtype for tensor in self.state.values()))
 
-
-def tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer.json beside the checkpoint, if there is one: nanochat's own, tokenizer.pkl, is code."""
-    folder = path if path.is_dir() else path.parent
-    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    def parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) of every parameter."""
+        for name, row in parameter_table(self.config).items():
+            theirs, part = _source(name, self.layout)
+            if theirs is None:
+                yield name, np.ones(row.shape, np.float32)
+                continue
+            array = self.state[theirs].read(slice(row.shape[0]))
+            yield name, _halves_exchanged(array, self.config.head_dim) if part in ROTATED else array
 
 
 def _file(path: Path) -> Path | None:
@@ -137,28 +170,11 @@ def _meta(file: Path) -> Path:
     return file.with_name(f"meta_{_step(file)}.json")
 
 
-def _family(folder: Path) -> Any:
+def _model_type(directory: ModelDirectory) -> Any:
     try:
-        return read_json(folder, "config.json").get("model_type")
+        return directory.json_object("config.json").get("model_type")
     except UserError:  # the one who opens it says what is wrong
         return None
-
-
-def _open(path: Path) -> tuple[GPTConfig, Mapping[str, Stored], Layout]:
-    """The configuration and the tensors, which fit each other."""
-    file = _file(path)
-    if file is None:
-        config, layout = _transformers_config(read_json(path, "config.json"), path), TRANSFORMERS
-        state: dict[str, Stored] = {
-            name: SafeTensor(source, name) for source in tensor_files(path) for name in source.entries
-        }
-    else:
-        meta, layout = _meta(file), OWN
-        config = _config(read_json(meta.parent, meta.name).get("model_config"), meta)
-        state = state_of(read_pickle(file), file)
-    check_layers(config.n_layer, len(state), path)
-    check_state(state, _shapes(config, state, layout), path)
-    return config, state, layout
 
 
 @dataclass(frozen=True)
@@ -242,7 +258,7 @@ def _source(name: str, layout: Layout) -> tuple[str | None, str]:
     return f"{layout.block}.{block[1]}.{theirs}" if block else theirs, part
 
 
-def _shapes(config: GPTConfig, state: Mapping[str, Stored], layout: Layout) -> dict[str, tuple[int, ...]]:
+def _shapes(config: GPTConfig, state: Mapping[str, StoredTensor], layout: Layout) -> dict[str, tuple[int, ...]]:
     """Their name -> shape of every tensor; the vocabulary's with its padding, if it has one."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, row in parameter_table(config).items():
@@ -253,7 +269,7 @@ def _shapes(config: GPTConfig, state: Mapping[str, Stored], layout: Layout) -> d
     return shapes
 
 
-def _padded(state: Mapping[str, Stored], name: str, shape: tuple[int, ...]) -> bool:
+def _padded(state: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]) -> bool:
     return name in state and state[name].shape == (-(-shape[0] // PADDED) * PADDED, *shape[1:])
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.schema import check_layers
+from twingpt.core.checkpoint.directory import ModelDirectory
+from twingpt.core.checkpoint.schema import Model, check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
@@ -19,6 +21,7 @@ from twingpt.weights.pickles import (
     State,
     check_state,
     is_torch_file,
+    no_tokenizer,
     read_pickle,
     read_plain_pickle,
     state_of,
@@ -50,54 +53,74 @@ ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
-def is_nanogpt(path: Path) -> bool:
-    """Whether `path` is a checkpoint of nanoGPT, or a folder with one. UserError for an unsound ckpt.pt."""
-    file = _file(path)
-    return is_torch_file(file) and _is_checkpoint(read_pickle(file))
+class NanoGPT:
+    """A checkpoint of nanoGPT: a ckpt.pt, or a folder with one."""
+
+    name = "nanogpt"
+
+    def detect(self, directory: ModelDirectory) -> bool:
+        """Whether it has a model and its model_args; UserError for an unsound ckpt.pt."""
+        file = _file(directory.path)
+        return is_torch_file(file) and _is_checkpoint(directory.read_once(file, read_pickle))
+
+    def open(self, directory: ModelDirectory) -> NanoGPTModel:
+        """Read all but the weights; the vocabulary keeps its padding, so that the logits are the same.
+
+        Raises UserError for an option or a tensor that nanoGPT's model has not.
+        """
+        file = _file(directory.path)
+        checkpoint = directory.read_once(file, read_pickle)
+        if not _is_checkpoint(checkpoint):
+            raise UserError(f"{file} is not a checkpoint of nanoGPT: it has no model and model_args.")
+        state = state_of(_without_masks(checkpoint["model"]), file)
+        tied = HEAD not in state or _equal(state)
+        if tied:
+            state.pop(HEAD, None)
+        config = _config(checkpoint["model_args"], file, tied=tied)
+        check_layers(config.n_layer, len(state), file)
+        check_state(state, _shapes(config), file)
+        return NanoGPTModel(directory, config, state, checkpoint)
 
 
-def read_config(path: Path) -> GPTConfig:
-    """The model's configuration; its vocabulary keeps its padding, so that the logits are the same.
+class NanoGPTModel(Model):
+    """A checkpoint of nanoGPT whose tensors fit its model_args; they are read when asked for."""
 
-    Raises UserError for an option or a tensor that nanoGPT's model has not; reads no weights.
-    """
-    return _open(path)[0]
+    family = "gpt2"
 
+    def __init__(
+        self, directory: ModelDirectory, config: GPTConfig, state: State, checkpoint: Mapping[str, Any]
+    ) -> None:
+        super().__init__(directory, config)
+        self.state = state
+        self.checkpoint = checkpoint
 
-def tensors(path: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
-    """Yield (our name, float32 array) in the order of the parameter table."""
-    state = _open(path)[1]
-    for name, row in parameter_table(config).items():
-        theirs, third = _source(name)
-        rows = slice(None) if third is None else slice(third * row.shape[0], (third + 1) * row.shape[0])
-        yield name, state[theirs].read(rows)
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model's data, which the checkpoint does not keep; UserError where it can't be known.
 
+        A meta.pkl with the characters is looked for beside the checkpoint, and where nanoGPT has it, in
+        data/DATASET. Else a vocabulary of GPT-2's size is GPT-2's. A character tokenizer has one id more than
+        the model: our end of text.
+        """
+        size = self.checkpoint["model_args"].get("vocab_size")
+        for place in _places(_file(self.folder), self.checkpoint.get("config")):
+            if place.is_file():
+                characters = self.directory.read_once(place, _characters)
+                if len(characters) == size:
+                    return CharTokenizer(characters)
+        if size not in GPT2_VOCABULARIES:
+            raise no_tokenizer(self.folder)
+        return tiktoken_gpt2()
 
-def dtypes(path: Path) -> list[str]:
-    """How each tensor is stored, by the names of safetensors."""
-    return [tensor.dtype for tensor in _open(path)[1].values()]
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors are stored in each dtype, by the names of safetensors."""
+        return dict(Counter(tensor.dtype for tensor in self.state.values()))
 
-
-def tokenizer(path: Path, meta: Path | None = None) -> Tokenizer | None:
-    """The tokenizer of the model's data, which the checkpoint does not keep; None where it can't be known.
-
-    A meta.pkl with the characters is looked for at `meta`, beside the checkpoint, and where nanoGPT has
-    it, in data/DATASET. Else a vocabulary of GPT-2's size is GPT-2's. A character tokenizer has
-    one id more than the model: our end of text.
-    """
-    file = _file(path)
-    checkpoint = _checkpoint(file)
-    size = checkpoint["model_args"].get("vocab_size")
-    for place in [meta] if meta else _places(file, checkpoint.get("config")):
-        if place.is_file():
-            characters = _characters(place)
-            if len(characters) == size:
-                return CharTokenizer(characters)
-            if meta:
-                raise UserError(f"{place} has {len(characters)} characters, and the model in {file} {size} tokens.")
-    if meta:
-        raise UserError(f"There is no {meta}.")
-    return tiktoken_gpt2() if size in GPT2_VOCABULARIES else None
+    def parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) of every parameter."""
+        for name, row in parameter_table(self.config).items():
+            theirs, third = _source(name)
+            rows = slice(None) if third is None else slice(third * row.shape[0], (third + 1) * row.shape[0])
+            yield name, self.state[theirs].read(rows)
 
 
 def _file(path: Path) -> Path:
@@ -106,27 +129,6 @@ def _file(path: Path) -> Path:
 
 def _is_checkpoint(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("model_args"), dict) and "model" in content
-
-
-def _checkpoint(file: Path) -> dict[str, Any]:
-    content = read_pickle(file)
-    if not _is_checkpoint(content):
-        raise UserError(f"{file} is not a checkpoint of nanoGPT: it has no model and model_args.")
-    return dict(content)
-
-
-def _open(path: Path) -> tuple[GPTConfig, State]:
-    """The configuration and the tensors, which fit each other."""
-    file = _file(path)
-    content = _checkpoint(file)
-    state = state_of(_without_masks(content["model"]), file)
-    tied = HEAD not in state or _equal(state)
-    if tied:
-        state.pop(HEAD, None)
-    config = _config(content["model_args"], tied, file)
-    check_layers(config.n_layer, len(state), file)
-    check_state(state, _shapes(config), file)
-    return config, state
 
 
 def _without_masks(model: Any) -> Any:
@@ -144,7 +146,7 @@ def _equal(state: State) -> bool:
     return head.same_memory(embedding) or np.array_equal(head.read(), embedding.read())
 
 
-def _config(arguments: Mapping[str, Any], tied: bool, file: Path) -> GPTConfig:
+def _config(arguments: Mapping[str, Any], file: Path, *, tied: bool) -> GPTConfig:
     for key in arguments:
         if key not in (*ARGUMENTS, "bias"):
             raise unknown_choice(f"option of nanoGPT in {file}", key, (*ARGUMENTS, "bias"))

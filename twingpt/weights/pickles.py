@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from twingpt.backends.registry import how_to_install, installed
-from twingpt.core import reading
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.errors import UserError
-from twingpt.core.reading import inside
+from twingpt.core.tokenizer import Tokenizer
 
 Array = np.ndarray
 
@@ -31,7 +31,7 @@ PLAIN_OPERATIONS = {
 }  # fmt: skip
 
 
-class Stored(Protocol):
+class StoredTensor(Protocol):
     """A tensor of a file, read when asked for."""
 
     @property
@@ -49,7 +49,7 @@ class Stored(Protocol):
         """Whether both are the same bytes of the file."""
 
 
-State = dict[str, Stored]
+State = dict[str, StoredTensor]  # a state dict
 
 
 def torch_files(path: Path) -> Any:
@@ -83,7 +83,7 @@ def state_of(value: Any, path: Path) -> State:
     return state
 
 
-def check_state(state: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
+def check_state(state: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Raise UserError unless the state has exactly the wanted tensors in their shapes; reads none."""
     for name, shape in wanted.items():
         if name not in state:
@@ -95,12 +95,16 @@ def check_state(state: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...
             raise UserError(f"{path} has a tensor {name[:80]}, for which this model has no place.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError where there is none."""
-    content = reading.read_json(inside(path.parent, path.name))
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return content
+def tokenizer_of(directory: ModelDirectory, model: Path) -> Tokenizer:
+    """The tokenizer of the tokenizer.json in the folder of a `model`; UserError where there is none."""
+    if not (directory.path / "tokenizer.json").is_file():
+        raise no_tokenizer(model)
+    return directory.tokenizer
+
+
+def no_tokenizer(path: Path) -> UserError:
+    """The error that says that the model at `path` has no tokenizer."""
+    return UserError(f"{path} has no tokenizer: the model can be converted, but takes no text.")
 
 
 def read_plain_pickle(path: Path) -> Any:

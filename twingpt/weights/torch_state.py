@@ -2,29 +2,79 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
-from twingpt.core.checkpoint.schema import check_layers, model_texts
+from twingpt.core.checkpoint.config_json import model_type
+from twingpt.core.checkpoint.directory import ModelDirectory
+from twingpt.core.checkpoint.schema import Model, check_layers, model_texts
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.core.tokenizer import load as load_tokenizer
-from twingpt.weights.pickles import State, check_state, read_json, read_pickle, state_of, torch_files
+from twingpt.weights.export import Export
+from twingpt.weights.pickles import State, check_state, read_pickle, state_of, tokenizer_of, torch_files
 
 Array = np.ndarray
 
 FILE, CONFIG = "model.pt", "config.json"
 
 
-def is_torch_state(path: Path) -> bool:
-    """Whether `path` is a folder that `write` wrote."""
-    return (path / FILE).is_file() and (path / CONFIG).is_file()
+class TorchState:
+    """A folder with a state dict of our parameters and the config.json that says what they are."""
+
+    name = target = "torch"
+
+    def detect(self, directory: ModelDirectory) -> bool:
+        """Whether both files are there."""
+        return (directory.path / FILE).is_file() and (directory.path / CONFIG).is_file()
+
+    def open(self, directory: ModelDirectory) -> TorchStateModel:
+        """Read the configuration; UserError where config.json is not what `write` wrote."""
+        content = directory.json_object(CONFIG).get("twingpt")
+        if not isinstance(content, dict):
+            raise UserError(f"{directory.path / CONFIG} has no twingpt section, which says what {FILE} is.")
+        return TorchStateModel(directory, GPTConfig.from_dict(content))
+
+    def write(self, folder: Path, export: Export) -> dict[str, str]:
+        """Write model.pt and the files beside it."""
+        write(folder, export.config, export.tensors, export.tokenizer, export.texts)
+        return {}
+
+
+class TorchStateModel(Model):
+    """A folder of `write`'s whose config.json has been read."""
+
+    @property
+    def family(self) -> str:
+        """The transformers family that computes it, or twingpt for none."""
+        return model_type(self.config)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that was written along."""
+        return tokenizer_of(self.directory, self.folder)
+
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors are stored in each dtype, by the names of safetensors."""
+        return dict(Counter(tensor.dtype for tensor in self._state().values()))
+
+    def parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, float32 array) of every parameter; UserError where the tensors don't fit the model."""
+        path, state = self.folder / FILE, self._state()
+        check_layers(self.config.n_layer, len(state), path)
+        shapes = {name: row.shape for name, row in parameter_table(self.config).items()}
+        check_state(state, shapes, path)
+        for name in shapes:
+            yield name, state[name].read()
+
+    def _state(self) -> State:
+        path = self.folder / FILE
+        return state_of(self.directory.read_once(path, read_pickle), path)
 
 
 def write(
@@ -50,35 +100,3 @@ def write(
         raise UserError(f"{folder} can't be written: {error.strerror}.") from error
     except RuntimeError as error:  # of torch.save, which knows no more
         raise UserError(f"{folder} can't be written: torch could not make {FILE}; is the disk full?") from error
-
-
-def read_config(folder: Path) -> GPTConfig:
-    """The model's configuration; UserError where config.json is not what `write` wrote."""
-    content = read_json(folder / CONFIG).get("twingpt")
-    if not isinstance(content, dict):
-        raise UserError(f"{folder / CONFIG} has no twingpt section, which says what {FILE} is.")
-    return GPTConfig.from_dict(content)
-
-
-def tensors(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Array]]:
-    """Yield (name, float32 array) in the order of the parameter table; UserError where they don't fit the model."""
-    path, state = folder / FILE, _state(folder)
-    check_layers(config.n_layer, len(state), path)
-    shapes = {name: row.shape for name, row in parameter_table(config).items()}
-    check_state(state, shapes, path)
-    for name in shapes:
-        yield name, state[name].read()
-
-
-def dtypes(folder: Path) -> list[str]:
-    """How each tensor is stored, by the names of safetensors."""
-    return [tensor.dtype for tensor in _state(folder).values()]
-
-
-def tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer that was written along, or None."""
-    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-
-
-def _state(folder: Path) -> State:
-    return state_of(read_pickle(folder / FILE), folder / FILE)

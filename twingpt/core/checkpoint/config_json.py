@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.reading import inside, read_json, short
+from twingpt.core.reading import parse_json, short
 
 GENERATION = "generation_config.json"
 
@@ -89,29 +89,26 @@ def _portable_rope_scaling(config: GPTConfig) -> dict[str, Any] | None:
     return fields
 
 
-def generation_settings(folder: Path) -> dict[str, Any]:
-    """What a model's folder says of generation: generation_config.json, and for the ids it leaves out, config.json.
+def generation_settings(directory: ModelDirectory) -> dict[str, Any]:
+    """Settings for generation: generation_config.json, and for the ids that it leaves out, config.json.
 
     Nothing for what is no folder, or has neither file; UserError where one of them can't be read.
     """
-    config, own = (_object(folder, name) for name in ("config.json", GENERATION))
+    config = directory.json_object("config.json") if (directory.path / "config.json").is_file() else {}
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    path = directory.path / GENERATION
+    own = parse_json(directory.text(GENERATION), path) if path.is_file() else {}
+    if not isinstance(own, dict):
+        raise UserError(f"{path} is not a JSON object.")
     return ids | {key: value for key, value in own.items() if value is not None}
 
 
-def _object(folder: Path, name: str) -> dict[str, Any]:
-    if not (folder / name).is_file():
-        return {}
-    content = read_json(inside(folder, name))
-    if not isinstance(content, dict):
-        raise UserError(f"{folder / name} is not a JSON object.")
-    return content
-
-
-def end_ids(folder: Path) -> list[int]:
+def end_ids(directory: ModelDirectory) -> list[int]:
     """The ids that end a model's text by its settings for generation; UserError where they are none."""
-    ids = generation_settings(folder).get("eos_token_id")
+    ids = generation_settings(directory).get("eos_token_id")
     listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int for token in listed):
-        raise UserError(f"eos_token_id in {folder} must be a token's id or a list of them, and is {short(ids)}.")
+        raise UserError(
+            f"eos_token_id in {directory.path} must be a token's id or a list of them, and is {short(ids)}."
+        )
     return listed

@@ -1,7 +1,8 @@
 """Safetensors files: written one tensor at a time, and read with suspicion, one tensor at a time.
 
 The format: https://github.com/huggingface/safetensors#format. The `safetensors` library maps files into
-memory, where they count as resident and change with the file; here each tensor is read by itself.
+memory, where they count as resident and change with the file; here each tensor is read by itself. Others
+read what is written here with that library, so it opens each file before the file is published.
 """
 
 from __future__ import annotations
@@ -171,11 +172,11 @@ def write_safetensors(
     tensors: Iterable[tuple[str, Array]],
     dtypes: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Write tensors as they come, in the order of `shapes`, and sync; the file's manifest entry.
+    """Write tensors as they come, in the order of `shapes`, sync, and open the file; its manifest entry.
 
     They are float32 but where `dtypes` says otherwise. The entry has the file's size, its SHA-256, and
     each tensor's CRC-32, which finds a damaged one later. Raises ValueError where the tensors are not
-    those of `shapes`.
+    those of `shapes`, and RuntimeError where `safetensors` would not read the file as it was meant.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -200,4 +201,19 @@ def write_safetensors(
             checks[name] = f"{zlib.crc32(data):08x}"
         file.flush()
         os.fsync(file.fileno())
+    _check_opens(path, {name: (dtypes.get(name, "F32"), list(shape)) for name, shape in shapes.items()})
     return {"size": 8 + len(text) + offset, "sha256": sha.hexdigest(), "crc32": checks}
+
+
+def _check_opens(path: Path, wanted: Mapping[str, tuple[str, list[int]]]) -> None:
+    """Raise RuntimeError unless `safetensors` finds these dtypes and shapes; it reads the header, and no tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            found = {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in slices.items()}
+    except SafetensorError as error:
+        raise RuntimeError(f"{path} was written so that safetensors does not open it: {error}") from error
+    if found != wanted:
+        raise RuntimeError(f"{path} was written so that safetensors finds other tensors in it")

@@ -8,24 +8,24 @@ import itertools
 import json
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.config_json import portable_config
+from twingpt.core.checkpoint.config_json import model_type, portable_config
+from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization, dequantized, from_config, stored_shapes
 from twingpt.core.checkpoint.safetensors_file import DTYPES, Entry, Shapes, TensorFile, write_safetensors
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table, state_table
 from twingpt.core.paths import new_folder, write_synced
-from twingpt.core.reading import inside, read_json, short
+from twingpt.core.reading import inside, short
 from twingpt.core.tokenizer import Tokenizer, files
-from twingpt.core.tokenizer import load as load_tokenizer
 
 Array = np.ndarray
 
@@ -113,6 +113,7 @@ def save_model(
     tensors: Iterable[tuple[str, Array]],
     quantization: Quantization | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
+    *,
     quantized: bool = False,
 ) -> None:
     """Write a model that isn't trained on here, in one atomic step, holding one tensor at a time.
@@ -153,49 +154,74 @@ def write_texts(folder: Path, texts: Mapping[str, str], entries: Mapping[str, An
     write_synced(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
 
 
-class Model(Protocol):
+class Model(ABC):
     """A model on disk. Tensors are read when asked for, one at a time, in the order of the parameter table."""
+
+    def __init__(self, directory: ModelDirectory, config: GPTConfig) -> None:
+        self.directory = directory
+        self.config = config
 
     @property
     def folder(self) -> Path:
         """Its folder, or its file."""
+        return self.directory.path
 
     @property
-    def config(self) -> GPTConfig:
-        """What it computes."""
+    @abstractmethod
+    def family(self) -> str:
+        """The family of its architecture."""
 
     @property
     def quantization(self) -> Quantization | None:
         """How `stored` gives its matrices, if not in float32."""
+        return None
 
     def tokenizer(self) -> Tokenizer:
         """What its ids mean; UserError where that isn't known."""
+        return self.directory.tokenizer
 
+    def dtypes(self) -> dict[str, int]:
+        """How many of its tensors are stored in each dtype, by the names of safetensors."""
+        return self.directory.dtypes()
+
+    @abstractmethod
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter."""
 
     def stored(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) of every tensor as `Quantization.table` has them."""
+        return self.parameters()
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Model):
     """A checkpoint on disk whose files are there and match its manifest; tensors are read when asked for."""
 
-    folder: Path
-    config: GPTConfig
-    manifest: Mapping[str, Any]
-    quantization: Quantization | None = None
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        config: GPTConfig,
+        manifest: Mapping[str, Any],
+        quantization: Quantization | None = None,
+    ) -> None:
+        super().__init__(directory, config)
+        self.manifest = manifest
+        self._quantization = quantization
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the model was trained with."""
-        return load_tokenizer(self.folder)
+    @property
+    def family(self) -> str:
+        """The transformers family that computes it, or twingpt for none."""
+        return model_type(self.config)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its matrices are stored, if not in float32."""
+        return self._quantization
 
     def training(self) -> dict[str, Any]:
         """training_state.json, or UserError where the checkpoint holds only a model."""
         if "training_state.json" not in self.manifest["files"]:
             raise UserError(f"{self.folder} holds a model without its training state: it can't be resumed.")
-        state = _read_json(self.folder, "training_state.json")
+        state = self.directory.json("training_state.json", "checkpoint")
         if not _is_training_state(state):
             path = self.folder / "training_state.json"
             raise UserError(f"{path} is not what this version of twingpt writes: the run can't be resumed from it.")
@@ -209,7 +235,7 @@ class Checkpoint:
     def stored(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) of every tensor of the model as it is stored (see `Quantization`)."""
         names = [name for name in self.manifest["files"] if name.startswith("model") and name.endswith(".safetensors")]
-        files = [TensorFile(self.folder / name) for name in names]
+        files = [self.directory.tensor_file(name) for name in names]
         check_layers(self.config.n_layer, sum(len(file.entries) for file in files), self.folder)
         yield from read_tensors(files, *stored_shapes(self.config, self.quantization))
 
@@ -217,7 +243,7 @@ class Checkpoint:
         """Yield (name, float32 array) of the optimizer's state."""
         train = self.training()["train"]
         table = state_table(self.config, train["optimizer"], train["dtype"])
-        yield from read_tensors([TensorFile(self.folder / OPTIMIZER)], table)
+        yield from read_tensors([self.directory.tensor_file(OPTIMIZER)], table)
 
 
 def check_layers(n_layer: int, n_tensors: int, path: Path) -> None:
@@ -272,10 +298,6 @@ def _check_tensor(name: str, entry: Entry, table: Shapes, dtype: str, path: Path
         raise UserError(f"The tensor {name} in {path} is {entry.dtype}, and must be {dtype}.")
 
 
-def _read_json(folder: Path, name: str) -> Any:
-    return read_json(inside(folder, name, "checkpoint"))
-
-
 def _sha256(path: Path) -> str:
     sha = hashlib.sha256()
     with path.open("rb") as file:
@@ -321,7 +343,12 @@ def verify(folder: Path, files: Mapping[str, Any]) -> None:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read and verify the checkpoint in `folder`; UserError says what is wrong with which file."""
-    manifest = _read_json(folder, "manifest.json")
+    return read_checkpoint(ModelDirectory(folder))
+
+
+def read_checkpoint(directory: ModelDirectory) -> Checkpoint:
+    """As `open_checkpoint`, of a directory of which something may have been read."""
+    folder, manifest = directory.path, directory.json("manifest.json", "checkpoint")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{folder / 'manifest.json'} is not a manifest.")
     if manifest.get("schema") != SCHEMA:
@@ -332,8 +359,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         verify(folder, manifest["files"])
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / 'manifest.json'} is not a manifest.") from None
-    content = _read_json(folder, "config.json")
+    content = directory.json("config.json", "checkpoint")
     if not isinstance(content, dict) or not isinstance(content.get("twingpt"), dict):
         raise UserError(f"{folder / 'config.json'} has no twingpt section.")
     quantization = from_config(content, folder / "config.json")
-    return Checkpoint(folder, GPTConfig.from_dict(content["twingpt"]), manifest, quantization)
+    return Checkpoint(directory, GPTConfig.from_dict(content["twingpt"]), manifest, quantization)

@@ -1,0 +1,36 @@
+"""Our own checkpoints, as a format beside the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from twingpt.core.checkpoint.directory import ModelDirectory
+from twingpt.core.checkpoint.schema import Checkpoint, read_checkpoint, save_model
+from twingpt.core.config import GPTConfig
+from twingpt.weights.export import Export
+
+
+class TwinGPT:
+    """A checkpoint of ours; in a model directory that no other format claims, a damaged one."""
+
+    name = target = "twingpt"
+
+    def detect(self, directory: ModelDirectory) -> bool:
+        """Whether it is a model directory."""
+        return any((directory.path / name).exists() for name in ("config.json", "manifest.json"))
+
+    def open(self, directory: ModelDirectory) -> Checkpoint:
+        """Read and verify it."""
+        return read_checkpoint(directory)
+
+    def keeps_quantized(self, config: GPTConfig) -> bool:
+        """Always: the words are those of `Quantization.table`."""
+        return True
+
+    def write(self, folder: Path, export: Export) -> dict[str, str]:
+        """Write a checkpoint of the model alone; the matrices that quantization leaves in float32, and why."""
+        config, quantization = export.config, export.quantization
+        save_model(
+            folder, config, export.tokenizer, export.tensors, quantization, export.texts, quantized=export.quantized
+        )
+        return quantization.kept(config) if quantization else {}
