@@ -42,7 +42,7 @@ def learn(specs: Sequence[str], vocab_size: int, pattern: str, chat: bool, out: 
             counts["bytes"] += len(text.encode())
             yield text
 
-    tokenizer = train_bpe(texts(), vocab_size, pattern, chat)
+    tokenizer = train_bpe(texts(), vocab_size, pattern, chat=chat)
     if not counts["bytes"]:
         raise sources.empty(", ".join(specs))
     try:
@@ -66,7 +66,7 @@ def tokens(tokenizer: Tokenizer, text: str, special: bool = False) -> list[dict[
     """A row for each token of `text`: its id, its text, its bytes in hexadecimal, and whether it is special."""
     spelled = {token: spelling for spelling, token in tokenizer.specials.items()}
     rows = []
-    for token in map(int, tokenizer.encode(text, special)):
+    for token in map(int, tokenizer.encode(text, special=special)):
         content = tokenizer.token_bytes(token)
         shown = spelled.get(token) or content.decode("utf-8", errors="backslashreplace")
         rows.append({"id": token, "text": shown, "bytes": content.hex(" "), "special": token in spelled})
