@@ -61,7 +61,7 @@ def training(data: TokenDataset) -> tuple[str, Callable[[], float]]:
     config, train = GPTConfig.from_dict(SHAPES["nano"] | MODEL), TrainConfig(optimizer="muon", batch_size=16)
     engines = registry.get("torch")
     device = registry.find_device(engines, None)
-    engine = engines.TrainEngine(config, device, "muon")
+    engine = engines.TrainEngine(config, device, optimizer="muon")
     engine.load(initialise(config, 1))
     batch, hyper = data.batch(0, 16, 64, 1), hyperparameters(train, 1)
 

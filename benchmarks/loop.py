@@ -31,7 +31,8 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
     config, train = preset(size, data.tokenizer.vocab_size), TrainConfig(optimizer="muon", batch_size=16)
     engines = registry.get(name)
     device = registry.find_device(engines, None)
-    engine = engines.TrainEngine(config, device, "muon", device.default_dtype, device.kind != "cpu")
+    compile, dtype = device.kind != "cpu", device.default_dtype
+    engine = engines.TrainEngine(config, device, optimizer="muon", dtype=dtype, compile=compile)
     engine.load(initialise(config, 1))
     hyper = hyperparameters(train, 10)
 

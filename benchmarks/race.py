@@ -110,7 +110,7 @@ class Runner:
         self.config = GPTConfig.from_dict(SHAPES["nano"] | model | {"vocab_size": vocab_size})
         self.settings = TrainConfig.from_dict(COMMON | settings)
         engines = registry.get(name)
-        self.engine = engines.TrainEngine(self.config, registry.find_device(engines, "cpu"), "muon")
+        self.engine = engines.TrainEngine(self.config, registry.find_device(engines, "cpu"), optimizer="muon")
         self.batch(0)
         self.engine.load(initialise(self.config, SEED))
         for step in range(3):  # warm the caches, then forget what was learned

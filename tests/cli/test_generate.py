@@ -95,7 +95,7 @@ def test_text_on_stdout_and_prompt_from_stdin(gpt, trained, monkeypatch):
 
 
 class Scripted:
-    """A decode engine that plays back tokens, and counts what is asked of it."""
+    """An inference engine that plays back tokens, and counts what is asked of it."""
 
     def __init__(self, tokens, block_size=16):
         self.config = GPTConfig(vocab_size=257, block_size=block_size, n_embd=32)

@@ -41,7 +41,7 @@ class HeldOut:
         config = model.config
         if config.position != "learned":  # a table for each of a million positions would take gigabytes
             config = dataclasses.replace(config, block_size=min(WINDOW, config.block_size))
-        engine = self.engines.TrainEngine(config, self.device, "adamw", "float32", False, False, False)
+        engine = self.engines.TrainEngine(config, self.device)
         engine.load(model.parameters())
         handles, count = [], 0
         for tokens, targets in self.data.validation(BATCH, min(WINDOW, model.config.block_size), BATCHES):

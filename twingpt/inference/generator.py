@@ -1,4 +1,4 @@
-"""The generation loop: it drives a decode engine and never waits for the token it has just asked for."""
+"""The generation loop: it drives an inference engine, and reads each token while the next is being computed."""
 
 from __future__ import annotations
 

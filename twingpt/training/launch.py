@@ -105,7 +105,13 @@ def make_engine(
     if compile is None:  # on a CPU compiling takes longer than the run that it would speed up
         compile = device.kind != "cpu"
     return engines.TrainEngine(
-        config, device, train.optimizer, train.dtype, compile, train.gradient_checkpointing, train.skip_nonfinite
+        config,
+        device,
+        optimizer=train.optimizer,
+        dtype=train.dtype,
+        compile=compile,
+        gradient_checkpointing=train.gradient_checkpointing,
+        skip_nonfinite=train.skip_nonfinite,
     )
 
 
