@@ -125,17 +125,6 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
-def return_freed_memory(device: Device) -> None:
-    """On a Linux CPU, make glibc return large freed arrays to the system at once; that costs some time.
-
-    By default the heap keeps them, and its gaps rarely fit torch's aligned tensors: gradient checkpointing would
-    save no memory.
-    """
-    if device.kind == "cpu" and platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
-        M_MMAP_THRESHOLD = -3  # malloc.h
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
 def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:
     """A function that multiplies two n x n matrices of `dtype` on the device and waits, to be timed."""
     a, b = (torch.rand(n, n, device=device.name).to(DTYPES[dtype]) for _ in range(2))
@@ -147,6 +136,17 @@ def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:
             torch.accelerator.synchronize(torch.device(device.name))
 
     return run
+
+
+def return_freed_memory(device: Device) -> None:
+    """On a Linux CPU, make glibc return large freed arrays to the system at once; that costs some time.
+
+    By default the heap keeps them, and its gaps rarely fit torch's aligned tensors: gradient checkpointing would
+    save no memory.
+    """
+    if device.kind == "cpu" and platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        M_MMAP_THRESHOLD = -3  # malloc.h
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def to_device(array: np.ndarray | Tensor, device: Device) -> Tensor:

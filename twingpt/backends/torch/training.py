@@ -126,9 +126,11 @@ class TrainEngine:
     @torch.no_grad()
     def optimizer_step(self, hyper: Hyper) -> Array:
         """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
-        *numbers, count = to_device(np.array([*hyper, len(self.losses)], np.float32), self.device)
+        *numbers, n_micro_batches = to_device(np.array([*hyper, len(self.losses)], np.float32), self.device)
         grads = {name: p.grad for name, p in self.params.items()}
-        _, _, grad_norm, skipped = self.compiled_step(self.params, grads, self.optimizer_state, Hyper(*numbers), count)
+        _, _, grad_norm, skipped = self.compiled_step(
+            self.params, grads, self.optimizer_state, Hyper(*numbers), n_micro_batches
+        )
         handle = torch.stack([torch.stack(self.losses).mean(), grad_norm, skipped])
         for p in self.params.values():
             p.grad = None

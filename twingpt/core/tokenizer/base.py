@@ -116,16 +116,21 @@ def alternatives(spellings: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
+def special_token(spelling: str, token: int) -> dict[str, Any]:
+    """A special token among the `added_tokens` of a tokenizer.json."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": token, "content": spelling, **flags}
+
+
 def build_json(
     model: Mapping[str, Any], pre_tokenizer: Mapping[str, Any], decoder: Mapping[str, Any], specials: Mapping[str, int]
 ) -> dict[str, Any]:
     """The content of a tokenizer.json without normalizer and post-processor."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": token, "content": spelling, **flags} for spelling, token in specials.items()],
+        "added_tokens": [special_token(spelling, token) for spelling, token in specials.items()],
         "normalizer": None,
         "pre_tokenizer": dict(pre_tokenizer),
         "post_processor": None,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer.base import END_OF_TEXT, ROLES, Array, Tokenizer, alternatives
+from twingpt.core.tokenizer.base import END_OF_TEXT, ROLES, Array, Tokenizer, alternatives, special_token
 from twingpt.core.tokenizer.bpe import (
     CHARACTER_TO_BYTE,
     GPT2_PATTERN,
@@ -180,14 +180,14 @@ class HuggingFaceTokenizer(Tokenizer):
             return (decoder.decode(["a", spelling])[1:] if decoder else f" {spelling}").encode()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
         if self.byte_level:
             return super().decode(ids)
         with refuse("The tokenizer has no text for these ids"):
             return str(self._library.decode([self._check_id(int(token)) for token in ids]))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as they come, in whole characters; empty while one is incomplete."""
+        """Streaming decode: a text for each id, empty while a character is incomplete; at last the rest."""
         if self.byte_level:
             yield from super().stream(ids)
             return
@@ -260,9 +260,8 @@ def add_end_of_text(content: Json, library: tokenizers.Tokenizer) -> tuple[Json,
     """(content with END_OF_TEXT as the last id, that id)."""
     vocab = library.get_vocab()
     token = max(vocab.values()) + 1
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    special = {"id": token, "content": END_OF_TEXT, **flags}
-    content = {**content, "added_tokens": [*(content.get("added_tokens") or []), special]}
+    added = [*(content.get("added_tokens") or []), special_token(END_OF_TEXT, token)]
+    content = {**content, "added_tokens": added}
     if token > len(vocab):  # `tokenizers` renumbers added tokens after a gap, but not the vocabulary
         content["model"] = {**content["model"], "vocab": {**content["model"]["vocab"], END_OF_TEXT: token}}
     return content, token
