@@ -32,7 +32,7 @@ TURNS, TOKENS = 5, 4
 
 def inference(engines: Any, config: GPTConfig, tensors: Iterable[Any], dtype: str) -> Callable[[], float]:
     """What measures the milliseconds that a token takes."""
-    engine = engines.InferenceEngine(config, tensors, registry.find_device(engines, None), dtype)
+    engine = engines.InferenceEngine(config, tensors, registry.find_device(engines, None), dtype=dtype)
     greedy, draw = Sampling(temp=0), np.zeros(1)
     handle = engine.prefill(np.zeros((1, 8), np.int64))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {  # of the public names; imported on first use, so that `import twingpt` stays light
     "GPTConfig": "core.config",
     "TrainConfig": "core.config",
     "preset": "core.presets",
@@ -27,6 +27,6 @@ __all__ = ["GPTConfig", "LanguageModel", "TrainConfig", "UserError", "load", "pr
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'twingpt' has no attribute {name!r}")
-    return getattr(import_module(f"twingpt.{_HOMES[name]}"), name)
+    return getattr(import_module(f"twingpt.{_MODULES[name]}"), name)

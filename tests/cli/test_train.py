@@ -271,10 +271,10 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(gpt, 
 @both
 def test_a_step_that_is_not_finite_can_be_skipped(gpt, prose, tmp_path, backend, monkeypatch):
     engines = registry.get(backend)
-    micro, calls = engines.TrainEngine.forward_backward, []
+    forward_backward, calls = engines.TrainEngine.forward_backward, []
 
     def poisoned(self, tokens, targets, key):
-        micro(self, tokens, targets, key)
+        forward_backward(self, tokens, targets, key)
         calls.append(key)
         if len(calls) == 5:
             self.losses[-1] = self.losses[-1] * float("nan")

@@ -102,7 +102,7 @@ def assert_computes(path, theirs):
     assert relative(reference.forward(tensors, some_tokens(), config), theirs) <= 1e-5
     for name in filter(registry.installed, registry.BACKENDS):
         engines = registry.get(name)
-        engine = engines.InferenceEngine(config, tensors.items(), cpu(engines), "float32")
+        engine = engines.InferenceEngine(config, tensors.items(), cpu(engines))
         assert relative(engine.forward(some_tokens()), theirs) <= 1e-5
 
 

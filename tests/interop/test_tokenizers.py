@@ -51,7 +51,7 @@ def keep(tokenizer, folder):
 
 @cache
 def bpe(pattern, chat=False):
-    return train_bpe([text[:3000] for text in DOCUMENTS], 600, pattern, chat)
+    return train_bpe([text[:3000] for text in DOCUMENTS], 600, pattern, chat=chat)
 
 
 def like_tiktokens(name):
@@ -62,7 +62,7 @@ def like_tiktokens(name):
         from tiktoken_ext import openai_public
 
         monkeypatch.setattr(
-            "twingpt.core.tokenizer.foreign.MOST_GAPS", 1000
+            "twingpt.core.tokenizer.huggingface.MOST_GAPS", 1000
         )  # of the 100,000 tokens that it has, 600 are here
         ranks = {piece: i for i, piece in enumerate(bpe("gpt2").ranked)}
         monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)

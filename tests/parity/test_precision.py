@@ -42,7 +42,7 @@ def test_two_hundred_half_precision_steps_end_within_a_hundredth(full, docs, dty
 
 
 def engine_of(engines, dtype="float32", config=CONFIG, optimizer="muon", **settings):
-    engine = engines.TrainEngine(config, cpu(engines), optimizer, dtype, **settings)
+    engine = engines.TrainEngine(config, cpu(engines), optimizer=optimizer, dtype=dtype, **settings)
     engine.load(initialise(config, 1))
     return engine
 
@@ -118,8 +118,8 @@ def test_checkpointed_gradients_are_the_same(engines, docs, shape, dropout):
     config = dataclasses.replace(config_of(SHAPES[shape] | {"zero_init": False}), dropout=dropout)
     tokens, targets = batch(config, 2, 20)
     found = []
-    for again in (False, True):
-        engine = engines.TrainEngine(config, cpu(engines), gradient_checkpointing=again)
+    for checkpointing in (False, True):
+        engine = engines.TrainEngine(config, cpu(engines), gradient_checkpointing=checkpointing)
         engine.load(initialise(config, 1))
         engine.forward_backward(tokens, targets, key=3)
         found.append({name: np.array(g.tolist()) for name, g in engine.gradients().items()})
@@ -128,14 +128,14 @@ def test_checkpointed_gradients_are_the_same(engines, docs, shape, dropout):
 
 
 @pytest.mark.parametrize("switches", ["qwen3", "untied", "logit softcap", "nano"])
-@pytest.mark.parametrize("rows", [1, 5, 100])
-def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(engines, monkeypatch, switches, rows):
+@pytest.mark.parametrize("chunk_size", [1, 5, 100])
+def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(engines, monkeypatch, switches, chunk_size):
     config = config_of(MATRIX[switches])
     model = __import__(f"twingpt.backends.{engines.NAME}.model", fromlist=["model"])
     params = dict(initialise(config, 1))
     tokens, targets = batch(config, 2, 17)
     targets[1, 9:] = -1
-    monkeypatch.setattr(model, "LOSS_ROWS", rows)
+    monkeypatch.setattr(model, "LOSS_ROWS", chunk_size)
     chunked = gradients(engines, config, params, tokens, targets)
     engine = engines.TrainEngine(config, cpu(engines))
     engine.load(params.items())

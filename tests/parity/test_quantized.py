@@ -173,7 +173,7 @@ def test_a_product_in_pieces_is_the_whole_product(monkeypatch, bits, group_size)
     parts = torch.from_numpy(words.view(np.uint8)), torch.from_numpy(scales), torch.from_numpy(biases)
     expected = x @ dequantize(words, scales, biases, 256).T
     for piece in (1, 256 * 16, 2**20):  # a row, 16 with 6 left over, all
-        monkeypatch.setattr(torch_quantized, "PIECE", piece)
+        monkeypatch.setattr(torch_quantized, "CHUNK", piece)
         y = torch_quantized.quantized_matmul(torch.from_numpy(x), *parts).numpy()
         assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -186,17 +186,17 @@ def test_torch_has_a_kernel_for_four_bits(monkeypatch, group_size, n_out):
 
     from twingpt.backends.torch import quantized as torch_quantized
 
-    if not torch_quantized.has_kernel():
+    if not torch_quantized.has_int4_kernel():
         pytest.skip("this torch has no 4-bit kernel for this CPU")
     random = np.random.default_rng(n_out)
     words, scales, biases = quantize(random.normal(size=(n_out, 256)).astype(np.float32), 4, group_size)
     x = torch.from_numpy(random.normal(size=(2, 3, 256)).astype(np.float32)).to(torch.bfloat16)
     scales, biases = (torch.from_numpy(part).to(torch.bfloat16).float() for part in (scales, biases))
     expected = x.float().numpy() @ dequantize(words, scales.numpy(), biases.numpy(), 256).T
-    octets = torch.from_numpy(words.view(np.uint8))
-    whole = torch_quantized.pack(octets, scales, biases)
-    monkeypatch.setattr(torch_quantized, "PIECE", 1)  # packed in pieces
-    for packed in (whole, torch_quantized.pack(octets, scales, biases)):
+    w_q = torch.from_numpy(words.view(np.uint8))
+    whole = torch_quantized.pack(w_q, scales, biases)
+    monkeypatch.setattr(torch_quantized, "CHUNK", 1)  # packed in pieces
+    for packed in (whole, torch_quantized.pack(w_q, scales, biases)):
         y = torch_quantized.packed_matmul(x, *packed)[..., :n_out].float().numpy()
         assert np.abs(y - expected).max() <= 2e-2 * np.abs(expected).max()
 
@@ -210,10 +210,10 @@ def test_bfloat16_on_a_cpu_takes_the_kernel(tmp_path, monkeypatch, switches):
     opened = quantized(tmp_path, switches)
     stored, tokens = dict(opened.stored()), np.random.default_rng(0).integers(0, 257, (2, 20))
     expected = reference.forward(dict(opened.parameters()), tokens, opened.config)
-    kernel = torch_quantized.has_kernel()
+    kernel = torch_quantized.has_int4_kernel()
     for packs in {kernel, False}:
-        monkeypatch.setattr(torch_quantized, "has_kernel", lambda packs=packs: packs)
-        engine = engines.InferenceEngine(opened.config, stored.items(), cpu(engines), "bfloat16")
+        monkeypatch.setattr(torch_quantized, "has_int4_kernel", lambda packs=packs: packs)
+        engine = engines.InferenceEngine(opened.config, stored.items(), cpu(engines), dtype="bfloat16")
         assert ("model.layers.0.self_attn.q_proj.packed" in engine.params) == packs
         assert ("model.layers.0.self_attn.q_proj.weight" in engine.params) != packs
         error = engine.forward(tokens) - expected
@@ -224,11 +224,11 @@ def test_bfloat16_on_a_cpu_takes_the_kernel(tmp_path, monkeypatch, switches):
 def test_a_torch_without_the_kernel_dequantizes(monkeypatch):
     from twingpt.backends.torch import quantized as torch_quantized
 
-    has_kernel = torch_quantized.has_kernel.__wrapped__
+    has_int4_kernel = torch_quantized.has_int4_kernel.__wrapped__
     for wrong in (AttributeError, RuntimeError):
 
         def fail(*_, wrong=wrong):
             raise wrong
 
         monkeypatch.setattr(torch_quantized, "pack", fail)
-        assert has_kernel() is False
+        assert has_int4_kernel() is False

@@ -17,7 +17,7 @@ TRAIN = TrainConfig(max_iters=60, learning_rate=1e-3, warmup_iters=5, batch_size
 
 
 def losses(engines, config, data, steps=60, dtype="float32", compile=False, train=TRAIN):
-    engine = engines.TrainEngine(config, cpu(engines), train.optimizer, dtype, compile)
+    engine = engines.TrainEngine(config, cpu(engines), optimizer=train.optimizer, dtype=dtype, compile=compile)
     engine.load(initialise(config, 1))
     handles = []
     for step in range(steps):
@@ -132,10 +132,10 @@ def test_state_round_trip_is_exact(engines, docs):
     engine.optimizer_step(hyperparameters(TRAIN, 0))
     state = dict(engine.state())
     for other in (registry.get(name) for name in registry.BACKENDS if registry.installed(name)):
-        again = other.TrainEngine(CONFIG, cpu(other))
-        again.load(state.items())
-        assert list(dict(again.state())) == list(state)
-        assert all(np.array_equal(array, state[name]) for name, array in again.state())
+        loaded = other.TrainEngine(CONFIG, cpu(other))
+        loaded.load(state.items())
+        assert list(dict(loaded.state())) == list(state)
+        assert all(np.array_equal(array, state[name]) for name, array in loaded.state())
 
 
 def test_memory_is_reported(engines):

@@ -295,7 +295,7 @@ def test_one_muon_step_from_the_same_gradients(twins, switches):
 
 
 def step_with(engines, config, params, moments, grads, train, step):
-    engine = engines.TrainEngine(config, cpu(engines), train.optimizer)
+    engine = engines.TrainEngine(config, cpu(engines), optimizer=train.optimizer)
     engine.load([*params.items(), *moments.items()])
     if engines.NAME == "torch":
         import torch
@@ -337,7 +337,7 @@ def torch_adamw(config, params, moments, grads, train, step):
 
 def test_a_cache_grows_as_it_fills(twins, monkeypatch):
     for name in ("mlx", "torch"):
-        monkeypatch.setattr(import_module(f"twingpt.backends.{name}.model"), "CACHE_ROOM", 3)
+        monkeypatch.setattr(import_module(f"twingpt.backends.{name}.model"), "CACHE_CAPACITY", 3)
     assert_cached_decoding_agrees(config_of({"n_kv_head": 2, "smear": True}), twins, 2, 24)
 
 

@@ -1,5 +1,6 @@
-"""Finding and choosing a backend, and the border where tokens are checked."""
+"""The backends' contract, finding and choosing one, and the check of tokens."""
 
+import inspect
 import mmap
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from tests.conftest import cpu
 from twingpt.backends import host, registry
+from twingpt.core import backend
 from twingpt.core.backend import check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
@@ -45,6 +47,30 @@ def test_not_installed_names_the_extra(only):
         registry.choose()
     with pytest.raises(UserError, match="did you mean 'torch'"):
         registry.choose("pytorch")
+
+
+def methods(protocol):
+    return {name: m for name, m in vars(protocol).items() if inspect.isfunction(m) and not name.startswith("_")}
+
+
+def parameters(function):
+    found = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind, p.default) for p in found if p.name != "self"]
+
+
+def test_a_backend_exports_its_protocol_and_no_more(engines):
+    functions = methods(backend.Backend)
+    assert set(engines.__all__) == {*backend.Backend.__annotations__, *functions}
+    for name, function in functions.items():
+        assert parameters(getattr(engines, name)) == parameters(function), name
+
+
+@pytest.mark.parametrize("name", ["TrainEngine", "InferenceEngine"])
+def test_an_engine_has_the_methods_and_the_constructor_of_its_protocol(engines, name):
+    engine = getattr(engines, name)
+    assert parameters(engine) == parameters(getattr(backend, f"New{name}").__call__)
+    for method, function in methods(getattr(backend, name)).items():
+        assert parameters(getattr(engine, method)) == parameters(function), method
 
 
 def test_devices(engines):

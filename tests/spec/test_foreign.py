@@ -10,8 +10,8 @@ from tests.foreign import BYTE_LEVEL, OTHERS, fuzzed, llama2, llama3, qwen2, rob
 from tests.foreign import gpt2 as gpt2_like
 from twingpt.core import tokenizer as tokenizers
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer import END_OF_TEXT, ForeignTokenizer
-from twingpt.core.tokenizer.foreign import check
+from twingpt.core.tokenizer import END_OF_TEXT, HuggingFaceTokenizer
+from twingpt.core.tokenizer.huggingface import check
 from twingpt.data.tokenizers import find
 
 FUZZED = fuzzed(2000, seed=3)
@@ -19,7 +19,7 @@ FUZZED = fuzzed(2000, seed=3)
 
 def opened(theirs, settings=None):
     content = json.loads(theirs if isinstance(theirs, str) else theirs.to_str())
-    return ForeignTokenizer(check(content, "theirs.json"), settings or {}, "theirs.json")
+    return HuggingFaceTokenizer(check(content, "theirs.json"), settings or {}, "theirs.json")
 
 
 def changed(theirs, change):
@@ -32,7 +32,7 @@ def changed(theirs, change):
 def test_the_same_ids_as_tokenizers(name):
     theirs = {**BYTE_LEVEL, **OTHERS}[name]()
     ours = opened(theirs)
-    assert ours.through_tiktoken == (name in BYTE_LEVEL)
+    assert ours.uses_tiktoken == (name in BYTE_LEVEL)
     theirs.no_truncation()
     theirs.no_padding()
     theirs.encode_special_tokens = True
@@ -150,10 +150,10 @@ def test_splits_are_those_of_the_merges():
     for ignore_merges, taken in ((True, True), (False, False)):
         theirs = Tokenizer.from_str(changed(gpt2_like(), vocab_alone("Ġzqx", ignore_merges)))
         ours = opened(theirs)
-        assert ours.through_tiktoken and (420 in ours.encode("a zqx")) == taken
+        assert ours.uses_tiktoken and (420 in ours.encode("a zqx")) == taken
         assert ours.encode("a zqx zqxx").tolist() == theirs.encode("a zqx zqxx").ids
     theirs = Tokenizer.from_str(changed(gpt2_like(), vocab_alone("ĠtheĠthe", True)))
-    assert not opened(theirs).through_tiktoken  # tiktoken would join its two halves
+    assert not opened(theirs).uses_tiktoken  # tiktoken would join its two halves
 
 
 def nested(depth):
@@ -267,5 +267,5 @@ def test_added_tokens_of_all_flags():
     theirs = qwen2()
     theirs.add_tokens([AddedToken("words", normalized=True, single_word=True)])
     ours = opened(theirs)
-    assert not ours.through_tiktoken
+    assert not ours.uses_tiktoken
     assert ours.encode("the words").tolist() == theirs.encode("the words").ids

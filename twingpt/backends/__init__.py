@@ -1,1 +1,1 @@
-"""The two implementations of the spec. Neither imports the other."""
+"""The twins: two implementations of `core/backend.py`, file for file, and what they share about the host."""

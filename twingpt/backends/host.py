@@ -1,4 +1,4 @@
-"""The machine around a backend: its processor, which precisions that is fast at, and its memory."""
+"""The host: its processor, the dtypes that processors and GPUs are fast at, and its memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import psutil
 
 from twingpt.core.backend import Memory
 
-# The limit of a container and what it uses of it, as cgroups v2 and v1 show them from within.
+# (limit, usage) of a container's memory, in cgroups v2 and v1 as seen from within.
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 
-# What /proc/cpuinfo calls matrix or dot-product instructions of a precision, on x86-64 and ARM. Without
-# them a product is done in float32 after a conversion, or worse.
+# The flags in /proc/cpuinfo of matrix or dot-product instructions in a dtype, on x86-64 and ARM. Without them a
+# matmul converts to float32 first, or worse.
 CPU_FLAGS = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
     "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
@@ -48,19 +48,19 @@ def cpu_name() -> str:
 
 
 def cpu_fast_dtypes() -> tuple[str, ...]:
-    """The precisions that the processor multiplies matrices in at full speed."""
+    """The dtypes that the processor multiplies matrices in at full speed."""
     flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)).split())
     return ("float32", *(dtype for dtype, names in CPU_FLAGS.items() if names & flags))
 
 
 def nvidia_fast_dtypes(capability: int) -> tuple[str, ...]:
-    """float32, and what an NVIDIA GPU has tensor cores for; `capability` is the major number of its own."""
+    """float32, and the dtypes that an NVIDIA GPU of this major compute capability has tensor cores for."""
     fast = {"float16": capability >= 7, "bfloat16": capability >= 8}  # Volta, Ampere
-    return ("float32", *(dtype for dtype, has in fast.items() if has))
+    return ("float32", *(dtype for dtype, supported in fast.items() if supported))
 
 
 def apple_fast_dtypes(chip: str) -> tuple[str, ...]:
-    """The precisions that the GPU of an Apple chip ("Apple M3 Pro") computes in at full speed.
+    """The dtypes that the GPU of an Apple chip ("Apple M3 Pro") computes in at full speed.
 
     Metal does bfloat16 by way of float32 on M1 and M2, and natively from M3 on
     (huggingface/transformers#40458, philipturner/metal-flash-attention#17).
@@ -71,7 +71,7 @@ def apple_fast_dtypes(chip: str) -> tuple[str, ...]:
 
 
 def _container_memory() -> tuple[int, int] | None:
-    """Bytes that this container may use, and that it uses; None outside one, and where nothing limits it."""
+    """(limit, usage) in bytes of this container, less `_idle_cache`; None outside one or without a limit."""
     for limit, used in CGROUPS:
         try:
             return int(Path(limit).read_text()), max(0, int(Path(used).read_text()) - _idle_cache(Path(used)))
@@ -81,7 +81,7 @@ def _container_memory() -> tuple[int, int] | None:
 
 
 def _idle_cache(used: Path) -> int:
-    """Bytes of files that a container keeps in memory, and gives up when a process wants them; 0 if unknown."""
+    """Bytes of inactive page cache, which the kernel reclaims when a process wants them; 0 if unknown."""
     try:
         stat = used.with_name("memory.stat").read_text()
     except OSError:
@@ -90,23 +90,23 @@ def _idle_cache(used: Path) -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory that this machine has, or that its container may use."""
+    """Bytes of memory of this machine, or the limit of its container."""
     total, container = psutil.virtual_memory().total, _container_memory()
     return min(total, container[0]) if container else total
 
 
 def free_memory() -> int:
-    """Bytes that could be had without swapping."""
+    """Bytes that can be allocated without swapping, within the container's limit."""
     free, container = psutil.virtual_memory().available, _container_memory()
     return min(free, max(0, container[0] - container[1])) if container else free
 
 
 def process_memory() -> Memory:
-    """Bytes resident in this process, now and at most so far."""
+    """Resident bytes (RSS) of this process, now and at most so far."""
     now = psutil.Process().memory_info().rss
     if platform.system() == "Darwin":
         return Memory(now, max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
-    # On Linux that begins at the peak of the process that started this one.
+    # On Linux ru_maxrss begins at the peak of the parent process; VmHWM does not.
     status = Path("/proc/self/status").read_text()
     peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return Memory(now, max(now, int(peak[1]) * 1024 if peak else 0))

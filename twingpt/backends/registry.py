@@ -1,4 +1,4 @@
-"""The backends there are: which is installed, which to choose, its devices and dtypes; imports one when asked to."""
+"""The registry of backends: which are installed, which to choose, its device and dtype. Imports one only in `get`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REQUIRED_MODULE = {"mlx": "mlx.core", "torch": "torch"}
 
 
 def installed(name: str) -> bool:
-    """Whether a backend's framework can be imported; does not import it."""
+    """Whether a backend's framework is there to be imported; does not import it."""
     try:
         return importlib.util.find_spec(REQUIRED_MODULE[name]) is not None
     except ModuleNotFoundError:  # the parent package of mlx.core
@@ -57,7 +57,7 @@ def choose(name: str = "auto") -> tuple[str, str]:
 
 
 def get(name: str = "auto") -> Backend:
-    """Import the backend that `choose` names."""
+    """Import the backend that `choose` names; UserError where its framework is broken."""
     chosen, _ = choose(name)
     try:
         return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}"))
@@ -66,7 +66,7 @@ def get(name: str = "auto") -> Backend:
 
 
 def find_device(backend: Backend, name: str | None) -> Device:
-    """The device called `name` ("cuda" also finds "cuda:0"), or the backend's best one for None."""
+    """The device called `name` ("cuda" also finds "cuda:0"), or the backend's best for None; else UserError."""
     devices = backend.devices()
     if name is None:
         return devices[0]
@@ -77,7 +77,7 @@ def find_device(backend: Backend, name: str | None) -> Device:
 
 
 def find_dtype(device: Device, name: str | None) -> str:
-    """`name` if the device computes in it, or the device's default for None."""
+    """`name` if the device computes in it, or the device's default for None; else UserError."""
     if name is None:
         return device.default_dtype
     if name not in device.dtypes:

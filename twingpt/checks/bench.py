@@ -97,7 +97,7 @@ class Worker:
     def loss(self, vocab_size: int, n_embd: int, tokens: int, dtype: str, chunked: bool) -> tuple[int, float]:
         """Bytes and seconds of a loss and its gradients."""
         config = GPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_head=1, position="none", block_size=tokens)
-        return self.engines.loss_memory(config, self.device, dtype, tokens, chunked)
+        return self.engines.loss_memory(config, self.device, dtype, tokens, chunked=chunked)
 
     def free(self) -> int:
         """Bytes that could still be allocated."""

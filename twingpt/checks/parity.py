@@ -96,7 +96,7 @@ def logits_by_engine(
         engines = registry.get(name)
         for device in engines.devices():
             if dtype in device.dtypes:
-                engine = engines.InferenceEngine(config, params.items(), device, dtype)
+                engine = engines.InferenceEngine(config, params.items(), device, dtype=dtype)
                 label = device.name if device.name in (device.kind, f"{device.kind}:0") else device.kind
                 yield name, label, engine.forward(tokens)
 

@@ -1,4 +1,8 @@
-"""What a backend implements: the protocols of its engines, and the device that it runs on."""
+"""The contract of a backend: the protocols of its engines, and what it says of its devices.
+
+`backends/mlx` and `backends/torch` implement `Backend` as modules. Engines enqueue work on the device and return
+handles; only a method that says so waits.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,15 @@ from twingpt.core.schedule import Hyper
 
 Array = np.ndarray
 Tensors = Iterable[tuple[str, Array]]
-Handle = Any  # something on the device, or on its way there; only `read` waits for it
+Handle = Any  # a result on the device, or on its way there; `read` waits for it
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device that a backend can run on. `kind` is cpu, cuda (ROCm too), xpu, mps or metal.
+    """A device of a backend. `kind` is cpu, cuda (ROCm too), xpu, mps or metal.
 
-    `dtypes` are those it computes in, `fast_dtypes` those of them that it has instructions for, and
-    `default_dtype` is the fastest that trains well there. `memory_bytes` is all that it has.
+    `dtypes` are those it computes in, `fast_dtypes` those of them that it has matrix instructions for, and
+    `default_dtype` is the fastest that trains well there. `memory_bytes` is its memory in all.
     """
 
     name: str
@@ -38,102 +42,138 @@ class Device:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use on the device now, and at most so far; on a CPU those of the process."""
+    """Bytes in use on the device, now and at most so far; on a CPU those of the process."""
 
     now: int
     peak: int
 
 
 class InferenceEngine(Protocol):
-    """Logits and sampled tokens from one set of parameters. B rows advance together."""
+    """Prefill and decode with one set of parameters and one KV cache, whose B rows advance together.
+
+    Raises UserError for tokens that `check_tokens` refuses.
+    """
 
     config: GPTConfig
 
     def forward(self, tokens: Array) -> Array:
-        """(B, T) ids -> (B, T, V) float32 logits, without the cache."""
+        """(B, T) ids -> (B, T, V) float32 logits, without the KV cache; waits."""
 
     def prefill(self, tokens: Array) -> Handle:
-        """Start again with (B, T) ids in the cache; the last position's logits stay on the device."""
+        """Run (B, T) ids into a new KV cache; the handle holds the last position's logits, (B, V). Enqueues only."""
 
     def step(self, previous: Handle, sampling: Sampling, u: Array) -> Handle:
-        """Sample a token for each row with the uniforms `u` (B,) and run it through the model; enqueue only."""
+        """Decode one token a row: sample it from `previous` with the uniforms `u` (B,), run it. Enqueues only."""
 
     def trim(self, n: int) -> None:
-        """Forget the last `n` positions of the cache."""
+        """Forget the last `n` positions of the KV cache."""
 
     def logits(self, handle: Handle) -> Array:
-        """(B, V) float32 logits that follow a handle's token; waits."""
+        """(B, V) float32 logits after a handle's tokens; waits."""
 
     def read(self, handle: Handle) -> Array:
-        """(B,) token ids that a step sampled; waits."""
+        """(B,) ids that a step sampled; waits."""
 
 
 class TrainEngine(Protocol):
-    """Parameters and optimizer state on a device, and the training step. Calls enqueue; `read` waits."""
+    """Parameters and optimizer state on a device, and the training step.
+
+    An optimizer step is any number of `forward_backward` micro-batches of one size, then `optimizer_step`.
+    """
 
     def forward_backward(self, tokens: Array, targets: Array, key: int) -> None:
-        """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
+        """Forward and backward of a (B, T) micro-batch; gradients accumulate. `key` seeds dropout. Enqueues only."""
 
     def optimizer_step(self, hyper: Hyper) -> Handle:
-        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm, 1 if skipped)."""
+        """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
 
     def evaluate(self, tokens: Array, targets: Array) -> Handle:
-        """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
+        """Cross-entropy of a (B, T) batch without dropout; enqueues only. Reads as (nats,), summed over the targets."""
 
     def read(self, handles: Sequence[Handle]) -> Array:
-        """The numbers of some handles of one kind, a row each, in float64. The only call that waits."""
+        """(handles, numbers) float64: what handles of one kind read as. The only call that waits."""
 
     def state(self) -> Iterator[tuple[str, Array]]:
-        """Parameters, then optimizer state, under canonical names, as float32."""
+        """Parameters, then optimizer state, as float32 under the names of `parameter_table` and `state_table`."""
 
     def load(self, tensors: Tensors) -> None:
-        """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
+        """Replace all parameters, and the optimizer state that is among `tensors`; the rest of it starts at 0."""
 
     def inference(self) -> InferenceEngine:
-        """A decode engine on the present parameters."""
+        """An inference engine on the present parameters, in the dtype of training."""
 
     def memory(self) -> Memory:
-        """Bytes in use."""
+        """Bytes in use on the device, now and at most so far."""
+
+
+class NewTrainEngine(Protocol):
+    """Constructor of a training engine, which has no parameters before `load`.
+
+    `dtype` is that of the forward and backward pass; parameters and optimizer state are float32. float16 has a
+    loss scale, and skips steps whose gradient norm is not finite; `skip_nonfinite` does so in any dtype.
+    """
+
+    def __call__(
+        self,
+        config: GPTConfig,
+        device: Device,
+        *,
+        optimizer: str = "adamw",
+        dtype: str = "float32",
+        compile: bool = False,
+        gradient_checkpointing: bool = False,
+        skip_nonfinite: bool = False,
+    ) -> TrainEngine:
+        """Allocates nothing but the RoPE tables."""
+
+
+class NewInferenceEngine(Protocol):
+    """Constructor of an inference engine; `tensors` are parameters, quantized ones in MLX's affine layout."""
+
+    def __call__(
+        self, config: GPTConfig, tensors: Tensors, device: Device, *, dtype: str = "float32"
+    ) -> InferenceEngine:
+        """Casts the parameters to `dtype` once."""
 
 
 class Backend(Protocol):
-    """The names that `twingpt.backends.NAME` exports."""
+    """What `twingpt.backends.NAME` exports, no more and no less."""
 
     NAME: str
-    TrainEngine: Callable[..., TrainEngine]  # (config, device, optimizer, dtype, compile, …)
-    InferenceEngine: Callable[..., InferenceEngine]  # (config, tensors, device, dtype)
+    TrainEngine: NewTrainEngine
+    InferenceEngine: NewInferenceEngine
 
     def devices(self) -> list[Device]:
         """The devices that are present and work, the best first."""
 
     def free_memory(self, device: Device) -> int:
-        """Bytes that could still be allocated on a device."""
+        """Bytes that can still be allocated on the device."""
 
     def arrays_peak(self, device: Device, run: Callable[[], Any]) -> int:
-        """Bytes at most of the arrays that `run`, which waits for them, makes on a device."""
+        """Peak bytes of the arrays that `run` makes on the device; `run` waits for them."""
 
     def matmul(self, device: Device, dtype: str, n: int) -> Callable[[], None]:
-        """A function that multiplies two n x n matrices of `dtype` on a device, and waits for the product."""
+        """A function that multiplies two n x n matrices of `dtype` on the device and waits, to be timed."""
 
     def loss_memory(
-        self, config: GPTConfig, device: Device, dtype: str, tokens: int, chunked: bool
+        self, config: GPTConfig, device: Device, dtype: str, tokens: int, *, chunked: bool
     ) -> tuple[int, float]:
-        """Bytes that the loss of so many tokens and its gradients take beside their inputs, and the seconds."""
+        """(peak bytes beside the inputs, seconds) of the loss of `tokens` positions and its gradients."""
 
     def module_logits(self, module: Any, tokens: Array) -> Array:
-        """(B, T) ids -> (B, T, V) float32 logits of a library's model in this framework, in float32 on the CPU."""
+        """(B, T) ids -> (B, T, V) float32 logits of a library's model in this framework, run in float32 on the CPU."""
 
     def memory_errors(self) -> AbstractContextManager[None]:
         """Raise OutOfMemoryError within the block for whatever the framework raises where memory is short."""
 
     def details(self) -> dict[str, Any]:
-        """What `gpt doctor` should say about this backend."""
+        """The framework's version and build, as `gpt doctor` shows them."""
 
 
 def check_tokens(tokens: Array, config: GPTConfig) -> Array:
-    """(B, T) ids as int32, or UserError for a shape, an id or a length that the model can't take.
+    """(B, T) ids as int32; UserError for a shape, an id or a length (above block_size) that the model can't take.
 
-    The devices don't check: an id beyond the table reads garbage there.
+    Checked on the host, because on a GPU a look-up beyond the embedding reads garbage.
     """
     try:
         tokens = np.asarray(tokens)

@@ -1,4 +1,4 @@
-"""GPTConfig and TrainConfig: what a model is and how a run trains it, validated, with presets."""
+"""GPTConfig and TrainConfig: what a model is and how a run trains it, frozen and validated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ POSITIONS = ("rope", "learned", "none")
 NORMS = ("rmsnorm", "layernorm")
 MLPS = ("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu2")
 GATED_MLPS = ("swiglu", "geglu", "geglu_tanh")
-# The norms (before, after) a block's attention, then its MLP, as transformers names them; "" is none.
+# norm_placement -> the norms (before, after) attention, then (before, after) the MLP, by transformers' names.
+# "" is none: its parameter name then ends in a dot.
 NORM_SITES: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     "pre": (("input_layernorm", ""), ("post_attention_layernorm", "")),
     "post": (("", "post_attention_layernorm"), ("", "post_feedforward_layernorm")),
@@ -31,13 +32,13 @@ SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
 LAYER_LISTS = ("no_rope_layers", "full_attention_layers")
 
-# The loss takes so many logits at a time, 128 MB of them in float32, and so many positions: float16 sums of
-# more could overflow.
+# The chunked loss: at most so many logits at a time (128 MB in float32) and so many positions, since the head's
+# gradient of more could overflow in float16.
 LOSS_LOGITS, LOSS_ROWS = 2**25, 4096
 
-# Whole numbers are below this, which no size or count comes near: 10^400 would fail in any formula with a float.
+# Integers must be below this: 10^400 would raise OverflowError in any formula with a float.
 LARGEST = 2**63
-# More than any model has: a file may claim millions, and all that is done by layer would take for ever.
+# More than any model has. A hostile config.json may claim millions, and whatever loops over layers would hang.
 MAX_LAYERS = 4096
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ def _fail(problem: str) -> None:
 
 
 def unknown_choice(what: str, value: object, choices: Iterable[str]) -> UserError:
-    """An error that names the nearest of `choices` to `value`."""
+    """The UserError for a value that is not among `choices`; it names the nearest one."""
     names = sorted(choices)
     near = difflib.get_close_matches(str(value)[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}."
@@ -68,7 +69,7 @@ def _is_number(value: object, kind: str) -> bool:
     return kind == "float" and isinstance(value, (int, float)) and math.isfinite(value)
 
 
-# A field's annotation -> what its value must be, and whether it is.
+# A field's annotation -> what messages call its type, and whether a value is of it.
 KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "int": ("of type int", lambda value: _is_number(value, "int")),
     "float": ("a finite number", lambda value: _is_number(value, "float")),
@@ -90,7 +91,7 @@ KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 
 def check_type(name: str, annotation: str, value: object) -> None:
-    """Raise UserError unless the value of the field `name` is of its annotated type, as `KINDS` has it."""
+    """Raise UserError unless `value` is of the type that the field `name` is annotated with, one of KINDS."""
     if isinstance(value, int) and abs(value) >= LARGEST:
         _fail(f"{name} is {short(value)}, which is too large.")
     kind, optional = annotation.removesuffix(" | None"), annotation.endswith(" | None")
@@ -98,7 +99,7 @@ def check_type(name: str, annotation: str, value: object) -> None:
     if not fits(value) and not (optional and value is None):
         _fail(f"{name} must be {what}, and is {short(value)}.")
     for text in [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []:
-        if isinstance(text, str) and text != text.encode(errors="replace").decode():  # a name may hold any byte
+        if isinstance(text, str) and text != text.encode(errors="replace").decode():  # surrogates, from a file name
             _fail(f"{name} is {short(text)}, whose bytes are not UTF-8, as config.toml needs them: rename it.")
 
 
@@ -120,10 +121,10 @@ def _from_dict(cls: type[T], values: Mapping[str, Any], what: str) -> T:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's frequencies are stretched beyond the length they were trained for.
+    """RoPE scaling: how the frequencies are stretched beyond the context that they were trained for.
 
     `type` is `linear` (Chen et al. 2023), `llama3` (Llama 3.1) or `yarn` (Peng et al. 2023), each as
-    transformers computes it; `original_block_size` is the context before stretching, in tokens.
+    transformers computes it; `original_block_size` is the context before scaling, in tokens.
     """
 
     type: str
@@ -149,28 +150,29 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RopeScaling:
-        """The scaling that `values` describe; an unknown key is an error that names the nearest one."""
+        """The scaling with these fields; UserError for an unknown key, naming the nearest one."""
         return _from_dict(cls, values, "rope_scaling")
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A decoder-only transformer, whatever runs it. Field names follow nanoGPT.
+    """Architecture of a decoder-only transformer. Field names follow nanoGPT; lengths and windows are in tokens.
 
-    Zero or None leaves a switch at its derived value: `n_kv_head` is `n_head`, `head_dim` is
-    `n_embd / n_head`, `n_inner` (the MLP's hidden width) is 4 x `n_embd`, or 8/3 of it rounded up to
-    a multiple of 32 when the MLP is gated. Lengths and windows are in tokens. `embed_norm` is a norm
-    after the embedding; `smear` adds to each position's embedding a learned share, by channel, of the
-    one before it (as in modded-nanogpt); `zero_init` starts the projections into the residual stream at zero, so that
-    every block begins as the identity.
+    0 derives a value: `n_kv_head` is `n_head`, `head_dim` is `n_embd / n_head`, `n_inner` (the MLP's hidden width) is
+    4 x `n_embd`, or 8/3 of it rounded up to a multiple of 32 for a gated MLP, `attn_scale` is head_dim^-1/2. For caps,
+    `sliding_window` and `local_rope_theta` 0 is off.
 
-    Norms stand before attention and MLP (`pre`), after them (`post`, as in OLMo 2) or on both sides, and
-    multiply by 1 + weight with `norm_offset` (as in Gemma). With `parallel_residual` both read the same
-    stream (as in GPT-NeoX). `qk_norm_whole` normalises queries and keys over all heads together.
-    `full_attention_layers` are without the sliding window; those that have it rotate by `local_rope_theta`,
-    unscaled, where that is given. The embedding is multiplied by `embed_scale`, what blocks add by
-    `residual_scale`, attention's scores by `attn_scale` (head_dim^-1/2 where it is 0), and the logits are
-    divided by `logit_divisor`.
+    Norms: `norm_placement` is before attention and MLP (`pre`), after them (`post`, as in OLMo 2) or `both`.
+    `norm_offset` multiplies by 1 + weight (Gemma). `embed_norm` is a norm after the embedding. `qk_norm` is an RMSNorm
+    of queries and keys by head, with `qk_norm_whole` over all heads together.
+
+    Attention: `full_attention_layers` have no sliding window; the other layers rotate by `local_rope_theta`, unscaled,
+    where that is given. `no_rope_layers` don't rotate.
+
+    Residual stream: with `parallel_residual` attention and MLP read the same input (GPT-NeoX). `smear` adds to each
+    position's embedding a learned share, by channel, of the one before it (modded-nanogpt). `zero_init` initialises
+    the projections into the stream at 0, so that every block begins as the identity. `embed_scale` multiplies the
+    embedding, `residual_scale` what blocks add; `logit_divisor` divides the logits.
 
     Raises UserError for an impossible value, in one sentence.
     """
@@ -291,65 +293,62 @@ class GPTConfig:
 
     @property
     def gated_mlp(self) -> bool:
-        """Whether the MLP multiplies a gate with an up projection (SwiGLU, GeGLU)."""
+        """Whether the MLP is a gated linear unit (SwiGLU, GeGLU; Shazeer 2020)."""
         return self.mlp in GATED_MLPS
 
     @property
     def rope_dim(self) -> int:
-        """How many leading dimensions of each head RoPE rotates."""
+        """The leading dimensions of each head that RoPE rotates."""
         return int(self.head_dim * self.rope_fraction)
 
     @property
     def score_scale(self) -> float:
-        """What attention multiplies the products of queries and keys by."""
+        """The scale of attention's scores q k^T."""
         return self.attn_scale or self.head_dim**-0.5
 
     def uses_rope(self, layer: int) -> bool:
-        """Whether layer number `layer` rotates its queries and keys."""
+        """Whether layer `layer` has RoPE."""
         return self.position == "rope" and layer not in self.no_rope_layers
 
     def window(self, layer: int) -> int:
-        """How many tokens layer number `layer` attends to, itself among them; 0 for all."""
+        """The sliding window of layer `layer`: the tokens it attends to, itself included; 0 is all."""
         return 0 if layer in self.full_attention_layers else self.sliding_window
 
     def is_local(self, layer: int) -> bool:
-        """Whether layer number `layer` rotates by `local_rope_theta`."""
+        """Whether layer `layer` rotates by `local_rope_theta`."""
         return self.local_rope_theta > 0 and self.window(layer) > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, accepted back by `from_dict`."""
+        """Plain JSON values, which `from_dict` takes back."""
         return dataclasses.asdict(self) | {name: list(getattr(self, name)) for name in LAYER_LISTS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
-        """The configuration that `to_dict` wrote; an unknown key is an error that names the nearest one."""
+        """The inverse of `to_dict`; UserError for an unknown key, naming the nearest one."""
         return _from_dict(cls, values, "model configuration")
 
 
 def _one_or_several(data: str | Iterable[str]) -> str | tuple[str, ...]:
-    """A list of one source as that one, as it was before there were mixtures."""
+    """A list of one source as a string, as runs without a mixture have it."""
     several = (data,) if isinstance(data, str) else tuple(data)
     return several[0] if len(several) == 1 else several
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains: data, optimizer, schedule and what it reports. Names follow nanoGPT.
+    """How a run trains: data, optimizer, schedule, evaluation and checkpoints. Names follow nanoGPT.
 
-    A step is `gradient_accumulation_steps` micro-batches of `batch_size` windows of the model's
-    `block_size` tokens. Intervals are in steps, and 0 turns one off. `eval_iters` counts batches of
-    each source's fixed validation windows, 0 for the whole split. `keep` is how many latest checkpoints
-    stay. `data` is one source, or several of them as SOURCE:WEIGHT.
+    A step is `gradient_accumulation_steps` micro-batches of `batch_size` windows of the model's `block_size` tokens.
+    Intervals are in steps; 0 is off. `eval_iters` is in batches of each source's fixed validation windows, 0 for the
+    whole split. The latest `keep` checkpoints stay. `data` is one source, or several as SOURCE:WEIGHT.
 
-    With the optimizer `muon`, the blocks' matrices have `matrix_lr` and Muon's momentum, which warms
-    up from 0.85; the rest has AdamW. `embedding_lr` and `head_lr` replace `learning_rate` for those
-    two, and all rates follow one schedule, which ends at the share `min_lr / learning_rate` of each:
-    `wsd` holds them and lets them fall linearly over the last `warmdown_fraction` of the run.
-    `weight_decay` falls linearly to 0 with `decay_weight_decay`.
+    The optimizer `muon` steps the blocks' matrices by Muon, with `matrix_lr` and `momentum`, which warms up from 0.85,
+    and the rest by AdamW. `embedding_lr` and `head_lr` replace `learning_rate` for those two groups. All learning
+    rates follow one `lr_schedule`, down to the share `min_lr / learning_rate`; `wsd` holds them until the last
+    `warmdown_fraction` of the run. With `decay_weight_decay`, `weight_decay` falls linearly to 0.
 
-    `gradient_checkpointing` keeps each block's input alone and computes its inside again for the
-    backward pass. `skip_nonfinite` leaves out a step whose loss or gradient is not finite instead of
-    stopping there.
+    `gradient_checkpointing` keeps each block's input alone and recomputes its inside in the backward pass.
+    `skip_nonfinite` skips a step whose loss or gradient is not finite, where the run would stop.
     """
 
     data: str | tuple[str, ...] = "python-docs"
@@ -410,10 +409,10 @@ class TrainConfig:
             _fail(f"min_lr {self.min_lr} is larger than learning_rate {self.learning_rate}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, accepted back by `from_dict`."""
+        """Plain JSON values, which `from_dict` takes back."""
         return dataclasses.asdict(self) | {"data": self.data if isinstance(self.data, str) else list(self.data)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The configuration that `to_dict` wrote; an unknown key is an error that names the nearest one."""
+        """The inverse of `to_dict`; UserError for an unknown key, naming the nearest one."""
         return _from_dict(cls, values, "training configuration")

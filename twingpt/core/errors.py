@@ -1,12 +1,12 @@
-"""The errors that users are meant to see."""
+"""The errors that users see."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend, said in one sentence: what, where, and what to do instead.
+    """A mistake that the user can mend, in one sentence: what, where, and what to do instead.
 
     The command line prints it without a traceback and exits with code 2.
     """
 
 
 class OutOfMemoryError(UserError):
-    """A device had no memory left for what was asked of it; a backend raises it for its framework's own."""
+    """Out of memory on a device; what a backend's `memory_errors` makes of its framework's own errors."""

@@ -1,4 +1,4 @@
-"""The parameter table: every tensor's canonical name, shape, initial values and optimizer group."""
+"""The parameter table: every tensor's canonical name, shape, initialisation and optimizer group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of the model. `std` is that of its normal initial values; None fills with `fill`."""
+    """A row of the table: a tensor's shape, optimizer group, and initial values, normal of `std` or else all `fill`."""
 
     shape: tuple[int, ...]
     group: str
@@ -32,12 +32,12 @@ class Parameter:
 
     @property
     def size(self) -> int:
-        """The number of entries."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 class _Table(dict[str, Parameter]):
-    """Collects the rows of `parameter_table` in the order of the forward pass."""
+    """Builds `parameter_table`: each method adds the parameters of a layer of its kind."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Table(dict[str, Parameter]):
         self[f"{name}.weight"] = Parameter((rows, self.config.n_embd), EMBEDDING, std=self.config.init_std)
 
     def norm(self, name: str, width: int) -> None:
-        """Nothing for the empty name of a norm that a placement leaves out."""
+        """Nothing for a name that ends in a dot: `norm_placement` has no norm there."""
         if name.endswith("."):
             return
         self.scale(name, width)
@@ -57,17 +57,17 @@ class _Table(dict[str, Parameter]):
     def scale(self, name: str, width: int) -> None:
         self[f"{name}.weight"] = Parameter((width,), VECTOR, fill=0.0 if self.config.norm_offset else 1.0)
 
-    def linear(self, name: str, n_out: int, n_in: int, bias: bool, std: float) -> None:
+    def linear(self, name: str, n_out: int, n_in: int, std: float, *, bias: bool) -> None:
         self[f"{name}.weight"] = Parameter((n_out, n_in), MATRIX, std=std)
         if bias:
             self[f"{name}.bias"] = Parameter((n_out,), VECTOR)
 
 
 def parameter_table(config: GPTConfig) -> dict[str, Parameter]:
-    """Canonical name -> Parameter, under the names that Llama-style checkpoints use.
+    """Canonical name (Llama-style, as transformers has them) -> Parameter, in the order of the forward pass.
 
-    Projections that write into the residual stream start smaller by sqrt(2 n_layer), as in GPT-2, or
-    at zero with `zero_init`.
+    Projections into the residual stream are initialised with std / sqrt(2 n_layer), as in GPT-2, or at 0 with
+    `zero_init`.
     """
     c, table = config, _Table(config)
     std = c.init_std
@@ -83,20 +83,20 @@ def parameter_table(config: GPTConfig) -> dict[str, Parameter]:
     for i in range(c.n_layer):
         layer = f"model.layers.{i}"
         table.norm(f"{layer}.{before_attn}", c.n_embd)
-        table.linear(f"{layer}.self_attn.q_proj", c.n_head * c.head_dim, c.n_embd, c.qkv_bias, std)
-        table.linear(f"{layer}.self_attn.k_proj", c.n_kv_head * c.head_dim, c.n_embd, c.qkv_bias, std)
-        table.linear(f"{layer}.self_attn.v_proj", c.n_kv_head * c.head_dim, c.n_embd, c.qkv_bias, std)
+        table.linear(f"{layer}.self_attn.q_proj", c.n_head * c.head_dim, c.n_embd, std, bias=c.qkv_bias)
+        table.linear(f"{layer}.self_attn.k_proj", c.n_kv_head * c.head_dim, c.n_embd, std, bias=c.qkv_bias)
+        table.linear(f"{layer}.self_attn.v_proj", c.n_kv_head * c.head_dim, c.n_embd, std, bias=c.qkv_bias)
         if c.qk_norm:  # an RMSNorm over each head or all of them, whatever the block's norm is
             table.scale(f"{layer}.self_attn.q_norm", c.head_dim * (c.n_head if c.qk_norm_whole else 1))
             table.scale(f"{layer}.self_attn.k_norm", c.head_dim * (c.n_kv_head if c.qk_norm_whole else 1))
         out_in = (c.n_embd, c.n_head * c.head_dim)
-        table.linear(f"{layer}.self_attn.o_proj", *out_in, c.attn_out_bias, residual_std)
+        table.linear(f"{layer}.self_attn.o_proj", *out_in, residual_std, bias=c.attn_out_bias)
         table.norm(f"{layer}.{after_attn}", c.n_embd)
         table.norm(f"{layer}.{before_mlp}", c.n_embd)
         if c.gated_mlp:
-            table.linear(f"{layer}.mlp.gate_proj", c.n_inner, c.n_embd, c.mlp_bias, std)
-        table.linear(f"{layer}.mlp.up_proj", c.n_inner, c.n_embd, c.mlp_bias, std)
-        table.linear(f"{layer}.mlp.down_proj", c.n_embd, c.n_inner, c.mlp_bias, residual_std)
+            table.linear(f"{layer}.mlp.gate_proj", c.n_inner, c.n_embd, std, bias=c.mlp_bias)
+        table.linear(f"{layer}.mlp.up_proj", c.n_inner, c.n_embd, std, bias=c.mlp_bias)
+        table.linear(f"{layer}.mlp.down_proj", c.n_embd, c.n_inner, residual_std, bias=c.mlp_bias)
         table.norm(f"{layer}.{after_mlp}", c.n_embd)
     table.norm("model.norm", c.n_embd)
     if not c.tie_embeddings:
@@ -105,15 +105,15 @@ def parameter_table(config: GPTConfig) -> dict[str, Parameter]:
 
 
 def parameter_count(config: GPTConfig) -> int:
-    """The number of trainable numbers in the model."""
+    """The number of parameters of the model; tied embeddings count once."""
     return sum(parameter.size for parameter in parameter_table(config).values())
 
 
 def initialise(config: GPTConfig, seed: int) -> Iterator[tuple[str, Array]]:
-    """Yield (name, float32 array) in table order.
+    """Initial parameters: (name, float32 array) in table order.
 
-    Each tensor has a Philox stream of its own, keyed by (seed, name): both backends start from the
-    same bits, and adding a layer changes no other tensor.
+    Each tensor has a Philox stream of its own, keyed by (seed, name): both backends start from the same bits, and
+    another layer changes no other tensor.
     """
     for name, parameter in parameter_table(config).items():
         if parameter.std is None:
@@ -125,11 +125,10 @@ def initialise(config: GPTConfig, seed: int) -> Iterator[tuple[str, Array]]:
 
 @dataclass(frozen=True)
 class OptimizerPlan:
-    """Which parameter is stepped how: by AdamW with its group's learning rate, or by Muon.
+    """Parameter groups: which parameters AdamW steps, at which group's learning rate, and which Muon.
 
-    `adamw` maps names to groups, `decays` names those of them that weight decay applies to. `muon`
-    lists batches of matrices that have one shape once the tall are turned wide, which Muon
-    orthogonalises together.
+    `adamw` maps names to groups, `decays` are those of them with weight decay. `muon` has batches of matrices of one
+    shape up to transposition, which are orthogonalised as one stack.
     """
 
     adamw: dict[str, str]
@@ -138,7 +137,7 @@ class OptimizerPlan:
 
 
 def optimizer_plan(config: GPTConfig, optimizer: str) -> OptimizerPlan:
-    """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all."""
+    """The groups for `optimizer`: `muon` is Muon for the matrices of the blocks and AdamW for the rest."""
     table = parameter_table(config)
     matrices = [
         name for name, row in table.items() if optimizer == "muon" and row.group == MATRIX and len(row.shape) == 2
@@ -152,9 +151,9 @@ def optimizer_plan(config: GPTConfig, optimizer: str) -> OptimizerPlan:
 
 
 def state_table(config: GPTConfig, optimizer: str, dtype: str) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of the optimizer's float32 state: AdamW's two moments, Muon's momentum.
+    """Canonical name -> shape of the float32 optimizer state: adamw.m.NAME, adamw.v.NAME, muon.momentum.NAME.
 
-    In float16 also the loss scale, and how many steps it has fitted.
+    In float16 also `loss_scale`, and `loss_scale.steps` since it last changed.
     """
     table, plan = parameter_table(config), optimizer_plan(config, optimizer)
     state = {f"adamw.{slot}.{name}": table[name].shape for slot in "mv" for name in plan.adamw}

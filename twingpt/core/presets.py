@@ -1,4 +1,4 @@
-"""Shapes, presets and sizes: the configurations that have names."""
+"""Shapes (families of architectures) and presets (sizes): the configurations that have names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Parameters in millions assume the vocabulary in the comment.
+# In the comments: parameters, with a vocabulary of so many ids.
 PRESETS: dict[str, dict[str, Any]] = {
     "micro": {"n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 192, "block_size": 128},  # 2M, 2k
     "tiny": {"n_layer": 6, "n_head": 6, "n_kv_head": 3, "n_embd": 384, "block_size": 256},  # 11M, 4k
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, vocab_size: int, shape: str | None = None, **overrides: Any) -> GPTConfig:
-    """The configuration called `name` in PRESETS, for a vocabulary, with fields replaced by `overrides`.
+    """The configuration of a preset (a key of PRESETS) for a vocabulary, with fields replaced by `overrides`.
 
     `shape` (a key of SHAPES) replaces the preset's own. Raises UserError for an unknown name.
     """
@@ -51,7 +51,7 @@ def preset(name: str, vocab_size: int, shape: str | None = None, **overrides: An
     values = dict(PRESETS[name])
     own_shape = values.pop("shape", "qwen3")
     shape = shape or own_shape
-    if "n_embd" in overrides or "n_head" in overrides:  # a new width or head count makes its own ratio
+    if "n_embd" in overrides or "n_head" in overrides:  # the preset's n_kv_head fits its own alone
         values.pop("n_kv_head", None)
     return shaped(shape, **(values | {"vocab_size": vocab_size} | overrides))
 

@@ -1,4 +1,4 @@
-"""Files that came from elsewhere: found within their folder, and read with suspicion."""
+"""Reading untrusted files: paths that stay within their folder, JSON of a bounded size, values quoted in messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from twingpt.core.errors import UserError
 
-MAX_JSON = 2**22  # bytes: 4096 layers in an index; a longer one would take seconds to read, and 30 times its length
+MAX_JSON = 2**22  # bytes: an index of 4096 layers; parsing takes 30 times the memory, and for more seconds
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -17,7 +17,7 @@ _SHORT.maxlevel = 2
 
 
 def short(value: object) -> str:
-    """What a value from a file looks like, for a message: `repr` on one line, without its length or its depth."""
+    """A value from a file, for a message: `repr` on one line, cut in length and depth."""
     try:
         text = _SHORT.repr(value)
     except ValueError:  # a number of more digits than Python writes
@@ -26,7 +26,7 @@ def short(value: object) -> str:
 
 
 def inside(folder: Path, name: str, whole: str = "model directory") -> Path:
-    """A file of a folder; UserError where it is missing, is no plain file, or a name or a link leads out of it."""
+    """The path of a file of `folder`; UserError where it is missing, no plain file, or leads out of the folder."""
     path = folder / name
     if Path(name).name != name or "\0" in name:
         raise UserError(f"{folder} names a file {short(name)}, which is not in it: it is not opened.")
@@ -34,21 +34,21 @@ def inside(folder: Path, name: str, whole: str = "model directory") -> Path:
         raise UserError(f"{folder} is not a whole {whole}: {name} is missing.")
     if path.is_symlink():
         base, real = folder.resolve(), path.resolve()
-        hub = base.parent.name == "snapshots" and real.parent == base.parent.parent / "blobs"  # the hub's own cache
+        hub = base.parent.name == "snapshots" and real.parent == base.parent.parent / "blobs"  # of huggingface_hub
         if real.parent != base and not hub:
             raise UserError(f"{path} is a link to {real}, out of its directory: it is not opened.")
     return path
 
 
 def read_json(path: Path, most: int = MAX_JSON) -> Any:
-    """What a JSON file says; UserError where it can't be read, is none, or has more than `most` bytes."""
+    """Parse a JSON file; UserError where it can't be read, is not JSON, or has more than `most` bytes."""
     return parse_json(read_text(path, most), path)
 
 
 def read_text(path: Path, most: int = MAX_JSON) -> str:
-    """The text of a JSON file; UserError where it can't be read, is none, or has more than `most` bytes."""
+    """The text of a JSON file; UserError where it can't be read, is not JSON, or has more than `most` bytes."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would keep its reader waiting, a device never end
+        if path.exists() and not path.is_file():  # reading a pipe would block, and a device never end
             raise UserError(f"{path} can't be read: it is not a file.")
         if (size := path.stat().st_size) > most:
             raise UserError(f"{path} can't be read: it has {size:,} bytes, and at most {most:,} are read.")

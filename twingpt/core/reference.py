@@ -1,7 +1,7 @@
-"""The forward pass in NumPy float64: the executable spec, and the judge of both twins.
+"""The reference model in NumPy float64: the executable spec that both twins are tested against.
 
-Read it top to bottom; `backends/mlx/model.py` and `backends/torch/model.py` follow it function by
-function. Shapes: B batch, T time, D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
+`backends/mlx/model.py` and `backends/torch/model.py` follow it function by function. Shapes: B batch, T time,
+D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ Parameters = Mapping[str, Array]
 
 
 def linear(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T + b, where the checkpoint has a bias of that name."""
+    """x W^T + b, (…, in) -> (…, out); without b where there is no parameter `name`.bias."""
     y = x @ p[f"{name}.weight"].T
     return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    """RMSNorm (Zhang & Sennrich 2019) over the last axis: x / sqrt(mean(x^2) + eps) * weight."""
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
 def norm_weight(p: Parameters, name: str, config: GPTConfig) -> Array:
-    """What a norm multiplies by."""
+    """The weight that a norm multiplies by: 1 + weight with `norm_offset` (Gemma)."""
     return p[f"{name}.weight"] + 1 if config.norm_offset else p[f"{name}.weight"]
 
 
 def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """The block's RMSNorm or LayerNorm, (B, T, D); x for the empty name of one that isn't there."""
+    """RMSNorm or LayerNorm as `config.norm` says, (B, T, D).
+
+    x itself for a name that ends in a dot: `norm_placement` has no norm there (NORM_SITES).
+    """
     if name.endswith("."):
         return x
     weight = norm_weight(p, name, config)
@@ -46,11 +49,11 @@ def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
     return y + p[f"{name}.bias"] if config.norm_bias else y
 
 
-def rope(x: Array, config: GPTConfig, local: bool = False) -> Array:
-    """Rotate the two halves of the leading rope_dim dimensions by +position x frequency, (B, H, T, d)."""
-    frequencies, factor = rope_frequencies(config, local)
+def rope(x: Array, config: GPTConfig, *, local: bool = False) -> Array:
+    """RoPE on (B, H, T, d): rotate pairs by +position x frequency; a pair is (i, i + rope_dim / 2), the half-split."""
+    frequencies, factor = rope_frequencies(config, local=local)
     positions = np.arange(x.shape[2], dtype=np.float32)
-    angles = (positions[:, None] * frequencies).astype(np.float64)  # rounded to float32, as on the devices
+    angles = (positions[:, None] * frequencies).astype(np.float64)  # a float32 product, as on the devices
     cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
     half = config.rope_dim // 2
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -58,20 +61,20 @@ def rope(x: Array, config: GPTConfig, local: bool = False) -> Array:
 
 
 def softcap(x: Array, cap: float) -> Array:
-    """cap * tanh(x / cap), or x when the cap is off."""
+    """Softcap: cap * tanh(x / cap); x itself where `cap` is 0."""
     return cap * np.tanh(x / cap) if cap else x
 
 
 def softmax(x: Array) -> Array:
-    """exp(x) / sum(exp(x)) over the last axis."""
+    """Softmax over the last axis: exp(x) / sum(exp(x))."""
     e = np.exp(x - x.max(-1, keepdims=True))
     return np.asarray(e / e.sum(-1, keepdims=True))
 
 
 def attention_mask(n_query: int, n_key: int, window: int) -> Array:
-    """(n_query, n_key) booleans: key <= query, and query - key < window when there is one.
+    """The causal mask, (n_query, n_key) booleans: key <= query, and query - key < window where that is not 0.
 
-    The queries are the last of the keys' positions.
+    The queries stand at the last of the keys' positions.
     """
     query = np.arange(n_key - n_query, n_key)[:, None]
     key = np.arange(n_key)
@@ -80,19 +83,20 @@ def attention_mask(n_query: int, n_key: int, window: int) -> Array:
 
 
 def attention(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
-    """Grouped-query causal self-attention, (B, T, D)."""
+    """Grouped-query causal self-attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D)."""
     name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
 
-    def heads(letter: str) -> Array:
+    def project(letter: str) -> Array:  # (B, H or K, T, d)
         y = linear(x, p, f"{name}.{letter}_proj")
         if config.qk_norm and letter != "v":
             y = y if config.qk_norm_whole else y.reshape(B, T, -1, config.head_dim)
             y = rms_norm(y, norm_weight(p, f"{name}.{letter}_norm", config), config.norm_eps)
         return y.reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
 
-    q, k, v = heads("q"), heads("k"), heads("v")
+    q, k, v = project("q"), project("k"), project("v")
     if config.uses_rope(layer):
-        q, k = rope(q, config, config.is_local(layer)), rope(k, config, config.is_local(layer))
+        local = config.is_local(layer)
+        q, k = rope(q, config, local=local), rope(k, config, local=local)
     group = config.n_head // config.n_kv_head  # query heads that share one key-value head
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
     scores = softcap(q @ k.swapaxes(-1, -2) * config.score_scale, config.attn_softcap)
@@ -102,7 +106,7 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
 
 
 def activation(x: Array, mlp: str) -> Array:
-    """The nonlinearity of each kind of MLP."""
+    """The nonlinearity of each of MLPS, elementwise."""
     if mlp == "swiglu":
         return x / (1 + np.exp(-x))
     if mlp == "relu2":
@@ -113,7 +117,7 @@ def activation(x: Array, mlp: str) -> Array:
 
 
 def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
-    """The position-wise MLP, gated or not, (B, T, D)."""
+    """The MLP, gated or not, (B, T, D) -> (B, T, D)."""
     name = f"model.layers.{layer}.mlp"
     up = linear(x, p, f"{name}.up_proj")
     if config.gated_mlp:
@@ -124,12 +128,12 @@ def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
 
 
 def smear(x: Array, p: Parameters) -> Array:
-    """Each position and, by channel, a learned share of the one before it, (B, T, D)."""
+    """x[t] + weight * x[t - 1] by channel (modded-nanogpt), (B, T, D); x[-1] is 0."""
     return x + p["model.smear.weight"] * np.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
 def block(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
-    """One transformer block, (B, T, D)."""
+    """Transformer block: attention and MLP, each added to the residual stream, (B, T, D) -> (B, T, D)."""
     name = f"model.layers.{layer}"
     (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[config.norm_placement]
     y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config)
@@ -140,7 +144,7 @@ def block(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
 
 
 def forward(params: Parameters, tokens: Array, config: GPTConfig) -> Array:
-    """(B, T) token ids -> (B, T, V) float64 logits."""
+    """The whole model: (B, T) token ids -> (B, T, V) float64 logits."""
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     x = p["model.embed_tokens.weight"][tokens] * config.embed_scale
     if config.position == "learned":
@@ -157,7 +161,7 @@ def forward(params: Parameters, tokens: Array, config: GPTConfig) -> Array:
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Nats of each target, (B, T); a target below 0 counts nothing."""
+    """Cross-entropy of (B, T, V) logits in nats, (B, T); a target below 0 is padding, and its loss is 0."""
     shifted = logits - logits.max(-1, keepdims=True)
     log_z = np.log(np.exp(shifted).sum(-1))
     picked = np.take_along_axis(shifted, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]

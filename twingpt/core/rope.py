@@ -1,4 +1,4 @@
-"""RoPE's frequencies, computed once for the reference and both twins."""
+"""RoPE (Su et al. 2021): the frequencies and their scaling, for the reference and both twins."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from twingpt.core.config import GPTConfig, RopeScaling
 Array = np.ndarray
 
 
-def rope_periods(config: GPTConfig, local: bool = False) -> tuple[Array, float]:
-    """The period 1/frequency of each rotated pair, (rope_dim / 2,) float32, and the factor on cos and sin.
+def rope_periods(config: GPTConfig, *, local: bool = False) -> tuple[Array, float]:
+    """(periods, factor): 1 / frequency of each rotated pair, (rope_dim / 2,) float32, and the factor on cos and sin.
 
-    `local` is for the layers that rotate by `local_rope_theta`.
-
-    The angle at position p is float32(p) * float32(1 / period). Periods and not frequencies, because
-    that is what `mx.fast.rope` takes, and one reciprocal in float32 then gives all three the same bits.
+    `local` is for the layers that rotate by `local_rope_theta`. The angle at position p is
+    float32(p) * float32(1 / period). Periods, because `mx.fast.rope` takes them: the reference and both twins then
+    take one float32 reciprocal, and have the same bits.
     """
     dim = config.rope_dim
     theta = config.local_rope_theta if local else config.rope_theta
@@ -34,17 +33,17 @@ def rope_periods(config: GPTConfig, local: bool = False) -> tuple[Array, float]:
     return periods.astype(np.float32), factor
 
 
-def rope_frequencies(config: GPTConfig, local: bool = False) -> tuple[Array, float]:
-    """The angle per position of each rotated pair, (rope_dim / 2,) float32, and the factor on cos and sin."""
-    periods, factor = rope_periods(config, local)
+def rope_frequencies(config: GPTConfig, *, local: bool = False) -> tuple[Array, float]:
+    """(frequencies, factor): radians per position of each rotated pair, (rope_dim / 2,) float32; see `rope_periods`."""
+    periods, factor = rope_periods(config, local=local)
     return np.float32(1) / periods, factor
 
 
 def _llama3(periods: Array, scaling: RopeScaling) -> Array:
-    """Stretch long wavelengths by `factor`, keep short ones, blend between (Llama 3.1's rule)."""
-    turns = scaling.original_block_size / (2 * math.pi * periods)  # rotations over the original context
+    """Llama 3.1's scaling: long wavelengths times `factor`, short ones as they are, a blend between."""
+    rotations = scaling.original_block_size / (2 * math.pi * periods)  # over the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0, 1)
+    keep = np.clip((rotations - low) / (high - low), 0, 1)
     blended: Array = 1 / ((1 - keep) / (periods * scaling.factor) + keep / periods)
     return blended
 
@@ -52,7 +51,7 @@ def _llama3(periods: Array, scaling: RopeScaling) -> Array:
 def _yarn(periods: Array, scaling: RopeScaling, theta: float, dim: int) -> Array:
     """NTK-by-parts interpolation (YaRN, Peng et al. 2023, section 3.2), with transformers' rounding."""
 
-    def pair_with(rotations: float) -> float:  # the pair that turns that often over the original context
+    def pair_with(rotations: float) -> float:  # index of the pair that rotates so often over the original context
         return dim * math.log(scaling.original_block_size / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)

@@ -1,4 +1,4 @@
-"""Logits to token, in NumPy: the spec of the samplers that run on the devices."""
+"""The sampler in NumPy: the spec of the ones that run on the devices (`sample` in `backends/*/inference.py`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn; names and order as in transformers.
+    """Sampling settings, in transformers' order; the names are mlx-lm's. Raises UserError for one out of range.
 
     `temp` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
     """
@@ -39,11 +39,10 @@ class Sampling:
 
 
 def sample(logits: Array, sampling: Sampling, u: float, seen: Array | None = None) -> int:
-    """The token that `u` in [0, 1) picks from `logits` (V,), with `seen` (V,) booleans of tokens so far.
+    """Sample an id from `logits` (V,) with the uniform `u` in [0, 1); `seen` (V,) booleans are the tokens so far.
 
-    Repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020), min-p
-    (Nguyen et al. 2024), then the inverse of the cumulative distribution over tokens in falling order
-    of probability, the lower id first among equals.
+    Repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al.
+    2024), then the inverse CDF over ids sorted by falling probability, the lower id first among equals.
     """
     logits = np.asarray(logits, np.float64)
     if sampling.repetition_penalty != 1 and seen is not None:

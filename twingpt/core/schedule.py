@@ -1,4 +1,4 @@
-"""What the optimizer uses at each step, as pure functions of the step number."""
+"""The schedules: learning rate, momentum and weight decay as pure functions of the step number."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MOMENTUM_AT_START = 0.85
 
 
 class Hyper(NamedTuple):
-    """The numbers of one optimizer step; a backend gets them as one float32 array, in this order.
+    """Hyperparameters of one optimizer step; a backend puts them on the device as one float32 array, in this order.
 
-    The complements and bias corrections come ready, because 1 - beta taken in float32 would be
-    off in the fifth digit. `vector_lr` is that of norms and biases.
+    1 - beta and the bias corrections are computed here, in float64: in float32 they would be off in the fifth digit.
+    The `_lr` are those of the parameter groups (`core/parameters.py`); norms and biases are vectors.
     """
 
     matrix_lr: float
@@ -32,7 +32,7 @@ class Hyper(NamedTuple):
     grad_clip: float
 
 
-# What moves a parameter or a moment: with these at 0 a step leaves all as it was.
+# With these at 0 an optimizer step changes no parameter and no state: how a step is skipped without a host sync.
 RATES = (
     "matrix_lr",
     "embedding_lr",
@@ -42,14 +42,15 @@ RATES = (
     "one_minus_beta2",
     "one_minus_momentum",
 )
-# The dynamic loss scale of float16, as torch's GradScaler has it.
+# Dynamic loss scaling in float16, with the defaults of torch's GradScaler but a largest scale.
 LOSS_SCALE_START, LOSS_SCALE_LARGEST, LOSS_SCALE_INTERVAL = 2.0**16, 2.0**24, 2000
 
 
 def learning_rate_factor(train: TrainConfig, step: int) -> float:
-    """The share of every learning rate at a step: linear warm-up over `warmup_iters`, then the schedule.
+    """The factor on every learning rate at `step`: linear warmup over `warmup_iters`, then `lr_schedule`.
 
-    Cosine and the last `warmdown_fraction` of WSD (Hu et al. 2024) end at min_lr / learning_rate.
+    `cosine` over the rest of the run, or `wsd` (warmup-stable-decay, Hu et al. 2024) over its last
+    `warmdown_fraction`, decay to min_lr / learning_rate.
     """
     if step < train.warmup_iters:
         return (step + 1) / (train.warmup_iters + 1)
@@ -66,20 +67,20 @@ def learning_rate_factor(train: TrainConfig, step: int) -> float:
 
 
 def momentum(train: TrainConfig, step: int) -> float:
-    """Muon's momentum: linear from 0.85 to `momentum` over `momentum_warmup_iters` (modded-nanogpt)."""
+    """Muon's momentum: linear warmup from 0.85 to `momentum` over `momentum_warmup_iters` (modded-nanogpt)."""
     share = min(1.0, step / train.momentum_warmup_iters) if train.momentum_warmup_iters else 1.0
     start = min(MOMENTUM_AT_START, train.momentum)
     return start + share * (train.momentum - start)
 
 
 def weight_decay(train: TrainConfig, step: int) -> float:
-    """Constant, or falling linearly to 0 at `max_iters`."""
+    """Weight decay at `step`: constant, or linear to 0 at `max_iters` with `decay_weight_decay`."""
     left = max(0.0, 1 - step / train.max_iters) if train.decay_weight_decay else 1.0
     return train.weight_decay * left
 
 
 def hyperparameters(train: TrainConfig, step: int) -> Hyper:
-    """The hyperparameters of step number `step`, counted from 0."""
+    """The hyperparameters of optimizer step `step`, counted from 0."""
     factor, rate, mu = learning_rate_factor(train, step), train.learning_rate, momentum(train, step)
     return Hyper(
         matrix_lr=factor * (train.matrix_lr if train.optimizer == "muon" else rate),

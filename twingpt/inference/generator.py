@@ -1,4 +1,4 @@
-"""The generation loop: it drives a decode engine and never waits for the token it has just asked for."""
+"""The generation loop: it drives an inference engine, and reads each token while the next is being computed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Array = np.ndarray
 def generate_tokens(
     engine: InferenceEngine, prompt: Array, sampling: Sampling, max_tokens: int, seed: int
 ) -> Iterator[int]:
-    """Yield up to `max_tokens` ids that follow `prompt` (n,), each read while the next is being computed.
+    """Prefill `prompt` (n,), then decode and yield up to `max_tokens` ids, each read while the next is being computed.
 
-    The token at position i of the text is drawn with the uniform keyed by (seed, i). When block_size
-    positions are full, the model goes on from the last half of them.
+    The token at position i of the text is sampled with the uniform keyed by (seed, i). When the KV cache holds
+    block_size positions, the last half of the text is prefilled anew.
     """
     block_size = engine.config.block_size
     text = [int(token) for token in prompt]
@@ -49,7 +49,7 @@ def generate_tokens(
 
 
 class Completion:
-    """Text being generated: iterate for its pieces, then read what became of it."""
+    """Streamed generation: iterate for pieces of text; then `text`, `tokens` and `finish_reason` are whole."""
 
     def __init__(
         self, tokens: Iterator[int], tokenizer: Tokenizer, prompt_tokens: Array, ends: Collection[int]
@@ -69,7 +69,7 @@ class Completion:
                 self.finish_reason = "stop"
                 return
             self.tokens.append(token)
-            if token < self._tokenizer.vocab_size:  # those by which a vocabulary was padded have no text
+            if token < self._tokenizer.vocab_size:  # ids that pad the model's vocabulary have no text
                 yield token
 
     def __iter__(self) -> Iterator[str]:
@@ -82,20 +82,20 @@ class Completion:
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens over wall-clock time, the prompt's included."""
+        """Generated tokens per second of wall-clock time, prefill included."""
         return len(self.tokens) / self.seconds if self.seconds else 0.0
 
 
 class LanguageModel:
-    """A trained model ready to run: text or tokens in, text or logits out.
+    """A model ready to run: text or tokens in, text or logits out.
 
-    A text ends with the tokenizer's end of text, its EOS where that is another, and any of `ends`.
+    Generation stops at the tokenizer's end of text, at its EOS, and at any of `ends`.
     """
 
     def __init__(
         self, config: GPTConfig, tokenizer: Tokenizer, engine: InferenceEngine, ends: Collection[int] = ()
     ) -> None:
-        # A model from elsewhere may lack special tokens of its tokenizer, an end of text too: it never says them.
+        # Special tokens beyond the model's vocabulary are allowed, an end of text too: it never samples them.
         if tokenizer.byte_lengths[config.vocab_size :].any():
             raise UserError(
                 f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {config.vocab_size}."
@@ -104,7 +104,7 @@ class LanguageModel:
         self.ends = {tokenizer.end_of_text, tokenizer.roles.get("eos", tokenizer.end_of_text), *ends}
 
     def logits(self, tokens: Array) -> Array:
-        """(B, T) ids -> (B, T, V) float32 logits. Raises UserError for an id or a length it can't take."""
+        """(B, T) ids -> (B, T, V) float32 logits; UserError for an id or a length that the model can't take."""
         return self.engine.forward(tokens)
 
     def complete(
@@ -119,11 +119,10 @@ class LanguageModel:
         repetition_penalty: float = 1.0,
         seed: int = 1337,
     ) -> Completion:
-        """A text that goes on from `prompt`, generated as it is iterated over.
+        """A completion of `prompt`, generated as it is iterated over.
 
-        Before the prompt stands what the tokenizer opens a text with, such as BOS. An empty prompt begins a
-        new document. Raises UserError for a sampling setting out of range, or a prompt that the tokenizer
-        can't encode.
+        The tokenizer's BOS or the like is put before the prompt; an empty prompt begins a new document. Raises
+        UserError for a sampling setting out of range, or a prompt that the tokenizer can't encode.
         """
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
         if max_tokens < 1:

@@ -24,5 +24,5 @@ def language_model(model: Model, backend: str, device: str | None, dtype: str | 
     engines = registry.get(backend)
     target = registry.find_device(engines, device)
     compute = registry.find_dtype(target, dtype or "float32")
-    engine = engines.InferenceEngine(model.config, model.stored(), target, compute)
+    engine = engines.InferenceEngine(model.config, model.stored(), target, dtype=compute)
     return LanguageModel(model.config, model.tokenizer(), engine, end_ids(model.directory))

@@ -1,7 +1,7 @@
 """Devices, dtypes and memory in MLX: the twin of `backends/torch/device.py`. Opens a fast BLAS first.
 
-Two names have no twin: `on_device`, because MLX's arrays belong to no device and its operations do, and
-`keep_resident`, because only Metal wires memory; and `return_freed_memory` of the other has none here.
+Two functions have no twin: `on_device`, since MLX places operations and not arrays, and `wire_memory`, since only
+Metal wires memory. torch's `return_freed_memory` has none here.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def _open_blas() -> str:
     """
     if platform.system() != "Linux":
         return "Accelerate"
-    if not any(importlib.metadata.distributions(name="mlx-cpu")):  # a GPU build needs none, and torch's library
-        return "MLX's own"  # would bring its own CUDA libraries before MLX's
+    if not any(importlib.metadata.distributions(name="mlx-cpu")):  # a GPU build: torch's library would load its own
+        return "MLX's own"  # CUDA libraries before MLX's
     if "mlx.core" in sys.modules:
         return "MLX's own (mlx was imported before twingpt: import twingpt.backends.mlx first)"
     torch = importlib.util.find_spec("torch")
@@ -78,7 +78,7 @@ import mlx.core as mx  # noqa: E402  (the BLAS has to be open by now)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-# How the message of a RuntimeError begins or ends that is one of memory: of the allocators, Metal and CUDA.
+# What the message of a RuntimeError contains when memory ran out: of MLX's allocators, Metal and CUDA.
 OUT_OF_MEMORY = re.compile(r"\[malloc\]|\[metal::malloc\]|Insufficient Memory|out of memory", re.IGNORECASE)
 
 
@@ -89,7 +89,7 @@ def _known(*dtypes: str) -> tuple[str, ...]:
 def devices() -> list[Device]:
     """The devices that are present, the best first: Metal or CUDA, the CPU."""
     found = [_metal()] if mx.metal.is_available() else [_cuda()] if mx.cuda.is_available() else []
-    cpu = f"{host.cpu_name()}, BLAS: {BLAS}"  # which has products in float32 alone
+    cpu = f"{host.cpu_name()}, BLAS: {BLAS}"  # BLAS has float32 alone: bfloat16 and float16 are slow
     return [*found, Device("cpu", "cpu", cpu, tuple(DTYPES), ("float32",), "float32", host.total_memory())]
 
 
@@ -103,12 +103,12 @@ def _metal() -> Device:
 def _cuda() -> Device:
     info = mx.device_info(mx.gpu)
     fast = _known(*host.nvidia_fast_dtypes(int(info["compute_capability_major"])))
-    default = fast[-1]  # float16 where only that is
+    default = fast[-1]  # bfloat16 before float16, which needs a loss scale
     return Device("gpu", "cuda", str(info["device_name"]), tuple(DTYPES), fast, default, int(info["total_memory"]))
 
 
 def on_device(method: F) -> F:
-    """Run an engine's method with its operations on the engine's device; other engines may use another."""
+    """Decorator: run an engine's method on the default stream of the engine's device, whatever MLX's default is."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +119,7 @@ def on_device(method: F) -> F:
 
 
 def details() -> dict[str, Any]:
-    """What `gpt doctor` should say about this backend."""
+    """The framework's version and build, as `gpt doctor` shows them."""
     return {
         "version": importlib.metadata.version("mlx"),
         "metal": mx.metal.is_available(),
@@ -129,14 +129,14 @@ def details() -> dict[str, Any]:
 
 
 def memory(device: Device) -> Memory:
-    """Bytes in use on the device; on a CPU those of the process."""
+    """Bytes in use on the device, now and at most so far; on a CPU those of the process."""
     if device.kind == "cpu":
         return host.process_memory()
     return Memory(mx.get_active_memory(), mx.get_peak_memory())
 
 
 def arrays_peak(device: Device, run: Callable[[], Any]) -> int:
-    """Bytes at most of the arrays that `run` makes, which on a CPU are less than what the process holds."""
+    """Peak bytes of the arrays that `run` makes; on a CPU those of MLX's allocator, not of the process."""
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     run()
@@ -144,7 +144,7 @@ def arrays_peak(device: Device, run: Callable[[], Any]) -> int:
 
 
 def free_memory(device: Device) -> int:
-    """Bytes that could still be allocated on the device."""
+    """Bytes that can still be allocated on the device."""
     if device.kind == "cuda":
         return int(mx.device_info(mx.gpu)["free_memory"])
     free = host.free_memory()  # an Apple GPU has the same memory
@@ -168,7 +168,7 @@ def memory_errors() -> Iterator[None]:
 
 
 def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:
-    """A function that multiplies two n x n matrices of `dtype` on the device, and waits for the product."""
+    """A function that multiplies two n x n matrices of `dtype` on the device and waits, to be timed."""
     stream = mx.cpu if device.kind == "cpu" else mx.gpu
     a, b = (mx.random.uniform(shape=(n, n), stream=stream).astype(DTYPES[dtype], stream=stream) for _ in range(2))
     mx.eval(a, b)
@@ -179,17 +179,17 @@ def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:
     return run
 
 
-def keep_resident(device: Device) -> None:
-    """On Metal, let the whole recommended working set stay wired, or large models are paged out between steps."""
+def wire_memory(device: Device) -> None:
+    """On Metal, set the wired limit to the recommended working set: macOS pages large models out between steps else."""
     if device.kind == "metal" and device.memory_bytes:
         mx.set_wired_limit(device.memory_bytes)
 
 
 def to_device(array: np.ndarray | mx.array) -> mx.array:
-    """An array on MLX's memory; what is there already is not copied."""
+    """An MLX array; one that is one already is not copied."""
     return array if isinstance(array, mx.array) else mx.array(array)
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """A float32 copy on the host; waits."""
+    """A float32 copy on the host; waits for the device."""
     return np.array(array.astype(mx.float32))

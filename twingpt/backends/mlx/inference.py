@@ -1,4 +1,4 @@
-"""The decoding engine in MLX: the twin of `backends/torch/inference.py`."""
+"""The inference engine in MLX: the twin of `backends/torch/inference.py`."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ import mlx.nn as nn
 import numpy as np
 
 from twingpt.backends.mlx import model
-from twingpt.backends.mlx.device import DTYPES, keep_resident, on_device, to_device, to_numpy
+from twingpt.backends.mlx.device import DTYPES, on_device, to_device, to_numpy, wire_memory
 from twingpt.core.backend import Device, check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.sampler import Sampling
 
 Array = mx.array
 
-PREFILL_CHUNK = 512  # positions; bounds the memory of a long prompt's attention
+PREFILL_CHUNK = 512  # positions of a prompt that are run at once: bounds the memory of its attention
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step's result on the device: the token it sampled, (B,), and the logits that follow, (B, V)."""
+    """Handle of a prefill or step, on the device: the last tokens that ran, (B,), and the logits after them, (B, V)."""
 
     tokens: Array
     logits: Array
 
 
-def sample(scores: Array, sampling: Sampling, u: Array, seen: Array | None) -> Array:
-    """One token id for each row of (B, V) logits: `core.sampler.sample` as one graph, (B,)."""
+def sample(logits: Array, sampling: Sampling, u: Array, seen: Array | None) -> Array:
+    """`core.sampler.sample` without leaving the device: (B, V) logits, `u` (B,), `seen` (B, V) booleans -> (B,) ids."""
     if seen is not None:
         penalty = sampling.repetition_penalty
-        scores = mx.where(seen, mx.where(scores > 0, scores / penalty, scores * penalty), scores)
+        logits = mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temp == 0:
-        return mx.argmax(scores, axis=-1)
-    order = mx.argsort(-scores, axis=-1)
-    ranked = mx.take_along_axis(scores, order, axis=-1) / sampling.temp
+        return mx.argmax(logits, axis=-1)
+    order = mx.argsort(-logits, axis=-1)
+    ranked = mx.take_along_axis(logits, order, axis=-1) / sampling.temp
     if sampling.top_k:
         ranked[:, sampling.top_k :] = -mx.inf
     p = mx.softmax(ranked, axis=-1)
@@ -44,50 +44,52 @@ def sample(scores: Array, sampling: Sampling, u: Array, seen: Array | None) -> A
     keep = keep & (p >= sampling.min_p * p[:, :1])
     cumulative = mx.cumsum(mx.where(keep, p, 0.0), axis=-1)
     index = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(axis=-1)
-    index = mx.minimum(index, keep.sum(axis=-1) - 1)  # rounding may carry the draw past the last one kept
+    index = mx.minimum(index, keep.sum(axis=-1) - 1)  # rounding may carry u past the last token kept
     return mx.take_along_axis(order, index[:, None], axis=-1)[:, 0]
 
 
 class InferenceEngine:
-    """Logits and sampled tokens from one set of parameters, maybe quantized, cast once to `dtype`."""
+    """Implements `core.backend.InferenceEngine`: the parameters, quantized or not, are cast once to `dtype`."""
 
     def __init__(
         self,
         config: GPTConfig,
-        tensors: Iterable[tuple[str, np.ndarray | mx.array]],
+        tensors: Iterable[tuple[str, np.ndarray | Array]],
         device: Device,
+        *,
         dtype: str = "float32",
     ) -> None:
         self.config, self.device, self.dtype = config, device, DTYPES[dtype]
-        keep_resident(device)
+        wire_memory(device)
         self._load(tensors)
         self.cache: model.KVCache
-        self.seen: Array
+        self.seen: Array  # (B, V) booleans: the ids of the prompt and, under a repetition penalty, those sampled
 
     @on_device
-    def _load(self, tensors: Iterable[tuple[str, np.ndarray | mx.array]]) -> None:
-        self.params = {name: self._cast(to_device(value)) for name, value in tensors}
+    def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
+        self.params = {name: self._cast(value) for name, value in tensors}
         self.rope = model.Rope(self.config)
         mx.eval(self.params)
 
-    def _cast(self, value: Array) -> Array:
-        """The compute dtype; a quantized matrix's words stay."""
-        return value if value.dtype == mx.uint32 else value.astype(self.dtype)
+    def _cast(self, value: np.ndarray | Array) -> Array:
+        """A parameter on the device in the compute dtype; a quantized matrix stays uint32."""
+        array = to_device(value)
+        return array if array.dtype == mx.uint32 else array.astype(self.dtype)
 
     @on_device
     def forward(self, tokens: np.ndarray) -> np.ndarray:
-        """(B, T) ids -> (B, T, V) float32 logits, without the cache."""
+        """(B, T) ids -> (B, T, V) float32 logits, without the KV cache; waits."""
         ids = to_device(check_tokens(tokens, self.config))
         x = model.hidden_states(self.params, ids, self.config, self.rope)
         return to_numpy(model.logits(x, self.params, self.config))
 
     @on_device
     def prefill(self, tokens: np.ndarray) -> Step:
-        """Start again with (B, T) ids in the cache; the last position's logits stay on the device."""
+        """Run (B, T) ids into a new KV cache; the handle holds the last position's logits, (B, V). Enqueues only."""
         ids = to_device(check_tokens(tokens, self.config))
         self.cache = model.KVCache(self.config, len(ids), self.dtype)
         self.seen = mx.zeros((len(ids), self.config.vocab_size), mx.bool_)
-        self.seen = mx.put_along_axis(self.seen, ids, mx.array(True), axis=1)
+        self.seen = mx.put_along_axis(self.seen, ids, mx.array(1, mx.bool_), axis=1)
         for chunk in mx.split(ids, range(PREFILL_CHUNK, ids.shape[1], PREFILL_CHUNK), axis=1):
             x = model.hidden_states(self.params, chunk, self.config, self.rope, self.cache)
             mx.async_eval(x, self.cache.keys, self.cache.values)
@@ -95,34 +97,34 @@ class InferenceEngine:
 
     @on_device
     def step(self, previous: Step, sampling: Sampling, u: np.ndarray) -> Step:
-        """Sample a token for each row with the uniforms `u` (B,) and run it through the model; enqueue only."""
-        draws = to_device(u.astype(np.float32))
+        """Decode one token a row: sample it from `previous` with the uniforms `u` (B,), run it. Enqueues only."""
+        uniforms = to_device(u.astype(np.float32))
         penalise = sampling.repetition_penalty != 1
-        ids = sample(previous.logits, sampling, draws, self.seen if penalise else None)
+        ids = sample(previous.logits, sampling, uniforms, self.seen if penalise else None)
         if penalise:
-            self.seen = mx.put_along_axis(self.seen, ids[:, None], mx.array(True), axis=1)
+            self.seen = mx.put_along_axis(self.seen, ids[:, None], mx.array(1, mx.bool_), axis=1)
         x = model.hidden_states(self.params, ids[:, None], self.config, self.rope, self.cache)
         step = Step(ids, model.logits(x, self.params, self.config)[:, 0])
         mx.async_eval(step.tokens, step.logits)
         return step
 
     def trim(self, n: int) -> None:
-        """Forget the last `n` positions of the cache."""
+        """Forget the last `n` positions of the KV cache."""
         self.cache.offset -= n
 
     @on_device
     def logits(self, handle: Step) -> np.ndarray:
-        """(B, V) float32 logits that follow a handle's token; waits."""
+        """(B, V) float32 logits after a handle's tokens; waits."""
         return to_numpy(handle.logits)
 
     @on_device
     def read(self, handle: Step) -> np.ndarray:
-        """(B,) token ids that a step sampled; waits."""
+        """(B,) ids that a step sampled; waits."""
         return np.array(handle.tokens)
 
 
 def module_logits(module: nn.Module, tokens: np.ndarray) -> np.ndarray:
-    """(B, T) ids -> (B, T, V) float32 logits of a model of mlx-lm's, computed in float32 on the CPU."""
+    """(B, T) ids -> (B, T, V) float32 logits of an mlx-lm model, run in float32 on the CPU."""
     with mx.stream(mx.cpu):
         module.set_dtype(mx.float32)
         return to_numpy(module(mx.array(tokens)))

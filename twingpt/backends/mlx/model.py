@@ -1,7 +1,7 @@
-"""The forward pass in MLX: the twin of `backends/torch/model.py`, judged by `core/reference.py`.
+"""The model in MLX: the twin of `backends/torch/model.py`, tested against `core/reference.py`.
 
-Pure functions over a flat dict of parameters under their canonical names. Shapes: B batch, T time,
-D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
+Pure functions over a flat dict of parameters under their canonical names (`core/parameters.py`), quantized
+ones beside plain ones. Shapes: B batch, T time, D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,46 +19,50 @@ from twingpt.core.rope import rope_periods
 Array = mx.array
 Parameters = dict[str, mx.array]
 
-CACHE_ROOM = 256  # positions, to begin with
+CACHE_CAPACITY = 256  # positions of a new KV cache; it grows as it fills
 
 
 class Rope:
-    """Rotary position embedding with its tables: the periods, (rope_dim / 2,) float32.
+    """Rotary position embedding (RoPE) with its tables: the periods, (rope_dim / 2,) float32.
 
-    The layers that rotate by `local_rope_theta` have a table of their own.
+    `tables[True]` is for the layers that rotate by `local_rope_theta`.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         self.config = config
-        self.tables = {local: self.table(local) for local in (False, True)[: 1 + (config.local_rope_theta > 0)]}
+        kinds = (False, True)[: 1 + (config.local_rope_theta > 0)]
+        self.tables = {local: self.table(local=local) for local in kinds}
 
-    def table(self, local: bool) -> tuple[Array, float]:
-        """The periods, and the factor on cos and sin."""
-        periods, factor = rope_periods(self.config, local)
+    def table(self, *, local: bool) -> tuple[Array, float]:
+        """The periods, and the factor on cos and sin (YaRN)."""
+        periods, factor = rope_periods(self.config, local=local)
         return mx.array(periods), factor
 
-    def __call__(self, x: Array, offset: int, local: bool) -> Array:
-        """Rotate (B, H, T, d), whose first position is `offset`."""
+    def __call__(self, x: Array, offset: int, *, local: bool) -> Array:
+        """Rotate (B, H, T, d) at the positions `offset` to `offset + T - 1`."""
         dim, (periods, factor) = self.config.rope_dim, self.tables[local]
         if factor != 1:
             x = mx.concatenate([x[..., :dim] * factor, x[..., dim:]], axis=-1)
-        # freqs are periods: the kernel takes their reciprocal, as rope_frequencies does.
+        # MLX's `freqs` are periods: its kernel takes their reciprocal, as rope_frequencies does.
         return mx.fast.rope(x, dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
 
 
 class KVCache:
-    """The token ids, keys and values of the positions seen so far, in room that doubles up to block_size."""
+    """KV cache: keys and values (B, K, capacity, d) a layer, and the ids of the first `offset` positions.
+
+    The capacity doubles as it fills, up to block_size.
+    """
 
     def __init__(self, config: GPTConfig, batch: int, dtype: mx.Dtype) -> None:
-        shape = (batch, config.n_kv_head, min(CACHE_ROOM, config.block_size), config.head_dim)
+        shape = (batch, config.n_kv_head, min(CACHE_CAPACITY, config.block_size), config.head_dim)
         self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
         self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
-        seen = config.block_size if config.smear else 0  # which alone looks back at them
-        self.tokens = mx.zeros((batch, seen), mx.int32)
+        n_tokens = config.block_size if config.smear else 0  # only smear reads the ids of earlier positions
+        self.tokens = mx.zeros((batch, n_tokens), mx.int32)
         self.block_size, self.offset = config.block_size, 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Append (B, K, T, d) to a layer and return all of it up to there."""
+        """Append (B, K, T, d) keys and values to a layer; returns those of all positions, (B, K, offset + T, d)."""
         end = self.offset + k.shape[2]
         if end > self.keys[layer].shape[2]:
             self._grow(layer, end)
@@ -68,14 +72,17 @@ class KVCache:
 
     def _grow(self, layer: int, end: int) -> None:
         B, K, T, d = self.keys[layer].shape
-        room = min(self.block_size, max(end, 2 * T))
-        for kept in (self.keys, self.values):
-            empty = mx.zeros((B, K, room - T, d), kept[layer].dtype)
-            kept[layer] = mx.concatenate([kept[layer], empty], axis=2)
+        capacity = min(self.block_size, max(end, 2 * T))
+        for buffers in (self.keys, self.values):
+            empty = mx.zeros((B, K, capacity - T, d), buffers[layer].dtype)
+            buffers[layer] = mx.concatenate([buffers[layer], empty], axis=2)
 
 
 class Dropout:
-    """Zeroes entries with probability `rate` and scales the rest; each of the model's sites has its own key."""
+    """Inverted dropout: entries are 0 with probability `rate`, the rest is divided by 1 - rate.
+
+    Each call of a forward pass (its sites: the embedding, then two a block) draws with a key of its own.
+    """
 
     def __init__(self, rate: float, key: Array, config: GPTConfig) -> None:
         self.rate, self.keys, self.site = rate, mx.random.split(key, 1 + 2 * config.n_layer), 0
@@ -87,28 +94,28 @@ class Dropout:
         return mx.where(kept, x * (1 / (1 - self.rate)), 0)
 
 
-def keep_all(x: Array) -> Array:
-    """No dropout."""
+def no_dropout(x: Array) -> Array:
+    """`Dropout` with a rate of 0."""
     return x
 
 
-def product(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T for the matrix called `name`, by the quantized kernel where it is quantized (see `quantized`)."""
+def matmul(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T for the matrix `name`, (…, in) -> (…, out); by the quantized kernel where it is quantized."""
     if f"{name}.scales" in p:
         return quantized_matmul(x, p[f"{name}.weight"], p[f"{name}.scales"], p[f"{name}.biases"])
     return x @ p[f"{name}.weight"].T
 
 
 def linear(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T + b, where the checkpoint has a bias of that name."""
+    """x W^T + b, (…, in) -> (…, out); without b where there is no parameter `name`.bias."""
     bias = p.get(f"{name}.bias")
     if f"{name}.scales" in p:
-        return product(x, p, name) if bias is None else product(x, p, name) + bias
-    return product(x, p, name) if bias is None else mx.addmm(bias, x, p[f"{name}.weight"].T)
+        return matmul(x, p, name) if bias is None else matmul(x, p, name) + bias
+    return matmul(x, p, name) if bias is None else mx.addmm(bias, x, p[f"{name}.weight"].T)
 
 
-def rows(p: Parameters, name: str, index: Array, width: int) -> Array:
-    """Rows of the embedding called `name`, (*index, width)."""
+def embedding_lookup(p: Parameters, name: str, index: Array, width: int) -> Array:
+    """Rows of the embedding `name`, dequantized where it is quantized: (…) ids -> (…, width)."""
     weight = p[f"{name}.weight"]
     if f"{name}.scales" in p:
         return dequantize(weight[index], p[f"{name}.scales"][index], p[f"{name}.biases"][index], width)
@@ -116,18 +123,21 @@ def rows(p: Parameters, name: str, index: Array, width: int) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """RMSNorm over the last axis, in float32."""
+    """RMSNorm over the last axis, in float32; the result in x's dtype."""
     return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
 
 
 def norm_weight(p: Parameters, name: str, config: GPTConfig) -> Array:
-    """What a norm multiplies by."""
+    """The weight that a norm multiplies by: 1 + weight with `norm_offset` (Gemma), in float32."""
     weight = p[f"{name}.weight"]
     return weight.astype(mx.float32) + 1 if config.norm_offset else weight
 
 
 def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """The block's RMSNorm or LayerNorm, in float32, (B, T, D); x for the empty name of one that isn't there."""
+    """RMSNorm or LayerNorm as `config.norm` says, in float32, (B, T, D).
+
+    x itself for a name that ends in a dot: `norm_placement` has no norm there (NORM_SITES).
+    """
     if name.endswith("."):
         return x
     weight = norm_weight(p, name, config)
@@ -137,18 +147,21 @@ def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
     return mx.fast.layer_norm(x, weight, bias, config.norm_eps).astype(x.dtype)
 
 
-def scaled(x: Array, factor: float) -> Array:
-    """x * factor, or x where that is 1."""
+def scale(x: Array, factor: float) -> Array:
+    """x * factor; x itself, without a pass over memory, where the factor is 1."""
     return x if factor == 1 else x * factor
 
 
 def softcap(x: Array, cap: float) -> Array:
-    """cap * tanh(x / cap), or x when the cap is off."""
+    """Softcap: cap * tanh(x / cap); x itself where `cap` is 0."""
     return cap * mx.tanh(x / cap) if cap else x
 
 
 def attention_mask(n_query: int, n_key: int, window: int) -> str | Array | None:
-    """None where every key counts, "causal" where no window cuts, else (n_query, n_key) booleans."""
+    """The causal mask as the fused kernel takes it: None for one query, "causal", or (n_query, n_key) booleans.
+
+    The queries stand at the last of the keys' positions. A window that is not full needs the booleans.
+    """
     windowed = 0 < window < n_key
     if n_query == 1 and not windowed:
         return None
@@ -159,8 +172,8 @@ def attention_mask(n_query: int, n_key: int, window: int) -> str | Array | None:
     return (key <= query) & (query - key < window)
 
 
-def capped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
-    """Attention with softcapped scores, which no fused kernel has, (B, H, T, d); softmax in float32."""
+def softcapped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
+    """Attention with softcapped scores, (B, H, T, d), unfused since no kernel has it; scores and softmax in float32."""
     B, H, T, d = q.shape
     q = q.reshape(B, config.n_kv_head, -1, T, d)
     scores = softcap((q @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * config.score_scale, config.attn_softcap)
@@ -172,32 +185,33 @@ def capped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, con
 
 
 def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: KVCache | None) -> Array:
-    """Grouped-query causal self-attention, (B, T, D)."""
+    """Grouped-query causal self-attention, (B, T, D) -> (B, T, D); appends to `cache` where there is one."""
     name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
     offset = cache.offset if cache else 0
 
-    def heads(letter: str) -> Array:
+    def project(letter: str) -> Array:  # (B, H or K, T, d)
         y = linear(x, p, f"{name}.{letter}_proj")
         if config.qk_norm and letter != "v":
             y = y if config.qk_norm_whole else y.reshape(B, T, -1, config.head_dim)
             y = rms_norm(y, norm_weight(p, f"{name}.{letter}_norm", config), config.norm_eps)
         return y.reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
 
-    q, k, v = heads("q"), heads("k"), heads("v")
+    q, k, v = project("q"), project("k"), project("v")
     if config.uses_rope(layer):
-        q, k = rope(q, offset, config.is_local(layer)), rope(k, offset, config.is_local(layer))
+        local = config.is_local(layer)
+        q, k = rope(q, offset, local=local), rope(k, offset, local=local)
     if cache:
         k, v = cache.update(layer, k, v)
     mask = attention_mask(T, k.shape[2], config.window(layer))
     if config.attn_softcap:
-        y = capped_attention(q, k, v, mask, config)
+        y = softcapped_attention(q, k, v, mask, config)
     else:
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.score_scale, mask=mask)
     return linear(y.swapaxes(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
 
 
-# Activations with a backward pass of their own: a derived one takes two or three times as many passes
-# over memory. mlx.nn's are wrapped in mx.compile, which costs seconds of g++ on a CPU.
+# Activations with custom vjps: autograd's backward makes two or three times as many passes over memory.
+# Not mlx.nn's, which are wrapped in mx.compile: that costs seconds of g++ on a CPU.
 GELU_LINEAR, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715 * math.sqrt(2 / math.pi)
 
 
@@ -210,8 +224,8 @@ def _gelu_tanh(x: Array) -> tuple[Array, Array]:
 @_gelu_tanh.vjp
 def _gelu_tanh_vjp(x: Array, cotangents: tuple[Array, Array], outputs: tuple[Array, Array]) -> Array:
     half = outputs[1]
-    slope = x * (GELU_LINEAR + 3 * GELU_CUBIC * mx.square(x)) * (0.5 - 2 * mx.square(half))
-    return cotangents[0] * (slope + half + 0.5)
+    dhalf = x * (GELU_LINEAR + 3 * GELU_CUBIC * mx.square(x)) * (0.5 - 2 * mx.square(half))
+    return cotangents[0] * (dhalf + half + 0.5)
 
 
 @mx.custom_function
@@ -237,7 +251,7 @@ def _relu2_vjp(x: Array, cotangents: tuple[Array, Array], outputs: tuple[Array, 
     return cotangents[0] * (2 * outputs[1])
 
 
-def _first(outputs: Any) -> Array:  # MLX's types say that a custom function gives an object
+def _first(outputs: Any) -> Array:  # MLX types a custom function's result as object
     return outputs[0]
 
 
@@ -256,7 +270,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
-    """The position-wise MLP, gated or not, (B, T, D)."""
+    """The MLP, gated or not, (B, T, D) -> (B, T, D)."""
     name, activation = f"model.layers.{layer}.mlp", ACTIVATIONS[config.mlp]
     up = linear(x, p, f"{name}.up_proj")
     hidden = activation(linear(x, p, f"{name}.gate_proj")) * up if config.gated_mlp else activation(up)
@@ -272,40 +286,41 @@ def block(
     cache: KVCache | None,
     dropout: Callable[[Array], Array],
 ) -> Array:
-    """One transformer block, (B, T, D)."""
+    """Transformer block: attention and MLP, each added to the residual stream, (B, T, D) -> (B, T, D)."""
     name = f"model.layers.{layer}"
     (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[config.norm_placement]
     y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config, rope, cache)
-    attended = x + scaled(dropout(norm(y, p, f"{name}.{after_attn}", config)), config.residual_scale)
+    attended = x + scale(dropout(norm(y, p, f"{name}.{after_attn}", config)), config.residual_scale)
     x = x if config.parallel_residual else attended
     y = mlp(norm(x, p, f"{name}.{before_mlp}", config), p, layer, config)
-    return attended + scaled(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
+    return attended + scale(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
 
 
 def checkpointed_block(
     x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
 ) -> Array:
-    """`block` in training, keeping its input alone: the backward pass computes the rest again (Chen et al. 2016)."""
-    own = {name: value for name, value in p.items() if name.startswith(f"model.layers.{layer}.")}
+    """`block` with gradient checkpointing (Chen et al. 2016): keeps its input, recomputes the rest in the backward."""
+    # mx.checkpoint differentiates by its arguments alone: parameters from the closure would get no gradient.
+    layer_params = {name: value for name, value in p.items() if name.startswith(f"model.layers.{layer}.")}
 
-    def run(x: Array, own: Parameters) -> Array:
+    def run(x: Array, layer_params: Parameters) -> Array:
         if isinstance(dropout, Dropout):
-            dropout.site = 1 + 2 * layer  # the second time too
-        return block(x, own, layer, config, rope, None, dropout)
+            dropout.site = 1 + 2 * layer  # so that the recomputation drops the same entries
+        return block(x, layer_params, layer, config, rope, None, dropout)
 
-    return mx.checkpoint(run)(x, own)
+    return mx.checkpoint(run)(x, layer_params)
 
 
 def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
-    """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
-    x = scaled(rows(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
+    """Token, position and norm of the embedding: (B, T) ids at the positions from `offset` on -> (B, T, D)."""
+    x = scale(embedding_lookup(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
 
 
 def smear(x: Array, previous: Array, p: Parameters) -> Array:
-    """Each position and, by channel, a learned share of the one before it; `previous` (B, 1, D) is before the first."""
+    """x[t] + weight * x[t - 1] by channel (modded-nanogpt), (B, T, D); `previous` (B, 1, D) stands before the first."""
     return x + p["model.smear.weight"] * mx.concatenate([previous, x[:, :-1]], axis=1)
 
 
@@ -315,12 +330,13 @@ def hidden_states(
     config: GPTConfig,
     rope: Rope,
     cache: KVCache | None = None,
-    dropout: Callable[[Array], Array] = keep_all,
+    *,
+    dropout: Callable[[Array], Array] = no_dropout,
     gradient_checkpointing: bool = False,
 ) -> Array:
-    """(B, T) token ids -> (B, T, D), whose products with the head are logits; moves `cache` on by T positions.
+    """All but the head: (B, T) ids -> (B, T, D) hidden states after the final norm; `logits` takes them on.
 
-    In training, `gradient_checkpointing` keeps each block's input alone and recomputes its inside in the backward pass.
+    With a `cache` the ids stand at the positions from its offset on, and the offset advances by T.
     """
     T, offset = tokens.shape[1], cache.offset if cache else 0
     x = embed(p, tokens, config, offset)
@@ -339,62 +355,65 @@ def hidden_states(
             x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
         cache.offset += T
-    return scaled(norm(x, p, "model.norm", config), 1 / config.logit_divisor)
+    return scale(norm(x, p, "model.norm", config), 1 / config.logit_divisor)
 
 
 def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
-    """(B, T, D) hidden states -> (B, T, V) float32 logits."""
+    """The head: (B, T, D) hidden states -> (B, T, V) float32 logits, softcapped."""
     head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-    return softcap(product(x, p, head).astype(mx.float32), config.logit_softcap)
+    return softcap(matmul(x, p, head).astype(mx.float32), config.logit_softcap)
 
 
 def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
-    """The summed nats of (n,) targets after (n, D) hidden states, and their gradient by the logits, (n, V)."""
-    scores = softcap((x @ head.T).astype(mx.float32), cap)
+    """Cross-entropy in nats, summed, and its gradient by the logits before the softcap (dlogits), (n, V) in x's dtype.
+
+    (n, D) hidden states, (V, D) head, (n,) targets; a target below 0 is padding: it counts nothing, its row is 0.
+    """
+    logits = softcap((x @ head.T).astype(mx.float32), cap)
     counted, index = (targets >= 0)[:, None], mx.maximum(targets, 0)[:, None]
-    log_z = mx.logsumexp(scores, axis=-1, keepdims=True)
-    nats = mx.where(counted, log_z - mx.take_along_axis(scores, index, axis=-1), 0.0).sum()
-    p = mx.exp(scores - mx.where(counted, log_z, mx.inf))  # rows of 0 for what doesn't count
+    log_z = mx.logsumexp(logits, axis=-1, keepdims=True)
+    nats = mx.where(counted, log_z - mx.take_along_axis(logits, index, axis=-1), 0.0).sum()
+    p = mx.exp(logits - mx.where(counted, log_z, mx.inf))  # softmax; rows of 0 for padding
     dlogits = mx.put_along_axis(p, index, mx.take_along_axis(p, index, axis=-1) - counted, axis=-1)
     if cap:
-        dlogits = dlogits * (1 - mx.square(scores / cap))
+        dlogits = dlogits * (1 - mx.square(logits / cap))
     return nats, dlogits.astype(x.dtype)
 
 
 def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
-    """The summed nats of (B, T) targets after (B, T, D) hidden states; a target below 0 counts nothing.
+    """Cross-entropy of (B, T, D) hidden states and (B, T) targets in nats, summed; a target below 0 is padding.
 
-    It goes a chunk of positions at a time, taking the gradients along the way (as Liger's kernels do), and
-    never holds the logits of all positions.
+    Never holds the (B T, V) logits: goes by chunks of positions, and takes the gradients of `x` and the head in the
+    forward pass (as Liger Kernel's fused linear cross-entropy), which the backward pass only scales.
     """
-    rows = max(1, min(LOSS_ROWS, LOSS_LOGITS // config.vocab_size))
+    chunk_size = max(1, min(LOSS_ROWS, LOSS_LOGITS // config.vocab_size))
 
     @mx.custom_function
-    def nats_and_gradients(x: Array, head: Array) -> tuple[Array, Array, Array]:
+    def loss_and_grads(x: Array, head: Array) -> tuple[Array, Array, Array]:
         total, dhead = mx.array(0.0), mx.zeros(head.shape)
         dx: list[Array] = []
-        for start in range(0, len(x), rows):
-            part = x[start : start + rows]
-            if start:  # it waits for the chunk before, or all would be in memory at a time
-                part = mx.depends([part], [total, dx[-1], dhead])[0]
+        for start in range(0, len(x), chunk_size):
+            chunk = x[start : start + chunk_size]
+            if start:  # serialise: MLX would schedule all chunks at once and hold every (chunk_size, V) of logits
+                chunk = mx.depends([chunk], [total, dx[-1], dhead])[0]
             nats, dlogits = cross_entropy_and_dlogits(
-                part, head, targets.flatten()[start : start + rows], config.logit_softcap
+                chunk, head, targets.flatten()[start : start + chunk_size], config.logit_softcap
             )
             total = total + nats
             dx.append(dlogits @ head)
-            dhead = dhead + dlogits.T @ part
+            dhead = dhead + dlogits.T @ chunk
         return total, mx.concatenate(dx), dhead.astype(head.dtype)
 
-    @nats_and_gradients.vjp
+    @loss_and_grads.vjp
     def _vjp(_: Any, cotangents: tuple[Array, ...], outputs: tuple[Array, ...]) -> tuple[Array, Array]:
         _, dx, dhead = outputs
         return (cotangents[0] * dx).astype(dx.dtype), (cotangents[0] * dhead).astype(dhead.dtype)
 
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
-    return _first(nats_and_gradients(x.flatten(0, 1), head))
+    return _first(loss_and_grads(x.flatten(0, 1), head))
 
 
-def cross_entropy(scores: Array, targets: Array) -> Array:
-    """The summed nats of (B, T) targets under (B, T, V) logits; a target below 0 counts nothing."""
-    picked = mx.take_along_axis(scores, mx.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return mx.where(targets >= 0, mx.logsumexp(scores, axis=-1) - picked, 0.0).sum()
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Cross-entropy of (B, T, V) logits and (B, T) targets in nats, summed; a target of -1 is padding."""
+    picked = mx.take_along_axis(logits, mx.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return mx.where(targets >= 0, mx.logsumexp(logits, axis=-1) - picked, 0.0).sum()

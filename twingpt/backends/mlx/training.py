@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from twingpt.backends.mlx import model
-from twingpt.backends.mlx.device import DTYPES, keep_resident, memory, on_device, to_device, to_numpy
+from twingpt.backends.mlx.device import DTYPES, memory, on_device, to_device, to_numpy, wire_memory
 from twingpt.backends.mlx.inference import InferenceEngine
 from twingpt.backends.mlx.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
@@ -31,26 +31,30 @@ def summed_loss(
     config: GPTConfig,
     rope: model.Rope,
     dtype: mx.Dtype,
-    rate: float,
+    *,
+    dropout_rate: float,
     gradient_checkpointing: bool,
 ) -> Array:
-    """The loss of a (B, T) batch, summed over its targets; one cast of the parameters to `dtype` at the top."""
+    """Cross-entropy of a (B, T) batch in nats, summed over its targets; a target below 0 is padding, counting nothing.
+
+    Casts the parameters to `dtype` once, at the top: there is no autocast.
+    """
     p = {name: value.astype(dtype) for name, value in params.items()}
-    dropout = model.Dropout(rate, key, config) if rate else model.keep_all
+    dropout = model.Dropout(dropout_rate, key, config) if dropout_rate else model.no_dropout
     x = model.hidden_states(p, tokens, config, rope, dropout=dropout, gradient_checkpointing=gradient_checkpointing)
     return model.chunked_cross_entropy(x, p, targets, config)
 
 
 def mean_loss(params: Parameters, tokens: Array, targets: Array, scale: Array, key: Array, **settings: Any) -> Array:
-    """The loss of a (B, T) batch per target, times `scale`; `settings` are those of `summed_loss`."""
+    """`summed_loss` (which takes `settings`) over B T, times the loss scale `scale`: what the gradients are of."""
     return summed_loss(params, tokens, targets, key, **settings) * (scale / targets.size)
 
 
-def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, chunked: bool) -> tuple[int, float]:
-    """Bytes that the loss of so many tokens and its gradients take at most beside their inputs, and the seconds."""
+def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, *, chunked: bool) -> tuple[int, float]:
+    """(peak bytes beside the inputs, seconds) of the loss of `tokens` positions and its gradients."""
     V, D = config.vocab_size, config.n_embd
 
-    def nats(x: Array, head: Array) -> Array:
+    def loss(x: Array, head: Array) -> Array:
         p = {"model.embed_tokens.weight": head}
         if chunked:
             return model.chunked_cross_entropy(x, p, targets, config) / tokens
@@ -62,24 +66,25 @@ def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, chun
         mx.eval(x, head, targets)
         before, start = mx.get_active_memory(), time.perf_counter()
         mx.reset_peak_memory()
-        mx.eval(mx.value_and_grad(nats, argnums=(0, 1))(x, head))
+        mx.eval(mx.value_and_grad(loss, argnums=(0, 1))(x, head))
     return mx.get_peak_memory() - before, time.perf_counter() - start
 
 
 class TrainEngine:
-    """Float32 parameters and optimizer state, and a training step that computes in `dtype`."""
+    """Implements `core.backend.TrainEngine`: float32 masters and optimizer state, forward and backward in `dtype`."""
 
     def __init__(
         self,
         config: GPTConfig,
         device: Device,
+        *,
         optimizer: str = "adamw",
         dtype: str = "float32",
         compile: bool = False,
         gradient_checkpointing: bool = False,
         skip_nonfinite: bool = False,
     ) -> None:
-        keep_resident(device)
+        wire_memory(device)
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
@@ -87,17 +92,18 @@ class TrainEngine:
         self.grads: Parameters = {}
         compiled = mx.compile if compile else lambda function: function
         settings: dict[str, Any] = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
-        training = {**settings, "rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
+        training = {**settings, "dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
+        evaluating = {**settings, "dropout_rate": 0.0, "gradient_checkpointing": False}
         self.loss_and_grads = compiled(mx.value_and_grad(partial(mean_loss, **training)))
-        self.summed_loss = compiled(partial(summed_loss, **settings, rate=0.0, gradient_checkpointing=False))
-        guarded = skip_nonfinite or dtype == "float16"
+        self.summed_loss = compiled(partial(summed_loss, **evaluating))
         plan = optimizer_plan(config, optimizer)
-        step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], guarded=guarded)
+        skip_nonfinite = skip_nonfinite or dtype == "float16"  # whose loss scale is found by overflowing
+        step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], skip_nonfinite=skip_nonfinite)
         self.compiled_step = compiled(step)
 
     @on_device
     def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-        """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
+        """Replace all parameters, and the optimizer state that is among `tensors`; the rest of it starts at 0."""
         shapes = state_table(self.config, self.optimizer, self.dtype)
         arrays = {name: to_device(array) for name, array in tensors}
         self.optimizer_state = {
@@ -110,7 +116,7 @@ class TrainEngine:
 
     @on_device
     def forward_backward(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
-        """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
+        """Forward and backward of a (B, T) micro-batch; gradients accumulate. `key` seeds dropout. Enqueues only."""
         scale = self.optimizer_state.get("loss_scale", mx.array(1.0))
         x, y = to_device(tokens), to_device(targets)
         loss, grads = self.loss_and_grads(self.params, x, y, scale, mx.random.key(key))
@@ -119,18 +125,18 @@ class TrainEngine:
         mx.async_eval(self.losses[-1], self.grads)
 
     def gradients(self) -> Parameters:
-        """The gradients of the mean loss over the micro-batches since the last update."""
+        """Gradients of the mean loss over the micro-batches since the last optimizer step, unclipped."""
         divisor = len(self.losses) * self.optimizer_state.get("loss_scale", mx.array(1.0))
         return {name: g / divisor for name, g in self.grads.items()}
 
     @on_device
     def optimizer_step(self, hyper: Hyper) -> Array:
-        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm, 1 if skipped)."""
+        """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
         numbers: list[Any] = list(to_device(np.array([*hyper, len(self.losses)], np.float32)))
-        self.params, self.optimizer_state, total, skipped = self.compiled_step(
+        self.params, self.optimizer_state, grad_norm, skipped = self.compiled_step(
             self.params, self.grads, self.optimizer_state, Hyper(*numbers[:-1]), numbers[-1]
         )
-        handle = mx.stack([mx.stack(self.losses).mean(), total, skipped])
+        handle = mx.stack([mx.stack(self.losses).mean(), grad_norm, skipped])
         self.grads = {}
         self.losses = []
         mx.async_eval(handle, self.params, self.optimizer_state)
@@ -138,25 +144,25 @@ class TrainEngine:
 
     @on_device
     def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
-        """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
+        """Cross-entropy of a (B, T) batch without dropout; enqueues only. Reads as (nats,), summed over the targets."""
         handle = self.summed_loss(self.params, to_device(tokens), to_device(targets), mx.random.key(0))[None]
         mx.async_eval(handle)
         return handle
 
     @on_device
     def read(self, handles: Sequence[Array]) -> np.ndarray:
-        """The numbers of some handles of one kind, a row each, in float64. The only call that waits."""
+        """(handles, numbers) float64: what handles of one kind read as. The only call that waits."""
         return to_numpy(mx.stack(list(handles))).astype(np.float64)
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Parameters, then optimizer state, under canonical names, as float32."""
+        """Parameters, then optimizer state, as float32 under the names of `parameter_table` and `state_table`."""
         for name, value in (self.params | self.optimizer_state).items():
             yield name, to_numpy(value)
 
     def inference(self) -> InferenceEngine:
-        """A decode engine on the present parameters."""
-        return InferenceEngine(self.config, self.params.items(), self.device, self.dtype)
+        """An inference engine on the present parameters, in the dtype of training."""
+        return InferenceEngine(self.config, self.params.items(), self.device, dtype=self.dtype)
 
     def memory(self) -> Memory:
-        """Bytes in use."""
+        """Bytes in use on the device, now and at most so far."""
         return memory(self.device)

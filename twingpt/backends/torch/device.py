@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MATRIX_ARCHITECTURES = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
 
-# How the message of a RuntimeError begins or ends that is one of memory: on the CPU, on MPS and in CUDA's libraries.
+# What the message of a RuntimeError contains when memory ran out: on the CPU, on MPS and in CUDA's libraries.
 OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
 
 
@@ -55,7 +55,7 @@ def _cuda(index: int) -> Device:
         fast = _known("float32", "float16", "bfloat16")
     else:
         fast = _known("float32", "float16")
-    default = fast[-1]  # float16 where only that is
+    default = fast[-1]  # bfloat16 before float16, which needs a loss scale
     return Device(f"cuda:{index}", "cuda", properties.name, fast, fast, default, properties.total_memory)
 
 
@@ -68,24 +68,24 @@ def _xpu(index: int) -> Device:
 
 
 def details() -> dict[str, Any]:
-    """What `gpt doctor` should say about this backend."""
+    """The framework's version and build, as `gpt doctor` shows them."""
     built_for = {"cuda": torch.version.cuda, "hip": torch.version.hip, "xpu": torch.version.xpu}
     return {"version": torch.__version__, **built_for, "threads": torch.get_num_threads()}
 
 
 def memory(device: Device) -> Memory:
-    """Bytes in use on the device; on a CPU those of the process."""
+    """Bytes in use on the device, now and at most so far; on a CPU those of the process."""
     if device.kind == "cuda":
         return Memory(torch.cuda.memory_allocated(device.name), torch.cuda.max_memory_allocated(device.name))
     if device.kind == "xpu":
         return Memory(torch.xpu.memory_allocated(device.name), torch.xpu.max_memory_allocated(device.name))
-    if device.kind == "mps":  # keeps no peak of its own; the driver's pool only grows
+    if device.kind == "mps":  # has no peak counter, but the driver's pool only grows
         return Memory(torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory())
     return host.process_memory()
 
 
 def arrays_peak(device: Device, run: Callable[[], Any]) -> int:
-    """Bytes at most of the arrays that `run` makes. On a CPU, whose process holds more, by torch's profiler."""
+    """Peak bytes of the tensors that `run` makes; on a CPU by torch's profiler, since the process holds more."""
     if device.kind == "cpu":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as traced:
             run()
@@ -103,7 +103,7 @@ def arrays_peak(device: Device, run: Callable[[], Any]) -> int:
 
 
 def free_memory(device: Device) -> int:
-    """Bytes that could still be allocated on the device."""
+    """Bytes that can still be allocated on the device."""
     if device.kind == "cuda":
         return torch.cuda.mem_get_info(device.name)[0]
     if device.kind == "xpu":
@@ -125,19 +125,8 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
-def return_freed_memory(device: Device) -> None:
-    """Let glibc return large freed arrays to the system at once, on a Linux CPU; it takes some time.
-
-    By default its heap keeps them, and their gaps rarely fit torch's aligned arrays: computing activations
-    again would take as much memory as keeping them.
-    """
-    if device.kind == "cpu" and platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
-        M_MMAP_THRESHOLD = -3  # malloc.h
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
 def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:
-    """A function that multiplies two n x n matrices of `dtype` on the device, and waits for the product."""
+    """A function that multiplies two n x n matrices of `dtype` on the device and waits, to be timed."""
     a, b = (torch.rand(n, n, device=device.name).to(DTYPES[dtype]) for _ in range(2))
     product = torch.empty_like(a)
 
@@ -149,8 +138,19 @@ def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:
     return run
 
 
+def return_freed_memory(device: Device) -> None:
+    """On a Linux CPU, make glibc return large freed arrays to the system at once; that costs some time.
+
+    By default the heap keeps them, and its gaps rarely fit torch's aligned tensors: gradient checkpointing would
+    save no memory.
+    """
+    if device.kind == "cpu" and platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        M_MMAP_THRESHOLD = -3  # malloc.h
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
 def to_device(array: np.ndarray | Tensor, device: Device) -> Tensor:
-    """An array on the device; what is there already is not copied. From a GPU's host, without waiting."""
+    """A tensor on the device, not copied if it is there already; to CUDA from pinned memory, without waiting."""
     tensor = array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array, order="C"))
     if device.kind == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device.name, non_blocking=True)
@@ -158,5 +158,5 @@ def to_device(array: np.ndarray | Tensor, device: Device) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A float32 copy on the host; waits."""
+    """A float32 copy on the host; waits for the device."""
     return np.array(tensor.detach().float().cpu().numpy())

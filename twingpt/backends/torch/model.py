@@ -1,12 +1,12 @@
-"""The forward pass in PyTorch: the twin of `backends/mlx/model.py`, judged by `core/reference.py`.
+"""The model in PyTorch: the twin of `backends/mlx/model.py`, tested against `core/reference.py`.
 
-Pure functions over a flat dict of parameters under their canonical names. Shapes: B batch, T time,
-D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
+Pure functions over a flat dict of parameters under their canonical names (`core/parameters.py`), quantized
+ones beside plain ones. Shapes: B batch, T time, D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,14 @@ from twingpt.core.rope import rope_frequencies
 Array = Tensor
 Parameters = dict[str, Tensor]
 
-CACHE_ROOM = 256  # positions, to begin with
+CACHE_CAPACITY = 256  # positions of a new KV cache; it grows as it fills
 
 
 class Rope:
-    """Rotary position embedding with its tables: cos and signed sin, (length, rope_dim) float32.
+    """Rotary position embedding (RoPE) with its tables: cos and signed sin, (length, rope_dim) float32.
 
-    They are for the first `length` positions, or all of the block size, and grow where more are asked for.
-    The layers that rotate by `local_rope_theta` have tables of their own.
+    They begin with `length` positions (0 for block_size) and grow with the positions asked for.
+    `tables[True]` is for the layers that rotate by `local_rope_theta`.
     """
 
     def __init__(self, config: GPTConfig, device: torch.device, length: int = 0) -> None:
@@ -37,23 +37,23 @@ class Rope:
         self.extend(length or config.block_size)
 
     def extend(self, length: int) -> None:
-        """Make the tables for so many positions, and no more than there are."""
+        """Make the tables for `length` positions, at most block_size."""
         kinds = (False, True)[: 1 + (self.config.local_rope_theta > 0)]
         self.length = min(length, self.config.block_size)
-        self.tables = {local: self.table(local) for local in kinds}
+        self.tables = {local: self.table(local=local) for local in kinds}
 
-    def table(self, local: bool) -> tuple[Array, Array]:
-        """cos and signed sin of the positions."""
-        frequencies, factor = rope_frequencies(self.config, local)
+    def table(self, *, local: bool) -> tuple[Array, Array]:
+        """cos and signed sin of every position: sin is negated in the first half, for the roll of `__call__`."""
+        frequencies, factor = rope_frequencies(self.config, local=local)
         angles = np.arange(self.length, dtype=np.float32)[:, None] * frequencies
-        # cos and sin of the float32 angle in float64: a device's own may be off in the last bits.
+        # cos and sin of the float32 angle, in float64 on the host: a device's own may be off in the last bits.
         cos, sin = (f(angles, dtype=np.float64) * factor for f in (np.cos, np.sin))
         pairs = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
         cos, sin = (torch.from_numpy(pair.astype(np.float32)).to(self.device) for pair in pairs)
         return cos, sin
 
-    def __call__(self, x: Array, offset: int, local: bool) -> Array:
-        """Rotate (B, H, T, d), whose first position is `offset`."""
+    def __call__(self, x: Array, offset: int, *, local: bool) -> Array:
+        """Rotate (B, H, T, d) at the positions `offset` to `offset + T - 1`."""
         end = offset + x.shape[2]
         if end > self.length:
             self.extend(2 * end)
@@ -65,18 +65,21 @@ class Rope:
 
 
 class KVCache:
-    """The token ids, keys and values of the positions seen so far, in room that doubles up to block_size."""
+    """KV cache: keys and values (B, K, capacity, d) a layer, and the ids of the first `offset` positions.
+
+    The capacity doubles as it fills, up to block_size.
+    """
 
     def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (batch, config.n_kv_head, min(CACHE_ROOM, config.block_size), config.head_dim)
+        shape = (batch, config.n_kv_head, min(CACHE_CAPACITY, config.block_size), config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        seen = config.block_size if config.smear else 0  # which alone looks back at them
-        self.tokens = torch.zeros(batch, seen, dtype=torch.int64, device=device)
+        n_tokens = config.block_size if config.smear else 0  # only smear reads the ids of earlier positions
+        self.tokens = torch.zeros(batch, n_tokens, dtype=torch.int64, device=device)
         self.block_size, self.offset = config.block_size, 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Append (B, K, T, d) to a layer and return all of it up to there."""
+        """Append (B, K, T, d) keys and values to a layer; returns those of all positions, (B, K, offset + T, d)."""
         end = self.offset + k.shape[2]
         if end > self.keys[layer].shape[2]:
             self._grow(layer, end)
@@ -86,14 +89,17 @@ class KVCache:
 
     def _grow(self, layer: int, end: int) -> None:
         B, K, T, d = self.keys[layer].shape
-        room = min(self.block_size, max(end, 2 * T))
-        for kept in (self.keys, self.values):
-            empty = kept[layer].new_zeros(B, K, room - T, d)
-            kept[layer] = torch.cat([kept[layer], empty], dim=2)
+        capacity = min(self.block_size, max(end, 2 * T))
+        for buffers in (self.keys, self.values):
+            empty = buffers[layer].new_zeros(B, K, capacity - T, d)
+            buffers[layer] = torch.cat([buffers[layer], empty], dim=2)
 
 
 class Dropout:
-    """Zeroes entries with probability `rate` and scales the rest; draws from torch's seeded generator."""
+    """Inverted dropout: entries are 0 with probability `rate`, the rest is divided by 1 - rate.
+
+    Draws from torch's global generator, which `TrainEngine.forward_backward` seeds.
+    """
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -103,13 +109,13 @@ class Dropout:
         return F.dropout(x, self.rate)
 
 
-def keep_all(x: Array) -> Array:
-    """No dropout."""
+def no_dropout(x: Array) -> Array:
+    """`Dropout` with a rate of 0."""
     return x
 
 
-def product(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T for the matrix called `name`, by the quantized kernel where there is one (see `quantized`)."""
+def matmul(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T for the matrix `name`, (…, in) -> (…, out); by the quantized kernel where it is quantized."""
     if f"{name}.packed" in p:
         y = packed_matmul(x, p[f"{name}.packed"], p[f"{name}.packed_scales"])
         return y[..., : len(p[f"{name}.scales"])]
@@ -119,15 +125,15 @@ def product(x: Array, p: Parameters, name: str) -> Array:
 
 
 def linear(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T + b, where the checkpoint has a bias of that name."""
+    """x W^T + b, (…, in) -> (…, out); without b where there is no parameter `name`.bias."""
     bias = p.get(f"{name}.bias")
     if f"{name}.scales" in p:
-        return product(x, p, name) if bias is None else product(x, p, name) + bias
+        return matmul(x, p, name) if bias is None else matmul(x, p, name) + bias
     return F.linear(x, p[f"{name}.weight"], bias)
 
 
-def rows(p: Parameters, name: str, index: Array, width: int) -> Array:
-    """Rows of the embedding called `name`, (*index, width)."""
+def embedding_lookup(p: Parameters, name: str, index: Array, width: int) -> Array:
+    """Rows of the embedding `name`, dequantized where it is quantized: (…) ids -> (…, width)."""
     weight = p[f"{name}.weight"]
     if f"{name}.scales" in p:
         return dequantize(weight[index], p[f"{name}.scales"][index], p[f"{name}.biases"][index], width)
@@ -135,22 +141,25 @@ def rows(p: Parameters, name: str, index: Array, width: int) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """RMSNorm over the last axis, in float32."""
+    """RMSNorm over the last axis, in float32; the result in x's dtype."""
     x32 = x.float()
-    if x.is_cpu:  # where F.rms_norm is a chain of slow powers
+    if x.is_cpu:  # F.rms_norm is a chain of slow pow there
         mean_square = torch.linalg.vecdot(x32, x32).unsqueeze(-1) / x.shape[-1]
         return (x32 * torch.rsqrt(mean_square + eps) * weight.float()).to(x.dtype)
     return F.rms_norm(x32, weight.shape, weight.float(), eps).to(x.dtype)
 
 
 def norm_weight(p: Parameters, name: str, config: GPTConfig) -> Array:
-    """What a norm multiplies by."""
+    """The weight that a norm multiplies by: 1 + weight with `norm_offset` (Gemma), in float32."""
     weight = p[f"{name}.weight"]
     return weight.float() + 1 if config.norm_offset else weight
 
 
 def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """The block's RMSNorm or LayerNorm, in float32, (B, T, D); x for the empty name of one that isn't there."""
+    """RMSNorm or LayerNorm as `config.norm` says, in float32, (B, T, D).
+
+    x itself for a name that ends in a dot: `norm_placement` has no norm there (NORM_SITES).
+    """
     if name.endswith("."):
         return x
     weight = norm_weight(p, name, config)
@@ -160,18 +169,22 @@ def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
     return F.layer_norm(x.float(), weight.shape, weight.float(), bias, config.norm_eps).to(x.dtype)
 
 
-def scaled(x: Array, factor: float) -> Array:
-    """x * factor, or x where that is 1."""
+def scale(x: Array, factor: float) -> Array:
+    """x * factor; x itself, without a pass over memory, where the factor is 1."""
     return x if factor == 1 else x * factor
 
 
 def softcap(x: Array, cap: float) -> Array:
-    """cap * tanh(x / cap), or x when the cap is off."""
+    """Softcap: cap * tanh(x / cap); x itself where `cap` is 0."""
     return cap * torch.tanh(x / cap) if cap else x
 
 
 def attention_mask(n_query: int, n_key: int, window: int, device: torch.device) -> str | Array | None:
-    """None where every key counts, "causal" where n_query = n_key, else (n_query, n_key) booleans."""
+    """The causal mask as the fused kernel takes it: None for one query, "causal", or (n_query, n_key) booleans.
+
+    The queries stand at the last of the keys' positions; torch's is_causal aligns them with the first, so that
+    "causal" is right for n_query = n_key alone. A window that is not full needs the booleans.
+    """
     windowed = 0 < window < n_key
     if n_query == 1 and not windowed:
         return None
@@ -182,8 +195,8 @@ def attention_mask(n_query: int, n_key: int, window: int, device: torch.device) 
     return (key <= query) & (query - key < window if windowed else True)
 
 
-def capped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
-    """Attention with softcapped scores, which no fused kernel has, (B, H, T, d); softmax in float32."""
+def softcapped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
+    """Attention with softcapped scores, (B, H, T, d), unfused since no kernel has it; scores and softmax in float32."""
     B, H, T, d = q.shape
     q = q.reshape(B, config.n_kv_head, -1, T, d)
     scores = softcap((q @ k[:, :, None].mT).float() * config.score_scale, config.attn_softcap)
@@ -195,27 +208,28 @@ def capped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, con
 
 
 def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: KVCache | None) -> Array:
-    """Grouped-query causal self-attention, (B, T, D)."""
+    """Grouped-query causal self-attention, (B, T, D) -> (B, T, D); appends to `cache` where there is one."""
     name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
     offset = cache.offset if cache else 0
 
-    def heads(letter: str) -> Array:
+    def project(letter: str) -> Array:  # (B, H or K, T, d)
         y = linear(x, p, f"{name}.{letter}_proj")
         if config.qk_norm and letter != "v":
             y = y if config.qk_norm_whole else y.view(B, T, -1, config.head_dim)
             y = rms_norm(y, norm_weight(p, f"{name}.{letter}_norm", config), config.norm_eps)
         return y.view(B, T, -1, config.head_dim).transpose(1, 2)
 
-    q, k, v = heads("q"), heads("k"), heads("v")
+    q, k, v = project("q"), project("k"), project("v")
     if config.uses_rope(layer):
-        q, k = rope(q, offset, config.is_local(layer)), rope(k, offset, config.is_local(layer))
+        local = config.is_local(layer)
+        q, k = rope(q, offset, local=local), rope(k, offset, local=local)
     if cache:
         k, v = cache.update(layer, k, v)
     if x.is_mps:  # its kernel misreads permuted inputs (pytorch#181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     mask = attention_mask(T, k.shape[2], config.window(layer), x.device)
     if config.attn_softcap:
-        y = capped_attention(q, k, v, mask, config)
+        y = softcapped_attention(q, k, v, mask, config)
     else:
         y = F.scaled_dot_product_attention(
             q,
@@ -235,12 +249,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu2": lambda x: F.relu(x) * x,  # a square's backward is a slow power on a CPU
+    "relu2": lambda x: F.relu(x) * x,  # the backward of a square is a slow pow on a CPU
 }
 
 
 def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
-    """The position-wise MLP, gated or not, (B, T, D)."""
+    """The MLP, gated or not, (B, T, D) -> (B, T, D)."""
     name, activation = f"model.layers.{layer}.mlp", ACTIVATIONS[config.mlp]
     up = linear(x, p, f"{name}.up_proj")
     hidden = activation(linear(x, p, f"{name}.gate_proj")) * up if config.gated_mlp else activation(up)
@@ -256,34 +270,34 @@ def block(
     cache: KVCache | None,
     dropout: Callable[[Array], Array],
 ) -> Array:
-    """One transformer block, (B, T, D)."""
+    """Transformer block: attention and MLP, each added to the residual stream, (B, T, D) -> (B, T, D)."""
     name = f"model.layers.{layer}"
     (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[config.norm_placement]
     y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config, rope, cache)
-    attended = x + scaled(dropout(norm(y, p, f"{name}.{after_attn}", config)), config.residual_scale)
+    attended = x + scale(dropout(norm(y, p, f"{name}.{after_attn}", config)), config.residual_scale)
     x = x if config.parallel_residual else attended
     y = mlp(norm(x, p, f"{name}.{before_mlp}", config), p, layer, config)
-    return attended + scaled(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
+    return attended + scale(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
 
 
 def checkpointed_block(
     x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
 ) -> Array:
-    """`block` in training, keeping its input alone: the backward pass computes the rest again (Chen et al. 2016)."""
+    """`block` with gradient checkpointing (Chen et al. 2016): keeps its input, recomputes the rest in the backward."""
     y: Array = checkpoint(block, x, p, layer, config, rope, None, dropout, use_reentrant=False)
     return y
 
 
 def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
-    """(B, T) token ids, whose first position is `offset` -> (B, T, D)."""
-    x = scaled(rows(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
+    """Token, position and norm of the embedding: (B, T) ids at the positions from `offset` on -> (B, T, D)."""
+    x = scale(embedding_lookup(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
 
 
 def smear(x: Array, previous: Array, p: Parameters) -> Array:
-    """Each position and, by channel, a learned share of the one before it; `previous` (B, 1, D) is before the first."""
+    """x[t] + weight * x[t - 1] by channel (modded-nanogpt), (B, T, D); `previous` (B, 1, D) stands before the first."""
     return x + p["model.smear.weight"] * torch.cat([previous, x[:, :-1]], dim=1)
 
 
@@ -293,12 +307,13 @@ def hidden_states(
     config: GPTConfig,
     rope: Rope,
     cache: KVCache | None = None,
-    dropout: Callable[[Array], Array] = keep_all,
+    *,
+    dropout: Callable[[Array], Array] = no_dropout,
     gradient_checkpointing: bool = False,
 ) -> Array:
-    """(B, T) token ids -> (B, T, D), whose products with the head are logits; moves `cache` on by T positions.
+    """All but the head: (B, T) ids -> (B, T, D) hidden states after the final norm; `logits` takes them on.
 
-    In training, `gradient_checkpointing` keeps each block's input alone and recomputes its inside in the backward pass.
+    With a `cache` the ids stand at the positions from its offset on, and the offset advances by T.
     """
     T, offset = tokens.shape[1], cache.offset if cache else 0
     x = embed(p, tokens, config, offset)
@@ -317,65 +332,77 @@ def hidden_states(
             x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
         cache.offset += T
-    return scaled(norm(x, p, "model.norm", config), 1 / config.logit_divisor)
+    return scale(norm(x, p, "model.norm", config), 1 / config.logit_divisor)
 
 
 def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
-    """(B, T, D) hidden states -> (B, T, V) float32 logits."""
+    """The head: (B, T, D) hidden states -> (B, T, V) float32 logits, softcapped."""
     head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-    return softcap(product(x, p, head).float(), config.logit_softcap)
+    return softcap(matmul(x, p, head).float(), config.logit_softcap)
 
 
 def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
-    """The summed nats of (n,) targets after (n, D) hidden states, and their gradient by the logits, (n, V)."""
-    scores = softcap(F.linear(x, head).float(), cap)
+    """Cross-entropy in nats, summed, and its gradient by the logits before the softcap (dlogits), (n, V) in x's dtype.
+
+    (n, D) hidden states, (V, D) head, (n,) targets; a target below 0 is padding: it counts nothing, its row is 0.
+    """
+    logits = softcap(F.linear(x, head).float(), cap)
     counted, index = (targets >= 0)[:, None], targets.clamp_min(0)[:, None]
-    log_p = torch.log_softmax(scores, dim=-1)
+    log_p = torch.log_softmax(logits, dim=-1)
     nats = -(log_p.gather(-1, index) * counted).sum()
-    dlogits = log_p.exp_()  # of the same memory
+    dlogits = log_p.exp_()  # softmax, in the memory of log_p
     dlogits.scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=dlogits.dtype)).mul_(counted)
     if cap:
-        dlogits *= 1 - (scores / cap).square()
+        dlogits *= 1 - (logits / cap).square()
     return nats, dlogits.to(x.dtype)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed nats a chunk of positions at a time, taking the gradients along the way (as Liger's kernels do).
+def loss_chunks(x: Array, head: Array, targets: Array) -> Iterator[tuple[Array, Array]]:
+    """(N, D) hidden states and (N,) targets in chunks of at most LOSS_ROWS positions and LOSS_LOGITS logits."""
+    chunk_size = max(1, min(LOSS_ROWS, LOSS_LOGITS // len(head)))
+    return zip(x.split(chunk_size), targets.split(chunk_size), strict=True)
 
-    It never holds the logits of all positions: beside a chunk's, it keeps gradients of the size of `x` and `head`.
-    """
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`chunked_cross_entropy` where gradients are wanted: the forward pass takes those of `x` and `head` along."""
 
     @staticmethod
-    def forward(ctx: Any, x: Array, head: Array, targets: Array, cap: float, training: bool) -> Array:
-        """(N, D) hidden states, (V, D) head and (N,) targets -> summed nats."""
+    def forward(ctx: Any, x: Array, head: Array, targets: Array, cap: float) -> Array:
+        """(N, D) hidden states, (V, D) head and (N,) targets -> nats, summed, ()."""
         total = torch.zeros((), device=x.device)
-        dx, dhead = [], torch.zeros_like(head, dtype=torch.float32) if training else None
-        rows = max(1, min(LOSS_ROWS, LOSS_LOGITS // len(head)))
-        for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-            nats, dlogits = cross_entropy_and_dlogits(part, head, wanted, cap)
+        dx, dhead = [], torch.zeros_like(head, dtype=torch.float32)
+        for chunk, wanted in loss_chunks(x, head, targets):
+            nats, dlogits = cross_entropy_and_dlogits(chunk, head, wanted, cap)
             total += nats
-            if dhead is not None:
-                dx.append(dlogits @ head)
-                dhead += dlogits.mT @ part
-        if dhead is not None:
-            ctx.save_for_backward(torch.cat(dx), dhead.to(head.dtype))
+            dx.append(dlogits @ head)
+            dhead += dlogits.mT @ chunk
+        ctx.save_for_backward(torch.cat(dx), dhead.to(head.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Array | None, ...]:
         """The gradients of `x` and `head`."""
         dx, dhead = ctx.saved_tensors
-        return (cotangent * dx).to(dx.dtype), (cotangent * dhead).to(dhead.dtype), None, None, None
+        return (cotangent * dx).to(dx.dtype), (cotangent * dhead).to(dhead.dtype), None, None
 
 
 def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
-    """The summed nats of (B, T) targets after (B, T, D) hidden states; a target below 0 counts nothing."""
+    """Cross-entropy of (B, T, D) hidden states and (B, T) targets in nats, summed; a target below 0 is padding.
+
+    Never holds the (B T, V) logits: goes by chunks of positions, and takes the gradients of `x` and the head in the
+    forward pass (as Liger Kernel's fused linear cross-entropy), which the backward pass only scales.
+    """
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
-    arguments = (x.flatten(0, 1), head, targets.flatten(), config.logit_softcap, torch.is_grad_enabled())
-    total: Array = ChunkedCrossEntropy.apply(*arguments)
+    x, targets = x.flatten(0, 1), targets.flatten()
+    if torch.is_grad_enabled():
+        total: Array = ChunkedCrossEntropy.apply(x, head, targets, config.logit_softcap)
+        return total
+    total = torch.zeros((), device=x.device)
+    for chunk, wanted in loss_chunks(x, head, targets):
+        total += cross_entropy_and_dlogits(chunk, head, wanted, config.logit_softcap)[0]
     return total
 
 
-def cross_entropy(scores: Array, targets: Array) -> Array:
-    """The summed nats of (B, T) targets under (B, T, V) logits; a target below 0 counts nothing."""
-    return F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Cross-entropy of (B, T, V) logits and (B, T) targets in nats, summed; a target of -1 is padding."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")

@@ -1,8 +1,8 @@
-"""Products with matrices in MLX's affine layout (see `core.quantize`) in PyTorch.
+"""Matrices in MLX's affine quantization (`core/checkpoint/quantize.py`) in PyTorch: the twin of MLX's.
 
-A quantized matrix called `name` is `name.weight`, its words as bytes (out, in * bits / 8) uint8, with
-`name.scales` and `name.biases` (out, in / group_size) in the compute dtype. In bfloat16 on a CPU torch has
-a kernel for 4 bits, for which `pack_all` packs matrices again: `name.packed` and `name.packed_scales`.
+A quantized matrix `name` is `name.weight`, packed (out, in * bits / 8) uint8, with `name.scales` and
+`name.biases` (out, in / group_size) in the compute dtype. In bfloat16 on a CPU torch has a kernel for 4 bits, for
+which `pack_int4_params` packs the matrices again: `name.packed` and `name.packed_scales`.
 """
 
 from __future__ import annotations
@@ -18,55 +18,55 @@ from twingpt.core.parameters import EMBEDDING, parameter_table
 
 Array = Tensor
 
-PIECE = 2**20  # numbers dequantized at a time on a CPU, so that they stay in its cache
-PIECE_ELSEWHERE = 2**24  # where starting a kernel costs more than the room
-ROWS = 16  # the kernel's outputs come in so many
+CHUNK = 2**20  # entries dequantized at a time on a CPU, so that they stay in its cache
+CHUNK_ON_GPU = 2**24  # where a kernel's launch costs more than the memory
+INT4_ROWS = 16  # the int4 kernel wants a multiple of so many outputs
 
 
-def dequantize(octets: Array, scales: Array, biases: Array, width: int) -> Array:
-    """(…, in * bits / 8) bytes -> (…, in) numbers in the dtype of the scales."""
-    if octets.shape[-1] < width:
-        octets = torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
-    groups = octets.view(*scales.shape, -1).to(scales.dtype)
+def dequantize(w_q: Array, scales: Array, biases: Array, width: int) -> Array:
+    """Dequantize (…, in * bits / 8) uint8 to (…, in) in the dtype of the scales; `width` is `in`."""
+    if w_q.shape[-1] < width:
+        w_q = torch.stack([w_q & 15, w_q >> 4], dim=-1).flatten(-2)
+    groups = w_q.view(*scales.shape, -1).to(scales.dtype)
     return torch.addcmul(biases[..., None], groups, scales[..., None]).flatten(-2)
 
 
-def quantized_matmul(x: Array, octets: Array, scales: Array, biases: Array) -> Array:
-    """x W^T, (…, out), for a matrix that is dequantized some rows at a time, in room that is used again."""
-    (n_out, n_bytes), width = octets.shape, x.shape[-1]
-    per_byte = width // n_bytes  # numbers: 2 of 4 bits, or 1 of 8
-    n_rows = min(n_out, max(1, (PIECE if x.is_cpu else PIECE_ELSEWHERE) // width))
-    if per_byte == 2:  # the even columns and then the odd ones, which spares interleaving a byte's two halves
+def quantized_matmul(x: Array, w_q: Array, scales: Array, biases: Array) -> Array:
+    """x W^T, (…, in) -> (…, out), dequantizing some rows of W at a time into one buffer."""
+    (n_out, n_bytes), width = w_q.shape, x.shape[-1]
+    per_byte = width // n_bytes  # entries: 2 of 4 bits, or 1 of 8
+    n_rows = min(n_out, max(1, (CHUNK if x.is_cpu else CHUNK_ON_GPU) // width))
+    if per_byte == 2:  # even columns, then odd ones: permuting x spares interleaving the two halves of W's bytes
         x = torch.cat([x[..., ::2], x[..., 1::2]], dim=-1)
-    room = x.new_empty(n_rows, per_byte, *scales.shape[1:], n_bytes // scales.shape[1])
+    buffer = x.new_empty(n_rows, per_byte, *scales.shape[1:], n_bytes // scales.shape[1])
     y = x.new_empty(*x.shape[:-1], n_out)
     for start in range(0, n_out, n_rows):
         rows = slice(start, min(start + n_rows, n_out))
-        w, piece = room[: rows.stop - start], octets[rows].view(-1, *room.shape[2:])
+        w, packed = buffer[: rows.stop - start], w_q[rows].view(-1, *buffer.shape[2:])
         if per_byte == 2:
-            w[:, 0], w[:, 1] = piece & 15, piece >> 4
+            w[:, 0], w[:, 1] = packed & 15, packed >> 4
         else:
-            w[:, 0] = piece
+            w[:, 0] = packed
         torch.addcmul(biases[rows, None, :, None], w, scales[rows, None, :, None], out=w)
         y[..., rows] = F.linear(x, w.flatten(1))
     return y
 
 
 @functools.cache
-def has_kernel() -> bool:
-    """Whether this torch has the kernel for 4 bits on a CPU, and it multiplies as it should."""
+def has_int4_kernel() -> bool:
+    """Whether this torch has the CPU's int4 kernel, and its product of a small matrix is right."""
     try:
-        octets = torch.arange(16 * 32, dtype=torch.int32).to(torch.uint8).view(16, 32)
+        w_q = torch.arange(16 * 32, dtype=torch.int32).to(torch.uint8).view(16, 32)
         scales, biases = torch.full((16, 2), 0.5), torch.arange(32.0).view(16, 2) - 16
-        w = dequantize(octets, scales, biases, 64)
+        w = dequantize(w_q, scales, biases, 64)
         x = torch.eye(64, dtype=torch.bfloat16)
-        return torch.equal(packed_matmul(x, *pack(octets, scales, biases)), w.T.to(torch.bfloat16))
-    except (AttributeError, RuntimeError):  # neither part is of torch's public interface
+        return torch.equal(packed_matmul(x, *pack(w_q, scales, biases)), w.T.to(torch.bfloat16))
+    except (AttributeError, RuntimeError):  # both operators are private: another torch may lack or change them
         return False
 
 
-def pack_all(params: dict[str, Tensor], config: GPTConfig) -> None:
-    """Pack every 4-bit matrix for the kernel, and forget the bytes of all but the embedding, whose rows are read."""
+def pack_int4_params(params: dict[str, Tensor], config: GPTConfig) -> None:
+    """Pack every 4-bit matrix for the int4 kernel, in place; drops `name.weight`, but for embeddings' row look-ups."""
     for name, row in parameter_table(config).items():
         base = name.removesuffix(".weight")
         if f"{base}.scales" not in params or 2 * params[name].shape[-1] != row.shape[-1]:
@@ -77,25 +77,26 @@ def pack_all(params: dict[str, Tensor], config: GPTConfig) -> None:
             del params[name], params[f"{base}.biases"]
 
 
-def pack(octets: Array, scales: Array, biases: Array) -> tuple[Array, Array]:
-    """4-bit numbers in the kernel's layout, and its scales with what it adds, bfloat16 (in / group_size, out, 2)."""
-    more = -len(octets) % ROWS
-    octets = F.pad(octets, (0, 0, 0, more))
-    n_rows = 64 * max(1, PIECE // (64 * octets.shape[-1]))  # the layout's blocks have at most 64 rows
-    packed = [_packed(octets[start : start + n_rows]) for start in range(0, len(octets), n_rows)]
-    both = torch.stack([scales, biases + 8 * scales], dim=-1)  # to the kernel a 4-bit number is one of -8 to 7
-    both = F.pad(both, (0, 0, 0, 0, 0, more)).transpose(0, 1)
-    return torch.cat(packed), both.to(torch.bfloat16).contiguous()
+def pack(w_q: Array, scales: Array, biases: Array) -> tuple[Array, Array]:
+    """A 4-bit matrix in the int4 kernel's layout, and its scales and zeros, bfloat16 (in / group_size, out, 2)."""
+    padding = -len(w_q) % INT4_ROWS
+    w_q = F.pad(w_q, (0, 0, 0, padding))
+    n_rows = 64 * max(1, CHUNK // (64 * w_q.shape[-1]))  # the layout's blocks have at most 64 rows
+    packed = [_pack_int4(w_q[start : start + n_rows]) for start in range(0, len(w_q), n_rows)]
+    # The kernel's zeros are the values of 8, the middle of 0 to 15: w = (q - 8) * scale + zero.
+    scales_and_zeros = torch.stack([scales, biases + 8 * scales], dim=-1)
+    scales_and_zeros = F.pad(scales_and_zeros, (0, 0, 0, 0, 0, padding)).transpose(0, 1)
+    return torch.cat(packed), scales_and_zeros.to(torch.bfloat16).contiguous()
 
 
-def _packed(octets: Array) -> Array:
-    q = torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2).to(torch.int32)
+def _pack_int4(w_q: Array) -> Array:
+    q = torch.stack([w_q & 15, w_q >> 4], dim=-1).flatten(-2).to(torch.int32)
     packed: Array = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
     return packed
 
 
 def packed_matmul(x: Array, packed: Array, packed_scales: Array) -> Array:
-    """x W^T for bfloat16 (…, in) by the kernel, (…, out rounded up to 16)."""
+    """x W^T for bfloat16 by the int4 kernel, (…, in) -> (…, out rounded up to INT4_ROWS)."""
     rows = x.reshape(-1, x.shape[-1])
     group_size = x.shape[-1] // len(packed_scales)
     y: Array = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, packed_scales)

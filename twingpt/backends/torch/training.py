@@ -31,42 +31,49 @@ def summed_loss(
     config: GPTConfig,
     rope: model.Rope,
     dtype: torch.dtype,
-    rate: float,
+    *,
+    dropout_rate: float,
     gradient_checkpointing: bool,
 ) -> Array:
-    """The loss of a (B, T) batch, summed over its targets; one cast of the parameters to `dtype` at the top."""
+    """Cross-entropy of a (B, T) batch in nats, summed over its targets; a target below 0 is padding, counting nothing.
+
+    Casts the parameters to `dtype` once, at the top: there is no autocast.
+    """
     p = {name: value.to(dtype) for name, value in params.items()}
-    dropout = model.Dropout(rate) if rate else model.keep_all
+    dropout = model.Dropout(dropout_rate) if dropout_rate else model.no_dropout
     x = model.hidden_states(p, tokens, config, rope, dropout=dropout, gradient_checkpointing=gradient_checkpointing)
     return model.chunked_cross_entropy(x, p, targets, config)
 
 
-def mean_loss(params: Parameters, tokens: Array, targets: Array, *settings: Any) -> Array:
-    """The loss of a (B, T) batch per target; `settings` are those of `summed_loss`."""
-    return summed_loss(params, tokens, targets, *settings) / targets.numel()
+def mean_loss(params: Parameters, tokens: Array, targets: Array, **settings: Any) -> Array:
+    """`summed_loss` (which takes `settings`) over B T: what the gradients are of."""
+    return summed_loss(params, tokens, targets, **settings) / targets.numel()
 
 
-def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, chunked: bool) -> tuple[int, float]:
-    """Bytes that the loss of so many tokens and its gradients take at most beside their inputs, and the seconds."""
+def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, *, chunked: bool) -> tuple[int, float]:
+    """(peak bytes beside the inputs, seconds) of the loss of `tokens` positions and its gradients."""
     V, D = config.vocab_size, config.n_embd
     x = torch.randn(1, tokens, D, dtype=DTYPES[dtype], device=device.name).requires_grad_()
     p = {"model.embed_tokens.weight": torch.randn(V, D, dtype=DTYPES[dtype], device=device.name).requires_grad_()}
     targets = torch.randint(0, V, (1, tokens), device=device.name)
     before, start = memory(device).now, time.perf_counter()
-    whole = model.chunked_cross_entropy(x, p, targets, config) if chunked else None
-    nats = model.cross_entropy(model.logits(x, p, config), targets) if whole is None else whole
-    (nats / tokens).backward()
-    nats.item()
+    if chunked:
+        loss = model.chunked_cross_entropy(x, p, targets, config)
+    else:
+        loss = model.cross_entropy(model.logits(x, p, config), targets)
+    (loss / tokens).backward()
+    loss.item()
     return memory(device).peak - before, time.perf_counter() - start
 
 
 class TrainEngine:
-    """Float32 parameters and optimizer state, and a training step that computes in `dtype`."""
+    """Implements `core.backend.TrainEngine`: float32 masters and optimizer state, forward and backward in `dtype`."""
 
     def __init__(
         self,
         config: GPTConfig,
         device: Device,
+        *,
         optimizer: str = "adamw",
         dtype: str = "float32",
         compile: bool = False,
@@ -74,22 +81,24 @@ class TrainEngine:
         skip_nonfinite: bool = False,
     ) -> None:
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
-        self.settings = (config, model.Rope(config, torch.device(device.name)), DTYPES[dtype])
-        self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             return_freed_memory(device)
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
         self.losses: list[Array] = []
+        rope = model.Rope(config, torch.device(device.name))
+        settings: dict[str, Any] = {"config": config, "rope": rope, "dtype": DTYPES[dtype]}
+        self.training = {**settings, "dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
+        self.evaluating = {**settings, "dropout_rate": 0.0, "gradient_checkpointing": False}
         self.mean_loss = torch.compile(mean_loss) if compile else mean_loss
         self.summed_loss = torch.compile(summed_loss) if compile else summed_loss
-        guarded = skip_nonfinite or dtype == "float16"
         plan = optimizer_plan(config, optimizer)
-        step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], guarded=guarded)
+        skip_nonfinite = skip_nonfinite or dtype == "float16"  # whose loss scale is found by overflowing
+        step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], skip_nonfinite=skip_nonfinite)
         self.compiled_step = torch.compile(step) if compile else step
 
     def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-        """Replace parameters, and whatever optimizer state is given; the rest of the state is zeroed."""
+        """Replace all parameters, and the optimizer state that is among `tensors`; the rest of it starts at 0."""
         shapes = state_table(self.config, self.optimizer, self.dtype)
         arrays = {name: to_device(array, self.device).clone() for name, array in tensors}
         self.optimizer_state = {
@@ -101,26 +110,28 @@ class TrainEngine:
         self.params = {name: arrays[name].requires_grad_() for name in parameter_table(self.config)}
 
     def forward_backward(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
-        """Forward and backward of a (B, T) batch, adding to the gradients; `key` seeds dropout."""
+        """Forward and backward of a (B, T) micro-batch; gradients accumulate. `key` seeds dropout. Enqueues only."""
         if self.config.dropout:
             torch.manual_seed(key)
         x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
-        loss = self.mean_loss(self.params, x, y, *self.settings, self.config.dropout, self.gradient_checkpointing)
+        loss = self.mean_loss(self.params, x, y, **self.training)
         (loss * self.optimizer_state["loss_scale"] if "loss_scale" in self.optimizer_state else loss).backward()
         self.losses.append(loss.detach())
 
     def gradients(self) -> Parameters:
-        """The gradients of the mean loss over the micro-batches since the last update."""
+        """Gradients of the mean loss over the micro-batches since the last optimizer step, unclipped."""
         divisor = len(self.losses) * self.optimizer_state.get("loss_scale", torch.tensor(1.0))
         return {name: p.grad / divisor for name, p in self.params.items() if p.grad is not None}
 
     @torch.no_grad()
     def optimizer_step(self, hyper: Hyper) -> Array:
-        """Clip, step, clear the gradients. The handle reads as (mean loss in nats, gradient norm, 1 if skipped)."""
-        *numbers, count = to_device(np.array([*hyper, len(self.losses)], np.float32), self.device)
+        """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
+        *numbers, n_micro_batches = to_device(np.array([*hyper, len(self.losses)], np.float32), self.device)
         grads = {name: p.grad for name, p in self.params.items()}
-        _, _, total, skipped = self.compiled_step(self.params, grads, self.optimizer_state, Hyper(*numbers), count)
-        handle = torch.stack([torch.stack(self.losses).mean(), total, skipped])
+        _, _, grad_norm, skipped = self.compiled_step(
+            self.params, grads, self.optimizer_state, Hyper(*numbers), n_micro_batches
+        )
+        handle = torch.stack([torch.stack(self.losses).mean(), grad_norm, skipped])
         for p in self.params.values():
             p.grad = None
         self.losses = []
@@ -128,23 +139,23 @@ class TrainEngine:
 
     @torch.no_grad()
     def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
-        """Without dropout; the handle reads as (summed nats,). Targets below 0 count nothing."""
+        """Cross-entropy of a (B, T) batch without dropout; enqueues only. Reads as (nats,), summed over the targets."""
         x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
-        return self.summed_loss(self.params, x, y, *self.settings, 0.0, False)[None]
+        return self.summed_loss(self.params, x, y, **self.evaluating)[None]
 
     def read(self, handles: Sequence[Array]) -> np.ndarray:
-        """The numbers of some handles of one kind, a row each, in float64. The only call that waits."""
+        """(handles, numbers) float64: what handles of one kind read as. The only call that waits."""
         return torch.stack(list(handles)).cpu().double().numpy()
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Parameters, then optimizer state, under canonical names, as float32."""
+        """Parameters, then optimizer state, as float32 under the names of `parameter_table` and `state_table`."""
         for name, value in (self.params | self.optimizer_state).items():
             yield name, to_numpy(value)
 
     def inference(self) -> InferenceEngine:
-        """A decode engine on the present parameters."""
-        return InferenceEngine(self.config, self.params.items(), self.device, self.dtype)
+        """An inference engine on the present parameters, in the dtype of training."""
+        return InferenceEngine(self.config, self.params.items(), self.device, dtype=self.dtype)
 
     def memory(self) -> Memory:
-        """Bytes in use."""
+        """Bytes in use on the device, now and at most so far."""
         return memory(self.device)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, bytes, byte-level BPE, and any tokenizer.json that others wrote."""
+"""Tokenizers: characters, bytes, byte-level BPE, and any tokenizer.json of Hugging Face's `tokenizers`."""
 
 from twingpt.core.tokenizer.base import END_OF_TEXT, Tokenizer
 from twingpt.core.tokenizer.bpe import (
@@ -13,7 +13,7 @@ from twingpt.core.tokenizer.bpe import (
     train_bpe,
 )
 from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
-from twingpt.core.tokenizer.foreign import ForeignTokenizer
+from twingpt.core.tokenizer.huggingface import HuggingFaceTokenizer
 from twingpt.core.tokenizer.tokenizer_json import LEARNED, TOKENIZERS, files, load
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
-    "ForeignTokenizer",
+    "HuggingFaceTokenizer",
     "Tokenizer",
     "files",
     "load",

@@ -1,4 +1,4 @@
-"""What every tokenizer is: token ids for text, text for token ids, and special tokens apart from both."""
+"""The Tokenizer base class: encode, decode, stream, special tokens, and what is written of a tokenizer."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from twingpt.core.errors import UserError
 Array = np.ndarray
 
 END_OF_TEXT = "<|endoftext|>"
-ROLES = ("bos", "eos", "pad", "unk")
+ROLES = ("bos", "eos", "pad", "unk")  # of special tokens, as tokenizer_config.json has them
 
 
 class Tokenizer(ABC):
-    """Token ids for text. No text encodes to a special token, whose spelling is data, unless that is asked for."""
+    """Text to ids and back. The spelling of a special token in a text is data, unless `special` is asked for."""
 
     kind: str
     specials: Mapping[str, int]  # spelling -> id
-    roles: Mapping[str, int]  # of ROLES those that the scheme has -> id
+    roles: Mapping[str, int]  # those of ROLES that the tokenizer has -> id
     end_of_text: int  # the id that ends a document
 
     @property
     @abstractmethod
     def pieces(self) -> list[bytes]:
-        """The bytes of every id; none for a special token, or for an id that stands for nothing."""
+        """The bytes of every id; empty for a special token and for an unused id."""
 
     @abstractmethod
     def _encode(self, text: str) -> Array:
-        """The ids of `text`, all of it data, (n,) int32."""
+        """The ids of `text` without special tokens, (n,) int32."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """The tokenizer.json of Hugging Face's `tokenizers`."""
+        """The content of a tokenizer.json, as Hugging Face's `tokenizers` reads it."""
 
-    def encode(self, text: str, special: bool = False) -> Array:
-        """The ids of `text`, (n,) int32; with `special`, the spelling of a special token is that token.
+    def encode(self, text: str, *, special: bool = False) -> Array:
+        """The ids of `text`, (n,) int32; with `special`, the spelling of a special token becomes that token.
 
-        Raises UserError for text that the scheme, or Unicode, has no place for.
+        Raises UserError for a text that the tokenizer can't encode, or that is no valid Unicode.
         """
         try:
             return self._encode_special(text) if special else self._encode(text)
@@ -66,17 +66,17 @@ class Tokenizer(ABC):
 
     @property
     def opening(self) -> tuple[int, ...]:
-        """What the scheme puts before a text that a model is to go on from, such as BOS; before data it is not put."""
+        """The ids, such as BOS, that the tokenizer puts before a prompt; training data has none."""
         return ()
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, special tokens included."""
+        """The number of ids, special and unused ones included."""
         return len(self.pieces)
 
     @cached_property
     def byte_lengths(self) -> Array:
-        """How many bytes of text each id stands for, (vocab_size,); none for a special token."""
+        """The bytes of text of each id, (vocab_size,) int64; 0 for a special token."""
         return np.fromiter(map(len, self.pieces), np.int64, self.vocab_size)
 
     def _check_id(self, token: int) -> int:
@@ -85,15 +85,15 @@ class Tokenizer(ABC):
         return token
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one id; none for a special token."""
+        """The bytes of one id, empty for a special token; UserError outside the vocabulary."""
         return self.pieces[self._check_id(token)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
         return b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as they come, in whole UTF-8 characters; empty while one is incomplete."""
+        """Streaming decode: a text for each id, empty while a UTF-8 character is incomplete; at last the rest."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in ids:
             yield decoder.decode(self.token_bytes(int(token)))
@@ -101,31 +101,36 @@ class Tokenizer(ABC):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the tokenizer does."""
+        """SHA-256 of the tokenizer.json: the same ids for the same text."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def settings(self) -> dict[str, Any]:
-        """What tokenizer_config.json says beside what is the same for all."""
+        """The entries of tokenizer_config.json that differ between tokenizers."""
         spelled = {token: spelling for spelling, token in self.specials.items()}
         return {f"{role}_token": spelled[token] for role, token in self.roles.items()}
 
 
 def alternatives(spellings: Iterable[str]) -> re.Pattern[str]:
-    """A pattern with one group that finds any of `spellings`, the longest first; nothing where there are none."""
+    """A pattern that matches any of `spellings`, the longest first, in one group, for `split`; without any, nothing."""
     longest_first = sorted(spellings, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
-def whole_json(
+def special_token(spelling: str, token: int) -> dict[str, Any]:
+    """A special token among the `added_tokens` of a tokenizer.json."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": token, "content": spelling, **flags}
+
+
+def build_json(
     model: Mapping[str, Any], pre_tokenizer: Mapping[str, Any], decoder: Mapping[str, Any], specials: Mapping[str, int]
 ) -> dict[str, Any]:
-    """A tokenizer.json without normalizer and post-processor."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    """The content of a tokenizer.json without normalizer and post-processor."""
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": token, "content": spelling, **flags} for spelling, token in specials.items()],
+        "added_tokens": [special_token(spelling, token) for spelling, token in specials.items()],
         "normalizer": None,
         "pre_tokenizer": dict(pre_tokenizer),
         "post_processor": None,

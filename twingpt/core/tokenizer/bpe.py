@@ -1,4 +1,4 @@
-"""Byte-level BPE: learned by `tokenizers`, encoded by tiktoken, kept as a tokenizer.json that says the same."""
+"""Byte-level BPE: trained by `tokenizers`, encoded by tiktoken, written as a tokenizer.json with the same ids."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer.base import END_OF_TEXT, Array, Tokenizer, whole_json
+from twingpt.core.tokenizer.base import END_OF_TEXT, Array, Tokenizer, build_json
 
 if TYPE_CHECKING:
     import tiktoken
 
-# How text is split into words before BPE, each in what both tiktoken's and `tokenizers`' engine understand.
-# llama.cpp and others know the first three by their text.
+# Pre-tokenization: the patterns that split text before BPE, in syntax that tiktoken and `tokenizers` both read.
+# llama.cpp and others recognise the first three by their text: they must stay as they are.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -26,8 +26,8 @@ LLAMA3_PATTERN = (
 )
 PATTERNS = {"gpt2": GPT2_PATTERN, "llama3": LLAMA3_PATTERN, "qwen2": LLAMA3_PATTERN.replace("{1,3}", "")}
 
-# tiktoken's cl100k_base takes spaces at the end of the text as one word, and its {1,3}+ means something
-# else to `tokenizers`; the rest of its possessive marks are for speed.
+# tiktoken's cl100k_base without its possessive quantifiers: {1,3}+ means something else to `tokenizers`, and the
+# others are for speed. It takes spaces at the end of the text as one word.
 CL100K_PATTERN = LLAMA3_PATTERN.replace(r"|\s*[\r\n]+", r"|\s+\z|\s*[\r\n]+")
 _MARK, _SMALL, _LARGE = r"[^\r\n\p{L}\p{N}]?", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -47,8 +47,8 @@ CHAT_TEMPLATE = (
 class BPETokenizer(Tokenizer):
     """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), encoded by tiktoken.
 
-    A token's id is its rank: the order in which its merge was learned. `specials` come after them,
-    END_OF_TEXT alone by default; `merge_list` spares working it out where it is known.
+    A token's id is its rank, the order in which its merge was learned. `specials` (END_OF_TEXT alone by default) come
+    after all ranks. `merge_list` is derived from `pieces` where it is not given, which is slow.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class BPETokenizer(Tokenizer):
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The pair that each token of two bytes and more joins, by rank."""
+        """The pair that each token of two or more bytes merges, by rank."""
         return merges(self.ranked)
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """The bytes of every id; none for a special token, or for an id that stands for nothing."""
+        """The bytes of every id; empty for a special token and for an unused id."""
         size = max(len(self.ranked), *(token + 1 for token in self.specials.values()))
         return self.ranked + [b""] * (size - len(self.ranked))
 
@@ -82,21 +82,21 @@ class BPETokenizer(Tokenizer):
         return encode_ordinary(self._encoding, text)
 
     def to_json(self) -> dict[str, Any]:
-        """A byte-level BPE. `tokenizers` counts on from the vocabulary: specials that lie elsewhere are put into it."""
+        """A byte-level BPE. `tokenizers` numbers added tokens on from the vocabulary: other specials go into it."""
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         model = bpe_model(self.ranked, self.merges)
         if sorted(self.specials.values()) != list(range(len(self.ranked), self.vocab_size)):
             model["vocab"] |= self.specials
-        return whole_json(model, {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}, BYTE_LEVEL, self.specials)
+        return build_json(model, {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}, BYTE_LEVEL, self.specials)
 
     def settings(self) -> dict[str, Any]:
-        """What tokenizer_config.json says of this tokenizer, the template of a chat included where it has one."""
+        """The roles, and the chat template where the tokenizer has the CHAT tokens."""
         chat = {"chat_template": CHAT_TEMPLATE} if set(CHAT) <= set(self.specials) else {}
         return super().settings() | chat
 
 
 def encoding(ranked: Sequence[bytes], pattern: str) -> tiktoken.Encoding:
-    """tiktoken's encoder for tokens in the order in which they merge; its ids are their ranks."""
+    """A tiktoken encoding whose ids are the indices in `ranked`, the tokens in the order of their merges."""
     import tiktoken
 
     ranks = {piece: i for i, piece in enumerate(ranked)}
@@ -106,14 +106,14 @@ def encoding(ranked: Sequence[bytes], pattern: str) -> tiktoken.Encoding:
 
 
 def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> Array:
-    """The ranks of `text`, (n,) int32; the spelling of a special token is ordinary text."""
+    """The ranks of `text`, (n,) int32, special tokens spelled out as data; runs that would crash tiktoken are cut."""
     runs = split_runs(text, LONG_RUN_TO_ENCODE)
     parts = [encoding.encode_to_numpy(run, disallowed_special=()).view(np.int32) for run in runs]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-# The pattern's engine overflows its stack on a run of a million spaces, and learning merges over one
-# word of 100,000 letters takes minutes. No text that people wrote has such runs.
+# tiktoken's regex engine overflows its stack on a run of a million spaces, and training BPE on one word of 100,000
+# letters takes minutes. No text that people wrote has such runs.
 LONG_RUN_TO_ENCODE, LONG_RUN_TO_LEARN = 100_000, 1_000
 LONGEST_TOKEN, LARGEST_VOCABULARY = 64, 1_000_000
 
@@ -121,9 +121,9 @@ _RUN = re.compile(r"\s+|\S+")
 
 
 def split_runs(text: str, length: int) -> list[str]:
-    """The text in parts, cut only within runs of `length` and more spaces or non-spaces; none is left twice as long.
+    """The text in parts, cut only within runs of at least `length` spaces or non-spaces; none of 2 `length` is left.
 
-    A run of twice the length covers a whole block from a multiple of `length` to the next.
+    A run of twice the length covers a whole block from a multiple of `length` to the next: these blocks are parts.
     """
     cuts = [0]
     for start in range(0, len(text) - length + 1, length):
@@ -136,32 +136,32 @@ def split_runs(text: str, length: int) -> list[str]:
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable character for each byte, which tokenizer.json is written in."""
+def _bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's `bytes_to_unicode`: the printable character that tokenizer.json has for each byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
 
-BYTE_TO_CHARACTER = _byte_characters()
+BYTE_TO_CHARACTER = _bytes_to_unicode()
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
-_TO_LATIN = dict.fromkeys(range(256), 65535) | {ord(c): byte for c, byte in CHARACTER_TO_BYTE.items()}
+_CHARACTER_TO_LATIN = dict.fromkeys(range(256), 65535) | {ord(c): byte for c, byte in CHARACTER_TO_BYTE.items()}
 
 
 def printable(piece: bytes) -> str:
-    """A token as tokenizer.json spells it."""
+    """A token's bytes as tokenizer.json spells them, by `bytes_to_unicode`."""
     return piece.decode("latin-1").translate(BYTE_TO_CHARACTER)
 
 
 def unprintable(piece: str) -> bytes:
-    """The bytes of what `printable` spelled; ValueError for another spelling."""
-    return piece.translate(_TO_LATIN).encode("latin-1")
+    """The inverse of `printable`; ValueError for another spelling."""
+    return piece.translate(_CHARACTER_TO_LATIN).encode("latin-1")
 
 
 def bpe_model(pieces: Sequence[bytes], merge_list: Sequence[tuple[bytes, bytes]]) -> dict[str, Any]:
-    """The model of a tokenizer.json."""
+    """The `model` of a tokenizer.json."""
     return {
         "type": "BPE",
         "dropout": None,
@@ -177,7 +177,7 @@ def bpe_model(pieces: Sequence[bytes], merge_list: Sequence[tuple[bytes, bytes]]
 
 
 def merges(pieces: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """The pair that each multi-byte token joins: what BPE with only the lower ranks splits it into."""
+    """The pair that each token of two or more bytes merges: what BPE by the lower ranks alone leaves of it."""
     ranks = {piece: i for i, piece in enumerate(pieces)}
     pairs = []
     for piece in pieces:
@@ -194,10 +194,11 @@ def merges(pieces: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     return pairs
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", chat: bool = False) -> BPETokenizer:
-    """Learn a byte-level BPE of at most `vocab_size` ids with a split of PATTERNS; `chat` adds the CHAT tokens.
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", *, chat: bool = False) -> BPETokenizer:
+    """Train a byte-level BPE of at most `vocab_size` ids on `texts`; `pattern` is a key of PATTERNS.
 
-    END_OF_TEXT and the CHAT tokens are among the ids, and come last.
+    END_OF_TEXT, and with `chat` the CHAT tokens, are the last ids. Raises UserError for an unknown pattern, or a
+    vocabulary too small for the 256 bytes or above LARGEST_VOCABULARY.
     """
     if pattern not in PATTERNS:
         raise unknown_choice("pattern", pattern, PATTERNS)
@@ -233,12 +234,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", chat
 
 
 def tiktoken_named(name: str) -> BPETokenizer:
-    """OpenAI's encoding of that name in TIKTOKEN_PATTERNS, from tiktoken's cache or the network."""
+    """OpenAI's encoding `name` (a key of TIKTOKEN_PATTERNS), from tiktoken's cache or the network; else UserError."""
     import tiktoken
 
     try:
         theirs = tiktoken.get_encoding(name)
-    except Exception as error:  # requests' and tiktoken's own, whatever the network did
+    except Exception as error:  # requests' and tiktoken's own, of any kind
         raise UserError(
             f"tiktoken could not fetch its {name} vocabulary: connect once, or set TIKTOKEN_CACHE_DIR to a "
             f"folder that has it ({type(error).__name__})."

@@ -1,4 +1,4 @@
-"""The two schemes that learn nothing but an alphabet: characters and bytes."""
+"""Character and byte tokenizers: one id for each."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer.base import END_OF_TEXT, Array, Tokenizer, whole_json
+from twingpt.core.tokenizer.base import END_OF_TEXT, Array, Tokenizer, build_json
 from twingpt.core.tokenizer.bpe import BYTE_LEVEL, bpe_model
 
 
-class _Plain(Tokenizer):
-    """Units of text by id, and END_OF_TEXT after them."""
+class _Alphabet(Tokenizer):
+    """One id for each of a fixed list of pieces, and END_OF_TEXT as the last."""
 
-    def __init__(self, units: Iterable[bytes]) -> None:
-        self._pieces = [*units, b""]
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = [*pieces, b""]
         self.end_of_text = len(self._pieces) - 1
         self.specials = {END_OF_TEXT: self.end_of_text}
         self.roles = dict.fromkeys(("bos", "eos", "pad"), self.end_of_text)
 
     @property
     def pieces(self) -> list[bytes]:
-        """The bytes of every id; none for END_OF_TEXT."""
+        """The bytes of every id; empty for END_OF_TEXT."""
         return self._pieces
 
 
-class CharTokenizer(_Plain):
-    """One id for each character of an alphabet, in code point order; there is none for other characters."""
+class CharTokenizer(_Alphabet):
+    """One id for each character of an alphabet, in code point order; UserError for any other character."""
 
     kind = "char"
 
@@ -50,7 +50,7 @@ class CharTokenizer(_Plain):
     def to_json(self) -> dict[str, Any]:
         """A WordLevel model over single characters."""
         vocab = {**self._ids, END_OF_TEXT: self.end_of_text}
-        return whole_json(
+        return build_json(
             {"type": "WordLevel", "vocab": vocab, "unk_token": "<|unknown|>"},
             {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
             {"type": "Fuse"},
@@ -58,8 +58,8 @@ class CharTokenizer(_Plain):
         )
 
 
-class ByteTokenizer(_Plain):
-    """The 256 bytes of UTF-8."""
+class ByteTokenizer(_Alphabet):
+    """One id for each byte of UTF-8."""
 
     kind = "byte"
 
@@ -71,7 +71,7 @@ class ByteTokenizer(_Plain):
 
     @cached_property
     def _json(self) -> dict[str, Any]:
-        return whole_json(bpe_model(self.pieces[:256], []), BYTE_LEVEL, BYTE_LEVEL, self.specials)
+        return build_json(bpe_model(self.pieces[:256], []), BYTE_LEVEL, BYTE_LEVEL, self.specials)
 
     def to_json(self) -> dict[str, Any]:
         """A byte-level BPE without merges."""

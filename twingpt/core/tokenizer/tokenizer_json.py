@@ -1,4 +1,4 @@
-"""tokenizer.json and tokenizer_config.json: the two files that a tokenizer is kept in."""
+"""Writing and reading tokenizer.json and tokenizer_config.json, the two files of a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twingpt.core.tokenizer.bpe import (
     unprintable,
 )
 from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
-from twingpt.core.tokenizer.foreign import ForeignTokenizer, check, unreachable
+from twingpt.core.tokenizer.huggingface import HuggingFaceTokenizer, check, unreachable
 
 LEARNED = ("bpe", "char")
 TOKENIZERS = (*LEARNED, "byte", *TIKTOKEN_PATTERNS)
@@ -25,7 +25,7 @@ MAX_FILE = 2**26  # bytes: twice the largest that a known model has
 
 
 def files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
-    """The text of tokenizer.json and tokenizer_config.json, by file name."""
+    """File name -> content of tokenizer.json and tokenizer_config.json."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **tokenizer.settings(),
@@ -37,9 +37,9 @@ def files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer whose tokenizer.json is in `folder`, with the tokenizer_config.json beside it if there is one.
+    """Read the tokenizer.json of `folder`, and the tokenizer_config.json beside it where there is one.
 
-    Raises UserError where it is missing or broken, or where twingpt wrote it and it has been altered.
+    Raises UserError where it is missing or broken, or where twingpt wrote it and it has been altered since.
     """
     if not (folder / FILE).exists():
         raise UserError(f"{folder} has no {FILE}, so its tokens have no text.")
@@ -50,7 +50,7 @@ def load(folder: Path) -> Tokenizer:
 
 
 def load_file(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json of any name; see `load`."""
+    """`load` for a tokenizer.json under any name."""
     content, beside = check(read_json(path, MAX_FILE), str(path)), path.with_name(SETTINGS)
     settings = read_json(beside) if beside.exists() else {}
     if not isinstance(settings, dict):
@@ -61,7 +61,7 @@ def load_file(path: Path) -> Tokenizer:
     written = settings.get("twingpt")
     kind = written.get("kind") if isinstance(written, dict) else None
     if kind not in TOKENIZERS:
-        return ForeignTokenizer(content, settings, str(path))
+        return HuggingFaceTokenizer(content, settings, str(path))
     try:
         return _own(content, kind)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -69,7 +69,7 @@ def load_file(path: Path) -> Tokenizer:
 
 
 def _own(content: Any, kind: str) -> Tokenizer:
-    """A tokenizer of ours, whose ids mean what they meant; ValueError and the like where the file was altered."""
+    """A tokenizer that twingpt wrote; ValueError, KeyError and the like where the file was altered."""
     specials = {token["content"]: token["id"] for token in content["added_tokens"]}
     vocab = {piece: token for piece, token in content["model"]["vocab"].items() if piece not in specials}
     if END_OF_TEXT not in specials:
@@ -83,7 +83,7 @@ def _own(content: Any, kind: str) -> Tokenizer:
 
 
 def _own_bpe(content: Any, kind: str, vocab: dict[str, int], specials: dict[str, int]) -> Tokenizer:
-    """A byte-level BPE of ours; its merges are checked, since working them out again takes far longer."""
+    """A byte-level BPE that twingpt wrote; its merges are checked, which is far quicker than deriving them."""
     model, ranked = content["model"], sorted(vocab, key=vocab.__getitem__)
     pairs = [(left, right) for left, right in model["merges"]]
     if {**model, "vocab": {}, "merges": []} != bpe_model([], []) or [*map(vocab.get, ranked)] != [*range(len(ranked))]:

@@ -1,4 +1,4 @@
-"""Anyone's tokenizer.json: byte-level BPE through tiktoken where that gives the same ids, else `tokenizers` itself."""
+"""Any tokenizer.json of Hugging Face's `tokenizers`, encoded by tiktoken where that gives the same ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer.base import END_OF_TEXT, ROLES, Array, Tokenizer, alternatives
+from twingpt.core.tokenizer.base import END_OF_TEXT, ROLES, Array, Tokenizer, alternatives, special_token
 from twingpt.core.tokenizer.bpe import (
     CHARACTER_TO_BYTE,
     GPT2_PATTERN,
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 
-# The spelling of each role where tokenizer_config.json names none. A document's end is not always the end
-# of a turn: models for chat have both.
+# Spellings to look for where tokenizer_config.json names no token of a role. The end of a document is not always
+# EOS: chat models end a turn with that.
 DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 SPELLINGS = {
     "bos": ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]", END_OF_TEXT),
@@ -40,12 +40,12 @@ SPELLINGS = {
     "pad": ("<pad>", "[PAD]", "<|padding|>", "<|pad|>", "<|finetune_right_pad_id|>"),
     "unk": ("<unk>", "[UNK]"),
 }
-KEPT_SETTINGS = ("chat_template", "add_prefix_space")
-MOST_GAPS = 4  # ids for each token: there are tables of all ids, which are not to be larger than the file
+CHAT_SETTINGS = ("chat_template", "add_prefix_space")
+MOST_GAPS = 4  # ids per token: tables have a row for every id, and must not be far larger than the file
 
 
 def check(content: Any, name: str) -> Json:
-    """Raise UserError unless `content` has the parts of a tokenizer.json, of the right types and sizes."""
+    """`content`, or UserError unless it has the parts of a tokenizer.json, of the right types and sizes."""
 
     def fail(what: str) -> UserError:
         return UserError(f"{name} is not a tokenizer.json that can be read: {what}.")
@@ -68,13 +68,13 @@ def check(content: Any, name: str) -> Json:
         raise fail(wrong)
     if len(set(vocab.values())) < len(vocab):
         raise fail("two tokens have the same id")
-    if (prefix := model.get("continuing_subword_prefix")) and not _joins(model.get("merges"), prefix):
+    if (prefix := model.get("continuing_subword_prefix")) and not _merges_have_prefix(model.get("merges"), prefix):
         raise fail("its merges have not the prefix that it names")  # `tokenizers` would cut letters in two
     return dict(content)
 
 
 def _wrong_ids(ids: list[Any]) -> str | None:
-    """What is wrong with the ids of a file's tokens, or None."""
+    """What is wrong with the ids of the tokens, for a message; None where nothing is."""
     if wrong := [repr(i)[:40] for i in ids if type(i) is not int or not 0 <= i < LARGEST_VOCABULARY]:
         return f"{wrong[0]} is no token id, which is a whole number from 0 to {LARGEST_VOCABULARY - 1}"
     if max(ids) > MOST_GAPS * len(ids) + 1000:
@@ -82,30 +82,30 @@ def _wrong_ids(ids: list[Any]) -> str | None:
     return None
 
 
-def _joins(merges: Any, prefix: Any) -> bool:
-    """Whether the right part of every merge begins with `prefix`."""
+def _merges_have_prefix(merges: Any, prefix: Any) -> bool:
+    """Whether the right part of every merge begins with the `continuing_subword_prefix`."""
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges or []]
     return all(isinstance(pair[-1], str) and pair[-1].startswith(str(prefix)) for pair in pairs)
 
 
-class ForeignTokenizer(Tokenizer):
-    """A tokenizer.json that was written elsewhere, its ids as `tokenizers` reads them, without special tokens around.
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json that twingpt did not write: `tokenizers`' ids, with `add_special_tokens=False`.
 
-    `settings` is the tokenizer_config.json beside it, which names the roles of its special tokens. One
-    without an end-of-text token is given END_OF_TEXT as its last id.
+    `settings` is the tokenizer_config.json beside it, which names the roles of its special tokens. A tokenizer without
+    an end-of-text token gets END_OF_TEXT as its last id.
     """
 
     kind = "foreign"
 
     def __init__(self, content: Json, settings: Json, name: str) -> None:
         self._content = content
-        self._library = read(self._content, name)
+        self._library = load_library(self._content, name)
         named = {role: self._library.token_to_id(_spelling(settings.get(f"{role}_token"))) for role in ROLES}
         ends = [self._library.token_to_id(spelling) for spelling in DOCUMENT_ENDS]
         end = next((token for token in [*ends, named["eos"]] if token is not None), None)
         if end is None:
-            self._content, end = with_end_of_text(self._content, self._library)
-            self._library = read(self._content, name)
+            self._content, end = add_end_of_text(self._content, self._library)
+            self._library = load_library(self._content, name)
         self.end_of_text = end
         self.roles = {}
         for role in ROLES:
@@ -115,34 +115,34 @@ class ForeignTokenizer(Tokenizer):
         added = self._library.get_added_tokens_decoder()
         self.specials = {added[token].content: token for token in sorted(added) if added[token].special}
         self.specials |= {self._library.id_to_token(token) or "": token for token in (end, *self.roles.values())}
-        self._kept = {key: settings[key] for key in KEPT_SETTINGS if key in settings}
-        with refusing(f"{name} is not a tokenizer.json that can be read"):
-            self._fast = fast(self._content, self._library, self.specials)
+        self._chat_settings = {key: settings[key] for key in CHAT_SETTINGS if key in settings}
+        with refuse(f"{name} is not a tokenizer.json that can be read"):
+            self._tiktoken = tiktoken_encoder(self._content, self._library, self.specials)
         # Some models, such as Unigram, find a special token's spelling in their vocabulary.
         self._control = np.array([token for token in self.specials.values() if token != self.roles.get("unk")])
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
-        library = read(self._content, "")
+        library = load_library(self._content, "")
         library.encode_special_tokens = False
         return library
 
     @cached_property
     def opening(self) -> tuple[int, ...]:
-        """What tokenizer.json puts before a text."""
-        with refusing("The tokenizer has no ids for any text"):
+        """The ids that the post-processor puts before a text."""
+        with refuse("The tokenizer has no ids for any text"):
             plain, whole = (self._library.encode("a", add_special_tokens=around).ids for around in (False, True))
         starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
         return tuple(whole[: starts[0]]) if plain and starts else ()
 
     @property
-    def through_tiktoken(self) -> bool:
+    def uses_tiktoken(self) -> bool:
         """Whether tiktoken encodes, and not the slower `tokenizers`."""
-        return self._fast is not None
+        return self._tiktoken is not None
 
     def _encode(self, text: str) -> Array:
-        if self._fast is not None:
-            return self._fast.encode(text)
+        if self._tiktoken is not None:
+            return self._tiktoken.encode(text)
         ids = library_ids(self._library, text)
         if not np.isin(ids, self._control).any():
             return ids
@@ -154,12 +154,12 @@ class ForeignTokenizer(Tokenizer):
 
     @cached_property
     def byte_level(self) -> bool:
-        """Whether tokens are spelled in bytes, so that any sequence of them is bytes one after the other."""
+        """Whether tokens are spelled by `bytes_to_unicode`, so that the bytes of ids are their pieces joined."""
         return '"type": "ByteLevel"' in json.dumps(self._content.get("decoder"))
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """The bytes of every id; none for a special token, or for an id that stands for nothing."""
+        """The bytes of every id; empty for a special token and for an unused id."""
         added = {token.content for token in self._library.get_added_tokens_decoder().values()}
         vocab = self._library.get_vocab()
         pieces = [b""] * (max(vocab.values()) + 1)
@@ -169,30 +169,30 @@ class ForeignTokenizer(Tokenizer):
         return pieces
 
     def _bytes(self, spelling: str) -> bytes:
-        """What one token of the model adds to a text that it isn't the first of."""
+        """The bytes that a token of the model adds to a text, other than as its first."""
         if self.byte_level:
             with suppress(ValueError):
                 return unprintable(spelling)
         if fallback := re.fullmatch("<0x([0-9A-Fa-f]{2})>", spelling):
             return bytes.fromhex(fallback[1])
         decoder = self._library.decoder
-        with refusing("The tokenizer has no text for its tokens"):
+        with refuse("The tokenizer has no text for its tokens"):
             return (decoder.decode(["a", spelling])[1:] if decoder else f" {spelling}").encode()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
         if self.byte_level:
             return super().decode(ids)
-        with refusing("The tokenizer has no text for these ids"):
+        with refuse("The tokenizer has no text for these ids"):
             return str(self._library.decode([self._check_id(int(token)) for token in ids]))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as they come, in whole characters; empty while one is incomplete."""
+        """Streaming decode: a text for each id, empty while a character is incomplete; at last the rest."""
         if self.byte_level:
             yield from super().stream(ids)
             return
         seen: list[int] = []
-        start = shown = 0  # what a token adds shows only beside the tokens before it
+        start = shown = 0  # a token's text depends on the tokens before it: decode those since `start`
         for token in ids:
             seen.append(int(token))
             before, now = self.decode(seen[start:shown]), self.decode(seen[start:])
@@ -203,29 +203,29 @@ class ForeignTokenizer(Tokenizer):
         yield self.decode(seen[start:])[len(self.decode(seen[start:shown])) :]
 
     def to_json(self) -> dict[str, Any]:
-        """The tokenizer.json as it was read."""
+        """The content of the tokenizer.json as it was read, with END_OF_TEXT where that was added."""
         return dict(self._content)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the tokenizer does, the end of a document included."""
+        """SHA-256 of the tokenizer.json and of the id that ends a document, which tokenizer_config.json may decide."""
         return hashlib.sha256(f"{super().digest}/{self.end_of_text}".encode()).hexdigest()
 
     def settings(self) -> dict[str, Any]:
-        """What tokenizer_config.json says beside what is the same for all: the roles, and what chat needs."""
-        return super().settings() | self._kept
+        """The roles, and the entries of the original tokenizer_config.json that chat needs."""
+        return super().settings() | self._chat_settings
 
 
 def _spelling(value: Any) -> str:
-    """A special token of tokenizer_config.json: a text, or an object with its text."""
+    """The spelling of a special token in tokenizer_config.json, which is a string or an object with one."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else ""
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Make a UserError that begins with `what` of all that `tokenizers` raises; its panics are no Exceptions."""
+def refuse(what: str) -> Iterator[None]:
+    """Turn whatever `tokenizers` raises into a UserError that begins with `what`; Rust's panics are BaseExceptions."""
     try:
         yield
     except UserError:
@@ -236,11 +236,11 @@ def refusing(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {' '.join(str(error).split())[:200].rstrip('.')}.") from None
 
 
-def read(content: Json, name: str) -> tokenizers.Tokenizer:
-    """The tokenizer as `tokenizers` reads it, set for data: special tokens are text, nothing is cut or random."""
+def load_library(content: Json, name: str) -> tokenizers.Tokenizer:
+    """The `tokenizers` object, set for data: no special tokens in a text, no truncation, padding or BPE dropout."""
     import tokenizers
 
-    with refusing(f"{name} is not a tokenizer.json that can be read"):
+    with refuse(f"{name} is not a tokenizer.json that can be read"):
         library = tokenizers.Tokenizer.from_str(json.dumps(content))
     for token in content.get("added_tokens") or []:
         if (real := library.token_to_id(token["content"])) != token["id"]:
@@ -256,28 +256,27 @@ def read(content: Json, name: str) -> tokenizers.Tokenizer:
     return library
 
 
-def with_end_of_text(content: Json, library: tokenizers.Tokenizer) -> tuple[Json, int]:
-    """The tokenizer.json with END_OF_TEXT as its last id, and that id."""
+def add_end_of_text(content: Json, library: tokenizers.Tokenizer) -> tuple[Json, int]:
+    """(content with END_OF_TEXT as the last id, that id)."""
     vocab = library.get_vocab()
     token = max(vocab.values()) + 1
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    special = {"id": token, "content": END_OF_TEXT, **flags}
-    content = {**content, "added_tokens": [*(content.get("added_tokens") or []), special]}
-    if token > len(vocab):  # after a gap it keeps its id within the vocabulary alone
+    added = [*(content.get("added_tokens") or []), special_token(END_OF_TEXT, token)]
+    content = {**content, "added_tokens": added}
+    if token > len(vocab):  # `tokenizers` renumbers added tokens after a gap, but not the vocabulary
         content["model"] = {**content["model"], "vocab": {**content["model"]["vocab"], END_OF_TEXT: token}}
     return content, token
 
 
 def library_ids(library: tokenizers.Tokenizer, text: str) -> Array:
-    """The ids that `tokenizers` gives, (n,) int32; UserError where the scheme has none for a part of the text."""
-    text.encode()  # half a surrogate pair is a TypeError there
-    with refusing("The tokenizer has no ids for this text"):
+    """`tokenizers`' ids of `text`, (n,) int32; UserError where there are none for a part of it."""
+    text.encode()  # UnicodeEncodeError for half a surrogate pair, which is a TypeError in `tokenizers`
+    with refuse("The tokenizer has no ids for this text"):
         return np.array(library.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
 
 @dataclass(frozen=True)
-class Fast:
-    """Byte-level BPE by tiktoken, between the tokens that are taken from the text as they stand."""
+class TiktokenEncoder:
+    """Byte-level BPE by tiktoken, between the added tokens, which are found in the text first."""
 
     encoding: tiktoken.Encoding
     ids: Array  # rank -> id
@@ -301,13 +300,13 @@ class Fast:
         return self.ids[encode_ordinary(self.encoding, text)]
 
 
-def fast(content: Json, library: tokenizers.Tokenizer, specials: Mapping[str, int]) -> Fast | None:
-    """The same by tiktoken; None where it can't be the same, by its structure or on `probes`."""
+def tiktoken_encoder(content: Json, library: tokenizers.Tokenizer, special: Iterable[str]) -> TiktokenEncoder | None:
+    """An encoder with the same ids as `library`; None where its parts allow none, or `probes` show a difference."""
     model, pattern = content["model"], split_pattern(content.get("pre_tokenizer"))
     added = [token for token in content.get("added_tokens") or [] if not token.get("special")]
-    if pattern is None or type(library.model).__name__ != "BPE" or not _is_plain(content, added):
+    if pattern is None or type(library.model).__name__ != "BPE" or not _has_simple_parts(content, added):
         return None
-    ranked = ranks(model, {*specials, *(token["content"] for token in added)})
+    ranked = tiktoken_ranks(model, {*special, *(token["content"] for token in added)})
     if ranked is None:
         return None
     try:
@@ -315,13 +314,13 @@ def fast(content: Json, library: tokenizers.Tokenizer, specials: Mapping[str, in
     except ValueError:  # a pattern that its engine doesn't know
         return None
     ids = np.array([model["vocab"][piece] for piece in ranked], np.int32)
-    result = Fast(encoder, ids, {token["content"]: token["id"] for token in added}, library.normalizer)
+    result = TiktokenEncoder(encoder, ids, {token["content"]: token["id"] for token in added}, library.normalizer)
     same = all(np.array_equal(result.encode(text), library_ids(library, text)) for text in probes())
     return result if same else None
 
 
-def _is_plain(content: Json, added: list[Json]) -> bool:
-    """Whether the model and what is done to the text before it are such that tiktoken can be given the same."""
+def _has_simple_parts(content: Json, added: list[Json]) -> bool:
+    """Whether model, added tokens and normalizer have nothing that TiktokenEncoder can't do."""
     model, normalizer = content["model"], content.get("normalizer")
     if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")):
         return False
@@ -333,7 +332,7 @@ def _is_plain(content: Json, added: list[Json]) -> bool:
 
 
 def split_pattern(pre_tokenizer: Any) -> str | None:
-    """The pattern that splits text as a byte-level `pre_tokenizer` does; None where no single one is known."""
+    """The one pattern that splits text as a byte-level `pre_tokenizer` does; None where there is none."""
     if not isinstance(pre_tokenizer, dict):
         return None
     *steps, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
@@ -352,13 +351,13 @@ def split_pattern(pre_tokenizer: Any) -> str | None:
     return None
 
 
-def ranks(model: Json, apart: set[str]) -> list[str] | None:
-    """The tokens of a byte-level BPE in the order in which they merge, if tiktoken's rule gives the same ids.
+def tiktoken_ranks(model: Json, excluded: set[str]) -> list[str] | None:
+    """The tokens of a byte-level BPE in merge order (tiktoken's ranks); None where tiktoken would give other ids.
 
-    tiktoken joins any two neighbours that make a token, `tokenizers` those that `merges` lists. It is the
-    same where each token is reached by its own merges: then no other pair of parts ever stands there.
+    tiktoken merges any two neighbours that make a token, `tokenizers` those that `merges` lists. Both give the same
+    ids where each token is reached by its own merges: then no other pair of parts ever stands there.
     """
-    vocab = {piece: token for piece, token in model["vocab"].items() if piece not in apart}
+    vocab = {piece: token for piece, token in model["vocab"].items() if piece not in excluded}
     pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     joined = [left + right for left, right in pairs]
     order = list(dict.fromkeys(joined))
@@ -372,7 +371,7 @@ def ranks(model: Json, apart: set[str]) -> list[str] | None:
     if not model.get("ignore_merges"):
         known -= set(unreached)
         unreached = []
-    for piece in unreached:  # a whole word alone is such a token: it must not come of parts
+    for piece in unreached:  # with ignore_merges a whole word can be such a token: merges must not reach it
         splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         if not all(pair in listed for pair in splits if pair[0] in known and pair[1] in known):
             return None
@@ -380,7 +379,7 @@ def ranks(model: Json, apart: set[str]) -> list[str] | None:
 
 
 def unreachable(vocab: Mapping[str, int], pairs: list[tuple[str, str]]) -> list[str]:
-    """The tokens of more than one character that their own spelling doesn't merge to."""
+    """The tokens of `pairs` that BPE of their own spelling does not end in."""
     from tokenizers.models import BPE
 
     model = BPE(vocab=dict(vocab), merges=pairs)
@@ -388,7 +387,7 @@ def unreachable(vocab: Mapping[str, int], pairs: list[tuple[str, str]]) -> list[
 
 
 def probes() -> list[str]:
-    """Texts of all scripts with spaces, digits and marks: what two tokenizers may differ on."""
+    """Texts in all scripts, with spaces, digits and marks, on which two encoders are compared."""
     spaced = [
         "I'll can't WE'VE 'S 's x'\u017f don't''re", "1 22 333 4444 12345678901234 3.14 1,000 ½ ² Ⅳ ٣", "a  b   c\t\td",
         "\n\n \n  \n\r\n\r x\n ", "  leading", "trailing  ", "a \n", "\x0b\x0c\x1c\x85\xa0\u2003\u3000 x\u200b\ufeff",
