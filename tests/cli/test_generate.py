@@ -7,7 +7,7 @@ import pytest
 
 import twingpt
 from tests.cli.test_train import SMALL
-from tests.conftest import BOTH
+from tests.conftest import BOTH, open_checkpoint
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise
@@ -77,7 +77,7 @@ def test_json(gpt, trained, backend):
     assert code == 0, err
     result = json.loads(out)
     assert set(result) >= {"text", "tokens", "prompt_tokens", "finish_reason", "tokens_per_second"}
-    tokenizer = checkpoint.open_checkpoint(trained).tokenizer()
+    tokenizer = open_checkpoint(trained).tokenizer()
     assert tokenizer.decode(result["tokens"]) == result["text"]
     assert tokenizer.decode(result["prompt_tokens"]) == "The value"
     assert result["finish_reason"] == "length" and len(result["tokens"]) == 20 and result["tokens_per_second"] > 0
@@ -174,7 +174,7 @@ def test_logits(trained, backend):
     from twingpt.core import reference
 
     model = twingpt.load(trained, backend=backend, device="cpu")
-    opened = checkpoint.open_checkpoint(trained)
+    opened = open_checkpoint(trained)
     tokens = np.random.default_rng(0).integers(0, 512, (2, 33))
     logits, expected = model.logits(tokens), reference.forward(dict(opened.parameters()), tokens, opened.config)
     assert logits.shape == (2, 33, opened.config.vocab_size) and logits.dtype == np.float32

@@ -59,6 +59,14 @@ def test_devices(engines):
         registry.find_dtype(cpu(engines), "float8")
 
 
+def test_memory_of_the_process(monkeypatch):
+    if sys.platform == "linux":  # where its peak begins at that of the process that started this one
+        monkeypatch.setattr("resource.getrusage", None)
+    memory = host.process_memory()
+    assert 0 < memory.now <= memory.peak
+
+
+@pytest.mark.soak
 def test_a_process_does_not_count_the_peak_of_the_one_that_started_it():
     held = np.ones(2**26)
     code = "from twingpt.backends.host import process_memory; print(process_memory().peak)"
@@ -66,6 +74,7 @@ def test_a_process_does_not_count_the_peak_of_the_one_that_started_it():
     assert int(done.stdout) < held.nbytes
 
 
+@pytest.mark.soak
 def test_memory_of_the_process_grows_with_what_it_holds():
     before = host.process_memory()
     with mmap.mmap(-1, 2**28) as held:  # not from malloc, which may have kept as much from before
@@ -74,7 +83,6 @@ def test_memory_of_the_process_grows_with_what_it_holds():
         after = host.process_memory()
         assert after.now >= before.now + len(held) // 2
     assert after.peak >= before.now + 2**27
-    assert after.now <= after.peak * 1.01
 
 
 @pytest.mark.parametrize(
