@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import os
 import shutil
@@ -155,6 +156,17 @@ def saved(tmp_path) -> Path:
     tensors |= {f"adamw.{slot}.{name}": np.abs(array) for name, array in tensors.items() for slot in "mv"}
     schema.save(folder, config, ByteTokenizer(), tensors, training_state(3))
     return folder
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """Give these bytes to what reads stdin; None for no stdin at all."""
+
+    def give(content: bytes | None) -> None:
+        file = None if content is None else io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", file)
+
+    return give
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import mmap
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,28 +18,42 @@ from twingpt.core.errors import UserError
 
 @pytest.fixture
 def only(monkeypatch):
-    """Pretend that only the named backends are installed, on the named system."""
+    """Pretend that only the named backends are installed: the others' frameworks can't be imported."""
 
-    def pretend(*names, system="Linux", machine="x86_64"):
-        monkeypatch.setattr(registry, "installed", lambda name: name in names)
-        monkeypatch.setattr(registry.platform, "system", lambda: system)
+    def pretend(*names: str) -> None:
+        for name, module in registry.REQUIRED_MODULE.items():
+            there = ModuleType(module)
+            there.__spec__ = ModuleSpec(module, None)
+            monkeypatch.setitem(sys.modules, module, there if name in names else None)
+
+    return pretend
+
+
+@pytest.fixture
+def system(monkeypatch):
+    """Pretend to be on the named system."""
+
+    def pretend(name, machine):
+        monkeypatch.setattr(registry.platform, "system", lambda: name)
         monkeypatch.setattr(registry.platform, "machine", lambda: machine)
 
     return pretend
 
 
-def test_choice(only):
+def test_choice(only, system):
     only("torch", "mlx")
+    system("Linux", "x86_64")
     assert registry.choose()[0] == "torch"
-    only("torch", "mlx", system="Darwin", machine="arm64")
+    system("Darwin", "arm64")
     assert registry.choose()[0] == "mlx"
     only("mlx")
     assert registry.choose()[0] == "mlx"
     assert registry.choose("mlx") == ("mlx", "asked for")
 
 
-def test_not_installed_names_the_extra(only):
+def test_not_installed_names_the_extra(only, system):
     only("torch")
+    system("Linux", "x86_64")
     with pytest.raises(UserError, match=r"mlx backend is not installed: pip install 'twingpt\[mlx-cpu\]'"):
         registry.choose("mlx")
     only()
