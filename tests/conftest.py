@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import os
 import shutil
@@ -53,6 +54,12 @@ hypothesis.settings.load_profile("same")
 
 def needs(name: str):
     return pytest.mark.skipif(not registry.installed(name), reason=f"the {name} backend is not installed")
+
+
+def dose(small, full) -> list:
+    """Values of a parameter: a small one by default, and the full one under `pytest -m soak`."""
+    several = full if isinstance(full, tuple) else (full,)
+    return [small, pytest.param(*several, marks=pytest.mark.soak)]
 
 
 BOTH = [pytest.param("torch", marks=needs("torch")), pytest.param("mlx", marks=needs("mlx"))]
@@ -149,6 +156,23 @@ def saved(tmp_path) -> Path:
     tensors |= {f"adamw.{slot}.{name}": np.abs(array) for name, array in tensors.items() for slot in "mv"}
     schema.save(folder, config, ByteTokenizer(), tensors, training_state(3))
     return folder
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """Give these bytes to what reads stdin; None for no stdin at all."""
+
+    def give(content: bytes | None) -> None:
+        file = None if content is None else io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", file)
+
+    return give
+
+
+@pytest.fixture
+def soak(request) -> bool:
+    """Whether this is a full dose, which alone may look at the clock and at the memory of the process."""
+    return request.node.get_closest_marker("soak") is not None
 
 
 @pytest.fixture

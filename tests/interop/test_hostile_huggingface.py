@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.conftest import dose
 from tests.mutate import Judge, header_at, mutations, overwrite, whole
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.checkpoint.directory import ModelDirectory
@@ -61,23 +62,23 @@ def judged(judge, folder, format, counts):
         overwrite(folder / name, content)
 
 
-@pytest.mark.slow
-def test_ten_thousand_mutated_directories(tmp_path, monkeypatch):
-    judge = Judge(3)
+@pytest.mark.parametrize("n", dose(500, 10_000))
+def test_mutated_directories(tmp_path, monkeypatch, n, soak):
+    judge = Judge(3, soak=soak)
     for family in MODELS:
         write(tmp_path / family, family, monkeypatch)
-        counts = {"config.json": 1400, INDEX: 400, SHARDS[0]: 200}
+        counts = {"config.json": n * 14 // 100, INDEX: n * 4 // 100, SHARDS[0]: n * 2 // 100}
         judged(judge, tmp_path / family, huggingface.HuggingFace(), counts)
-    assert judge.judged == 10_000 and 1000 < judge.read < 6000
+    assert judge.judged == n and 0.1 * n < judge.read < 0.6 * n
 
 
-@pytest.mark.slow
-def test_ten_thousand_mutated_quantized_directories(tmp_path, monkeypatch):
-    judge = Judge(3)
+@pytest.mark.parametrize("n", dose(500, 10_000))
+def test_mutated_quantized_directories(tmp_path, monkeypatch, n, soak):
+    judge = Judge(3, soak=soak)
     for bits in (4, 8):
         write(tmp_path / str(bits), "qwen3", monkeypatch, Quantization(bits, 32))
-        judged(judge, tmp_path / str(bits), mlx_lm.MLXLM(), {"config.json": 2500, "model.safetensors": 2500})
-    assert judge.judged == 10_000 and 500 < judge.read < 6000
+        judged(judge, tmp_path / str(bits), mlx_lm.MLXLM(), {"config.json": n // 4, "model.safetensors": n // 4})
+    assert judge.judged == n and 0.05 * n < judge.read < 0.6 * n
 
 
 @pytest.mark.parametrize("quantization", [None, Quantization(4, 32)])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.conftest import needs
+from tests.conftest import dose, needs
 from tests.mutate import Judge, SavedByTorch, header_at, mutations, overwrite, whole
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.config import GPTConfig
@@ -58,18 +58,18 @@ def nothing_runs(monkeypatch):
     monkeypatch.setattr("os.system", lambda command: pytest.fail(f"{command} was run"))
 
 
-@pytest.mark.slow
-def test_ten_thousand_mutated_checkpoints_of_nanogpt(tiny, nothing_runs):
-    judge = Judge(5)
+@pytest.mark.parametrize("n", dose(500, 10_000))
+def test_mutated_checkpoints_of_nanogpt(tiny, nothing_runs, n, soak):
+    judge = Judge(5, soak=soak)
 
     def read():
         model = nanogpt.NanoGPT().open(ModelDirectory(tiny))
         assert all(array.dtype == np.float32 for _, array in model.parameters())
 
-    for mutated in SavedByTorch(tiny).mutations(5, 10_000):
+    for mutated in SavedByTorch(tiny).mutations(5, n):
         overwrite(tiny, mutated)
         judge(read, len(mutated))
-    assert judge.judged == 10_000 and 100 < judge.read < 6000
+    assert judge.judged == n and 0.01 * n < judge.read < 0.6 * n
 
 
 def judged(judge, format, folder, name, mutated_files):
@@ -86,12 +86,12 @@ def judged(judge, format, folder, name, mutated_files):
     overwrite(folder / name, good)
 
 
-@pytest.mark.slow
-def test_ten_thousand_mutated_models_of_nanochat(tmp_path, nothing_runs):
+@pytest.mark.parametrize("n", dose(400, 10_000))
+def test_mutated_models_of_nanochat(tmp_path, nothing_runs, n, soak):
     """Both layouts: its own, of torch.save and a JSON file, and that of transformers."""
     import torch
 
-    own, theirs, judge = tmp_path / "own", tmp_path / "theirs", Judge(7)
+    own, theirs, judge = tmp_path / "own", tmp_path / "theirs", Judge(7, soak=soak)
     options = {"sequence_len": 8, "vocab_size": 3, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 2}
     own.mkdir()
     torch.save({name: torch.ones(shape) for name, shape in NANOCHAT.items()}, own / "model_000003.pt")
@@ -111,27 +111,27 @@ def test_ten_thousand_mutated_models_of_nanochat(tmp_path, nothing_runs):
     saved = SavedByTorch(own / "model_000003.pt")
     overwrite(own / "model_000003.pt", saved.content)
     for folder, name, text, count in (
-        (own, "meta_000003.json", whole, 2000),
-        (theirs, "config.json", whole, 2000),
-        (theirs, "model.safetensors", header_at, 1500),
+        (own, "meta_000003.json", whole, n * 20 // 100),
+        (theirs, "config.json", whole, n * 20 // 100),
+        (theirs, "model.safetensors", header_at, n * 15 // 100),
     ):
         judged(judge, nanochat.Nanochat(), folder, name, mutations((folder / name).read_bytes(), 7, count, text))
-    judged(judge, nanochat.Nanochat(), own, "model_000003.pt", saved.mutations(7, 4500))
-    assert judge.judged == 10_000 and 500 < judge.read < 6000
+    judged(judge, nanochat.Nanochat(), own, "model_000003.pt", saved.mutations(7, n * 45 // 100))
+    assert judge.judged == n and 0.05 * n < judge.read < 0.6 * n
 
 
-@pytest.mark.slow
-def test_ten_thousand_mutated_state_dicts(tmp_path, nothing_runs):
-    folder, judge = tmp_path / "x", Judge(9)
+@pytest.mark.parametrize("n", dose(500, 10_000))
+def test_mutated_state_dicts(tmp_path, nothing_runs, n, soak):
+    folder, judge = tmp_path / "x", Judge(9, soak=soak)
     sizes = {"vocab_size": 4, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 2, "n_inner": 2}
     config = GPTConfig.from_dict({**sizes, "qk_norm": False, "mlp": "gelu"})
     torch_state.write(folder, config, initialise(config, 0), CharTokenizer("abc"))
     saved = SavedByTorch(folder / "model.pt")
     overwrite(folder / "model.pt", saved.content)
     content = (folder / "config.json").read_bytes()
-    judged(judge, torch_state.TorchState(), folder, "config.json", mutations(content, 9, 3000, whole))
-    judged(judge, torch_state.TorchState(), folder, "model.pt", saved.mutations(9, 7000))
-    assert judge.judged == 10_000 and 500 < judge.read < 6000
+    judged(judge, torch_state.TorchState(), folder, "config.json", mutations(content, 9, n * 3 // 10, whole))
+    judged(judge, torch_state.TorchState(), folder, "model.pt", saved.mutations(9, n * 7 // 10))
+    assert judge.judged == n and 0.05 * n < judge.read < 0.6 * n
 
 
 DEEP = b"N" + b"\x85" * 100_000  # a tuple in a tuple in a tuple…

@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import random
+import sys
 import zipfile
 
 import numpy as np
@@ -285,7 +286,7 @@ def test_a_zip_bomb_is_refused(tmp_path):
 
 def test_without_pytorch_one_sentence_says_so(tmp_path, monkeypatch):
     path = saved(tmp_path / "ckpt.pt", state_dict())
-    monkeypatch.setattr(pickles, "installed", lambda name: False)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="is a file of PyTorch, which is not installed: pip install"):
         detected(path)
 

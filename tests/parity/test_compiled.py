@@ -6,20 +6,28 @@ one that opens a kernel while another compiles it gets half of it.
 
 import dataclasses
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 
+from tests.conftest import dose
 from tests.parity.test_precision import engine_of, step
 from tests.parity.test_training import CONFIG, MUON, losses
 from twingpt.core.config import TrainConfig
 from twingpt.data.prepare import prepare
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++"),
-]
-ONE_LAYER = dataclasses.replace(CONFIG, n_layer=1)  # each takes ten seconds to compile
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+ONE_LAYER = dataclasses.replace(CONFIG, n_layer=1)
+
+
+@pytest.fixture(autouse=True, params=dose("traced", "compiled"))
+def compiler(request, monkeypatch, engines):
+    """By default torch runs the graph that it traced; to have g++ compile it takes a minute."""
+    if request.param == "traced" and engines.NAME == "torch":
+        import torch
+
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.conftest import BOTH, cpu
+from tests.conftest import BOTH, cpu, dose
 from tests.parity.test_training import CONFIG, TRAIN, losses
 from tests.parity.test_twins import MATRIX, batch, config_of, gradients
 from twingpt.backends import registry
@@ -16,7 +16,6 @@ from twingpt.core.presets import SHAPES
 from twingpt.core.schedule import LOSS_SCALE_START, hyperparameters
 from twingpt.data.prepare import prepare
 
-LONG = dataclasses.replace(TRAIN, max_iters=200)
 HALVES = ("bfloat16", "float16")
 
 
@@ -25,18 +24,22 @@ def docs():
     return prepare("python-docs", "bpe", 512)
 
 
+@pytest.fixture(scope="module", params=dose(40, 200))
+def train(request):
+    return dataclasses.replace(TRAIN, max_iters=request.param)
+
+
 @pytest.fixture(scope="module", params=BOTH)
-def full(request, docs):
-    """A backend, and the losses of 200 float32 steps there."""
+def full(request, docs, train):
+    """A backend, and the losses of float32 steps there."""
     engines = registry.get(request.param)
-    return engines, losses(engines, CONFIG, docs, steps=200, train=LONG)
+    return engines, losses(engines, CONFIG, docs, steps=train.max_iters, train=train)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
-def test_two_hundred_half_precision_steps_end_within_a_hundredth(full, docs, dtype):
+def test_half_precision_steps_end_within_a_hundredth(full, docs, train, dtype):
     engines, plain = full
-    half = losses(engines, CONFIG, docs, steps=200, dtype=dtype, train=LONG)
+    half = losses(engines, CONFIG, docs, steps=train.max_iters, dtype=dtype, train=train)
     assert half[-20:].mean() == pytest.approx(plain[-20:].mean(), rel=0.01)
     assert not np.array_equal(half, plain)
 
@@ -150,3 +153,21 @@ def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(engines, monkeypa
         assert np.abs(chunked[name] - g).max() <= 1e-5 * np.abs(g).max(), name
     expected = reference.cross_entropy(reference.forward(params, tokens, config), targets).sum()
     assert nats == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_chunked_loss_never_holds_all_logits(engines, monkeypatch):
+    model = __import__(f"twingpt.backends.{engines.NAME}.model", fromlist=["model"])
+    config = config_of({"n_layer": 1, "vocab_size": 4096})
+    tokens, targets = batch(config, 64, 16)
+    peaks = []
+    for rows in (64, 1024):
+        monkeypatch.setattr(model, "LOSS_ROWS", rows)
+        engine = engines.TrainEngine(config, cpu(engines))
+        engine.load(initialise(config, 1))
+
+        def run(engine=engine):
+            engine.forward_backward(tokens, targets, key=0)
+            engine.read([engine.optimizer_step(hyperparameters(TRAIN, 20))])
+
+        peaks.append(engines.arrays_peak(engine.device, run))
+    assert peaks[0] < 1024 * 4096 * 4 < peaks[1]  # bytes

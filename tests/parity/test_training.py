@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.conftest import cpu
+from tests.conftest import cpu, dose
 from twingpt.backends import registry
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.parameters import initialise
@@ -37,14 +37,19 @@ MUON = TrainConfig(
 )
 
 
+SMALL = {"n_layer": 2, "n_embd": 64, "block_size": 32}, 0.5
+LARGE = {"n_layer": 4, "n_embd": 128, "block_size": 64}, 1.0
+
+
+@pytest.mark.parametrize(("size", "learned"), dose(SMALL, LARGE), ids=["small", "large"])
 @pytest.mark.parametrize(("shape", "train"), [("qwen3", TRAIN), ("gpt2", TRAIN), ("nano", MUON)])
-def test_sixty_steps_follow_each_other(twins, docs, shape, train):
-    values = {"vocab_size": 512, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, **SHAPES[shape]}
+def test_sixty_steps_follow_each_other(twins, docs, shape, train, size, learned):
+    values = {"vocab_size": 512, "n_head": 4, **size, **SHAPES[shape]}
     config = GPTConfig.from_dict(values | ({"n_kv_head": 2} if shape != "gpt2" else {}))
     ours, theirs = (losses(engines, config, docs, train=train) for engines in twins)
     assert np.abs(ours - theirs)[:10].max() <= 1e-4
     assert np.abs(ours - theirs).max() <= 2e-3
-    assert theirs[-5:].mean() < theirs[:5].mean() - 1  # and it learns
+    assert theirs[-5:].mean() < theirs[:5].mean() - learned
 
 
 CONFIG = GPTConfig(vocab_size=512, block_size=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
@@ -118,13 +123,6 @@ def test_dropout_keeps_the_mean(engines):
     assert y.mean() == pytest.approx(1.0, abs=0.01)
 
 
-def test_bfloat16_trains_on_float32_masters(engines, docs):
-    plain = losses(engines, CONFIG, docs, steps=30)
-    half = losses(engines, CONFIG, docs, steps=30, dtype="bfloat16")
-    assert half[-5:].mean() == pytest.approx(plain[-5:].mean(), rel=0.02)
-    assert not np.array_equal(half, plain)
-
-
 def test_state_round_trip_is_exact(engines, docs):
     engine = engines.TrainEngine(CONFIG, cpu(engines))
     engine.load(initialise(CONFIG, 1))
@@ -140,4 +138,5 @@ def test_state_round_trip_is_exact(engines, docs):
 
 def test_memory_is_reported(engines):
     engine = engines.TrainEngine(CONFIG, cpu(engines))
-    assert 2**20 < engine.memory().now <= engine.memory().peak * 1.01
+    memory = engine.memory()
+    assert 0 < memory.now <= memory.peak

@@ -4,6 +4,8 @@ import inspect
 import mmap
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,28 +20,42 @@ from twingpt.core.errors import UserError
 
 @pytest.fixture
 def only(monkeypatch):
-    """Pretend that only the named backends are installed, on the named system."""
+    """Pretend that only the named backends are installed: the others' frameworks can't be imported."""
 
-    def pretend(*names, system="Linux", machine="x86_64"):
-        monkeypatch.setattr(registry, "installed", lambda name: name in names)
-        monkeypatch.setattr(registry.platform, "system", lambda: system)
+    def pretend(*names: str) -> None:
+        for name, module in registry.REQUIRED_MODULE.items():
+            there = ModuleType(module)
+            there.__spec__ = ModuleSpec(module, None)
+            monkeypatch.setitem(sys.modules, module, there if name in names else None)
+
+    return pretend
+
+
+@pytest.fixture
+def system(monkeypatch):
+    """Pretend to be on the named system."""
+
+    def pretend(name, machine):
+        monkeypatch.setattr(registry.platform, "system", lambda: name)
         monkeypatch.setattr(registry.platform, "machine", lambda: machine)
 
     return pretend
 
 
-def test_choice(only):
+def test_choice(only, system):
     only("torch", "mlx")
+    system("Linux", "x86_64")
     assert registry.choose()[0] == "torch"
-    only("torch", "mlx", system="Darwin", machine="arm64")
+    system("Darwin", "arm64")
     assert registry.choose()[0] == "mlx"
     only("mlx")
     assert registry.choose()[0] == "mlx"
     assert registry.choose("mlx") == ("mlx", "asked for")
 
 
-def test_not_installed_names_the_extra(only):
+def test_not_installed_names_the_extra(only, system):
     only("torch")
+    system("Linux", "x86_64")
     with pytest.raises(UserError, match=r"mlx backend is not installed: pip install 'twingpt\[mlx-cpu\]'"):
         registry.choose("mlx")
     only()
@@ -85,6 +101,14 @@ def test_devices(engines):
         registry.find_dtype(cpu(engines), "float8")
 
 
+def test_memory_of_the_process(monkeypatch):
+    if sys.platform == "linux":  # where its peak begins at that of the process that started this one
+        monkeypatch.setattr("resource.getrusage", None)
+    memory = host.process_memory()
+    assert 0 < memory.now <= memory.peak
+
+
+@pytest.mark.soak
 def test_a_process_does_not_count_the_peak_of_the_one_that_started_it():
     held = np.ones(2**26)
     code = "from twingpt.backends.host import process_memory; print(process_memory().peak)"
@@ -92,6 +116,7 @@ def test_a_process_does_not_count_the_peak_of_the_one_that_started_it():
     assert int(done.stdout) < held.nbytes
 
 
+@pytest.mark.soak
 def test_memory_of_the_process_grows_with_what_it_holds():
     before = host.process_memory()
     with mmap.mmap(-1, 2**28) as held:  # not from malloc, which may have kept as much from before
@@ -100,7 +125,6 @@ def test_memory_of_the_process_grows_with_what_it_holds():
         after = host.process_memory()
         assert after.now >= before.now + len(held) // 2
     assert after.peak >= before.now + 2**27
-    assert after.now <= after.peak * 1.01
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import os
 import re
-import shutil
 import socket
 import threading
 import time
@@ -293,10 +292,11 @@ def test_a_proxy_of_the_environment_is_used(server, get, monkeypatch):
     assert server.requests[0]["Host"] == "example.invalid" and get.path.read_bytes() == CONTENT
 
 
-def test_too_little_room_is_seen_before(get, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 200_000))
-    with pytest.raises(UserError, match="has 200 kB free, and the download needs 307 kB: free some room"):
-        get()
+def test_too_little_room_is_seen_before(server, get):
+    server.faults = [lambda handler: handler.answer(200, {}, 10**18)]
+    with pytest.raises(UserError, match=r"has .*B free, and the download needs 1000000.0 TB: free some room"):
+        get(size=10**18)
+    assert len(server.requests) == 1 and not get.path.with_name("file.txt.part").stat().st_size
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,16 @@ def fake_gpu(**facts) -> types.SimpleNamespace:
     return types.SimpleNamespace(name="A GPU", total_memory=2**34, **facts)
 
 
+def driver(count, properties) -> types.SimpleNamespace:
+    """What torch.cuda and torch.xpu say of so many GPUs."""
+    return types.SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: count,
+        get_device_properties=lambda index: properties,
+        mem_get_info=lambda name: (2**33, 2**34),
+    )
+
+
 @needs("torch")
 @pytest.mark.parametrize(
     ("properties", "hip", "fast", "default"),
@@ -88,10 +98,7 @@ def test_cuda_and_rocm_devices(monkeypatch, properties, hip, fast, default):
 
     engines = registry.get("torch")
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda name: (2**33, 2**34))
+    monkeypatch.setattr(torch, "cuda", driver(2, properties))
     first, second, *_ = engines.devices()
     assert (first.name, second.name, first.kind) == ("cuda:0", "cuda:1", "cuda")
     assert first.default_dtype == default and fast <= set(first.fast_dtypes)
@@ -106,10 +113,7 @@ def test_xpu_devices(monkeypatch, systolic):
 
     engines = registry.get("torch")
     properties = fake_gpu(has_subgroup_matrix_multiply_accumulate=systolic)
-    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
-    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda name: (2**33, 2**34))
+    monkeypatch.setattr(torch, "xpu", driver(1, properties))
     device = registry.find_device(engines, "xpu")
     assert device.name == "xpu:0" and device.default_dtype == ("bfloat16" if systolic else "float32")
     assert ("bfloat16" in device.fast_dtypes) == systolic
@@ -124,8 +128,8 @@ def test_mps_device(monkeypatch):
     monkeypatch.setattr(host, "cpu_name", lambda: "Apple M1")
     monkeypatch.setattr(host, "free_memory", lambda: 6 * 2**30)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10 * 2**30)
-    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2**30)
+    mps = {"recommended_max_memory": lambda: 10 * 2**30, "driver_allocated_memory": lambda: 2**30}
+    monkeypatch.setattr(torch, "mps", types.SimpleNamespace(**mps))
     device = registry.find_device(engines, "mps")
     assert device.description == "Apple M1" and "bfloat16" not in device.fast_dtypes
     assert device.memory_bytes == 10 * 2**30 and engines.free_memory(device) == 6 * 2**30

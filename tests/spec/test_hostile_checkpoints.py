@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from tests.conftest import open_checkpoint, training_state
+from tests.conftest import dose, open_checkpoint, training_state
 from tests.mutate import DENSE, HASHING, ROOM, Judge, header_at, mutations, overwrite, whole
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
@@ -38,37 +38,37 @@ def put(folder, name, content, manifest=None):
     overwrite(folder / "manifest.json", json.dumps(manifest).encode())
 
 
-# Each file, how many of its mutations, and who reads it.
+# Each file, how many of a hundred mutations are of it, and who reads it.
 READERS = {
-    "config.json": (3000, lambda opened: list(opened.parameters())),
-    "tokenizer.json": (2000, lambda opened: opened.tokenizer()),
-    "tokenizer_config.json": (500, lambda opened: opened.tokenizer()),
-    "training_state.json": (2000, lambda opened: opened.training()),
-    "model.safetensors": (500, lambda opened: list(opened.parameters())),
-    "optimizer.safetensors": (500, lambda opened: list(opened.optimizer_state())),
+    "config.json": (30, lambda opened: list(opened.parameters())),
+    "tokenizer.json": (20, lambda opened: opened.tokenizer()),
+    "tokenizer_config.json": (5, lambda opened: opened.tokenizer()),
+    "training_state.json": (20, lambda opened: opened.training()),
+    "model.safetensors": (5, lambda opened: list(opened.parameters())),
+    "optimizer.safetensors": (5, lambda opened: list(opened.optimizer_state())),
 }
 
 
-@pytest.mark.slow
-def test_ten_thousand_mutated_files(tiny, tmp_path):
+@pytest.mark.parametrize("n", dose(500, 10_000))
+def test_mutated_files(tiny, tmp_path, n, soak):
     """Those of the model alone in a checkpoint without the others, as each file is hashed each time."""
-    judge, lean = Judge(1, ROOM + HASHING), tmp_path / "lean"
+    judge, lean = Judge(1, ROOM + HASHING, soak=soak), tmp_path / "lean"
     opened = open_checkpoint(tiny)
     checkpoint.save_model(lean, opened.config, None, opened.parameters())
-    for name, (count, read) in READERS.items():
+    for name, (share, read) in READERS.items():
         folder = lean if (lean / name).exists() else tiny
         manifest = json.loads((folder / "manifest.json").read_text())
         for entry in manifest["files"].values():
             entry.pop("crc32", None)
         content = (folder / name).read_bytes()
-        for mutated in mutations(content, 1, count, header_at if name.endswith("safetensors") else whole):
+        for mutated in mutations(content, 1, n * share // 100, header_at if name.endswith("safetensors") else whole):
             put(folder, name, mutated, manifest)
             judge(lambda read=read, folder=folder: read(open_checkpoint(folder)), len(mutated))
         put(folder, name, content, manifest)
-    for mutated in mutations((lean / "manifest.json").read_bytes(), 1, 1500, whole):
+    for mutated in mutations((lean / "manifest.json").read_bytes(), 1, n * 15 // 100, whole):
         overwrite(lean / "manifest.json", mutated)
         judge(lambda: list(open_checkpoint(lean).parameters()), len(mutated))
-    assert judge.judged == 10_000 and 1000 < judge.read < 6000
+    assert judge.judged == n and 0.1 * n < judge.read < 0.6 * n
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "training_state.json", "tokenizer.json"])

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.conftest import story, training_state, write_run
+from tests.conftest import dose, story, training_state, write_run
 from tests.mutate import Judge, bytes_changed, mutations, overwrite, whole
+from twingpt.commands.show_runs import print_run
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import ByteTokenizer
 from twingpt.data.shards import ShardWriter, TokenDataset, finish_dataset
-from twingpt.runs import console, inventory, plot, report
+from twingpt.runs import inventory, plot, report
 from twingpt.runs.events import Saved, read_events, rewind, seconds_so_far
 from twingpt.training import settings
 from twingpt.training.stored import read_run_json
@@ -43,7 +44,7 @@ def show(run):
 
 
 def show_and_print(run):
-    console.print_run(Console(file=io.StringIO(), highlight=False), *show(run))
+    print_run(Console(file=io.StringIO(), highlight=False), *show(run))
     report.render("x", inventory._read(run / "run.json"), [])
 
 
@@ -53,14 +54,14 @@ def resume(run):
     TrainConfig.from_dict(described["train"])
 
 
-@pytest.mark.slow
-def test_ten_thousand_mutated_descriptions(run):
-    judge, path = Judge(11), run / "run.json"
-    for mutated in mutations(path.read_bytes(), 11, 10_000, whole):
+@pytest.mark.parametrize("n", dose(500, 10_000))
+def test_mutated_descriptions(run, n, soak):
+    judge, path = Judge(11, soak=soak), run / "run.json"
+    for mutated in mutations(path.read_bytes(), 11, n, whole):
         overwrite(path, mutated)
         read = show_and_print if judge.judged % 50 == 0 else show if judge.judged % 2 else resume
         judge(lambda read=read: read(run), len(mutated))
-    assert judge.judged == 10_000 and 1000 < judge.read < 8000
+    assert judge.judged == n and 0.1 * n < judge.read < 0.8 * n
 
 
 def test_mutated_training_states_and_pointers(run):
