@@ -1,6 +1,8 @@
 """Safetensors files: whatever is in one, it is read rightly or refused in one sentence."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -83,6 +85,11 @@ def test_a_file_that_safetensors_refuses_is_not_published(tmp_path, name):
             with new_folder(tmp_path / "new") as folder:
                 schema.write_model(folder, {name: array.shape for name, array in tensors.items()}, tensors.items())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_safetensors_is_imported_when_something_is_written():
+    code = "import sys, twingpt.weights.convert; assert not {'safetensors', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_file_that_safetensors_reads_otherwise_is_not_published(tmp_path, monkeypatch):
