@@ -308,14 +308,15 @@ def remove_checkpoint(run: Path, folder: Path) -> None:
 def remove_run(run: Path) -> list[str]:
     """Remove what training wrote in a run's folder, and the folder; the names of other files, which stay."""
     where = run.resolve()
-    runs.remove_leftovers(where)
-    for name in (*FOLDERS, *runs.FILES):
-        _discard(where / name)
-    others = sorted(path.name for path in where.iterdir())
-    if not others:
-        where.rmdir()
-        if run.is_symlink():
-            run.unlink()
+    with runs.training(where):  # which also removes the lock file that a killed process left
+        runs.remove_leftovers(where)
+        for name in (*FOLDERS, *runs.FILES):
+            _discard(where / name)
+        others = sorted(path.name for path in where.iterdir())
+        if not others:
+            where.rmdir()
+    if not others and run.is_symlink():
+        run.unlink()
     return others
 
 
