@@ -11,11 +11,12 @@ from rich.console import Console
 
 from tests.conftest import story, training_state, write_run
 from tests.mutate import Judge, bytes_changed, mutations, overwrite, whole
+from twingpt.commands.show_runs import print_run
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import ByteTokenizer
 from twingpt.data.shards import TokenDataset, Writer, finish
-from twingpt.runs import console, inventory, plot, report
+from twingpt.runs import inventory, plot, report
 from twingpt.runs.events import Saved, read_events, rewind, seconds_so_far
 from twingpt.training import settings
 from twingpt.training.resume import _read_run
@@ -43,7 +44,7 @@ def show(run):
 
 
 def show_and_print(run):
-    console.print_run(Console(file=io.StringIO(), highlight=False), *show(run))
+    print_run(Console(file=io.StringIO(), highlight=False), *show(run))
     report.render("x", inventory._read(run / "run.json"), [])
 
 
