@@ -211,6 +211,7 @@ def _may_be_run(folder: Path) -> bool:
 
 def select(
     found: Iterable[Run],
+    *,
     best: bool = False,
     latest: bool = False,
     max_loss: float | None = None,
