@@ -1,4 +1,4 @@
-"""Speed and memory of training, of forward passes and of the loss, each backend in a process of its own.
+"""Benchmarks: speed and memory of training steps, forward passes and the loss, each backend in its own process.
 
 The parent drives the processes in turns, so that a slow moment of the machine hits them all; they share
 neither memory nor threads.
@@ -44,7 +44,7 @@ Options = Mapping[str, Any]
 
 
 class Worker:
-    """What a process does: it opens a backend, builds an engine, and runs it as often as it is told."""
+    """State of a measuring process: a backend, a device and an engine, which its parent's calls open, build and run."""
 
     engines: Backend
     device: Device
@@ -52,7 +52,7 @@ class Worker:
     run_once: Callable[[], Any]
 
     def open(self, backend: str, device: str | None, dtype: str | None) -> dict[str, Any]:
-        """Choose device and dtype; what they are, and the device's peak."""
+        """Choose device and dtype; returns what they are and the device's peak FLOP/s."""
         self.engines = registry.get(backend)
         self.device = registry.find_device(self.engines, device)
         chosen = registry.find_dtype(self.device, dtype)
@@ -66,7 +66,7 @@ class Worker:
         }
 
     def build(self, mode: str, config: Options, train: Options, *, compile: bool) -> None:
-        """Make an engine with random weights and a random batch, and run it until it is warm."""
+        """Build an engine with random weights and a random batch, and warm it up."""
         model, settings = GPTConfig.from_dict(config), TrainConfig.from_dict(train)
         self.engine = make_engine(model, settings, self.engines, self.device, compile)
         self.engine.load(initialise(model, settings.seed))
@@ -84,28 +84,28 @@ class Worker:
             self.run(1)
 
     def arrays(self, config: Options, train: Options, *, compile: bool) -> int:
-        """The most bytes of arrays at a time while a new engine takes its first training steps."""
+        """Peak bytes of arrays while a new engine takes its first training steps."""
         for name in ("engine", "run_once"):  # one engine at a time
             vars(self).pop(name, None)
         return self.engines.arrays_peak(self.device, lambda: self.build("train", config, train, compile=compile))
 
     def run(self, steps: int) -> float:
-        """Seconds for so many steps, from the first call to the last result."""
+        """Wall-clock seconds of `steps` steps, from the first call to the last result."""
         start = time.perf_counter()
         self.engine.read([self.run_once() for _ in range(steps)])
         return time.perf_counter() - start
 
     def loss(self, vocab_size: int, n_embd: int, tokens: int, dtype: str, *, chunked: bool) -> tuple[int, float]:
-        """Bytes and seconds of a loss and its gradients."""
+        """Peak bytes, and seconds, of the cross-entropy of `tokens` tokens and its gradients."""
         config = GPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_head=1, position="none", block_size=tokens)
         return self.engines.loss_memory(config, self.device, dtype, tokens, chunked)
 
     def free(self) -> int:
-        """Bytes that could still be allocated."""
+        """Free memory of the device in bytes."""
         return self.engines.free_memory(self.device)
 
     def memory(self) -> int:
-        """The most bytes in use so far."""
+        """Peak memory of the device in bytes, since the process began."""
         return self.engine.memory().peak
 
 
@@ -155,23 +155,23 @@ class Process:
         try:
             return self.pool.submit(_call, name, arguments).result()
         except BrokenProcessPool:
-            raise UserError(self._died()) from None
+            raise UserError(self._exit_reason()) from None
         except (MemoryError, RuntimeError) as error:  # what the frameworks raise
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"The measurement of {self.backend} failed: {reason}") from None
 
-    def _died(self) -> str:
+    def _exit_reason(self) -> str:
         self.pool.shutdown()
         code = self.process.exitcode
         if code == -signal.SIGKILL:
             return f"The measurement of {self.backend} was ended from outside, most likely for want of memory."
         self.log.seek(0)
-        said = self.log.read().strip().splitlines()
-        return f"The measurement of {self.backend} ended with code {code}: {said[-1] if said else 'it said nothing.'}"
+        last = (self.log.read().strip().splitlines() or ["it said nothing."])[-1]
+        return f"The measurement of {self.backend} ended with code {code}: {last}"
 
 
 def configuration(kinds: Sequence[str], options: Options) -> tuple[GPTConfig, TrainConfig]:
-    """The model and run to measure: the recipe of a GPU where all devices are one, changed by `options`."""
+    """Configuration to measure: the recipe of a GPU where every device is one, else a CPU's, changed by `options`."""
     values = RECIPES["cpu" if "cpu" in kinds else "gpu"] | dict(options)
     train = TrainConfig.from_dict({key: value for key, value in values.items() if key in TRAIN_FIELDS})
     shape = {key: value for key, value in values.items() if key in MODEL_FIELDS}
@@ -189,7 +189,7 @@ def measure(
     repeats: int = 5,
     steps: int = 5,
 ) -> dict[str, Any]:
-    """Time `mode` ("train" or "forward") on backends, `repeats` times `steps` steps each, in turns.
+    """Benchmark `mode` ("train" or "forward") on backends: `repeats` measurements of `steps` steps each, in turns.
 
     `options` are fields of GPTConfig and TrainConfig, `preset` and `shape`. The result is {"mode", "rows",
     "skipped"}: a row a backend, and what can't be measured with the reason. Raises UserError where nothing
@@ -233,7 +233,7 @@ def measure_loss(
     device: str | None = None,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """The memory of the loss of `tokens` tokens and its gradients, plain and a chunk of positions at a time.
+    """Peak memory of the cross-entropy of `tokens` tokens and its gradients, plain and by chunks of positions.
 
     The result is like `measure`'s, with a row for each backend and way, each measured in a process of its own;
     `ratio` is the plain way's bytes over the chunked one's. What the machine has no memory for is skipped.

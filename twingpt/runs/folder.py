@@ -1,4 +1,4 @@
-"""A run's folder: its checkpoints, and the pointers that name the latest and the best."""
+"""Run folder: checkpoints, the pointer files `latest` and `best`, the lock, and finding runs by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:
-    """Make `latest` or `best` of a run name one of its checkpoints."""
+    """Write the pointer file `latest` or `best` of a run, atomically."""
     write_atomically(run / pointer, folder.name + "\n")
 
 
@@ -35,7 +35,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def pointed(run: Path, pointer: str) -> Path | None:
-    """The checkpoint that `latest` or `best` of a run names, or None where it names none."""
+    """Read the pointer file `latest` or `best` of a run: the checkpoint it names, or None."""
     try:
         name = (run / pointer).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -70,7 +70,7 @@ def written(run: Path) -> float:
 
 @contextmanager
 def training(run: Path) -> Iterator[None]:
-    """Hold the run as the one process that changes it; UserError where another trains it."""
+    """Exclusive lock of a run, for who trains or removes it; UserError where another process holds it."""
     with locked(run, timeout=0.2) as held:  # `is_trained` holds it for an instant
         if held is False:
             raise _busy(run)

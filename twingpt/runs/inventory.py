@@ -1,4 +1,4 @@
-"""What runs there are: listing, describing and removing them, from a few small files and no framework."""
+"""Inventory of runs: listed, filtered, described and removed, from a few small files and without a framework."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def size(folder: Path) -> int:
-    """The bytes of the files below a folder; what goes away meanwhile counts nothing."""
+    """Size in bytes of the files below a folder; what vanishes meanwhile counts nothing."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
