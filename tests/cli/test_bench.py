@@ -1,9 +1,12 @@
 """gpt bench: speed and memory of both backends, each measured in its own process."""
 
 import json
-import signal
+import os
 import statistics
+import subprocess
+import sys
 
+import psutil
 import pytest
 
 from tests.cli.test_commands import mistake
@@ -110,32 +113,58 @@ def test_no_peak_is_shown_as_not_available(gpt, monkeypatch, mode):
     assert code == 0 and "n/a" in out and "MFU of" not in out, err
 
 
-def test_a_process_that_dies_says_so():
+@pytest.fixture
+def process():
     process = bench.Process("torch")
-    process.process.send_signal(signal.SIGKILL)
+    yield process
+    process.end()
+
+
+def test_a_process_that_dies_says_so(process):
+    process.process.kill()
     with pytest.raises(UserError, match="torch was ended from outside, most likely for want of memory"):
-        process.ask("memory")
-    process.end()
-    process = bench.Process("torch")
-    with pytest.raises(UserError, match=r"torch ended with code 1: AttributeError: 'Worker' object has no .*'dance'"):
+        process.ask("free")
+
+
+def test_a_process_that_ends_itself_says_what_it_printed_last(process):
+    process.pool.submit(os.write, 1, b"something\nout of luck\n")
+    process.pool.submit(os._exit, 3)
+    with pytest.raises(UserError, match=r"torch ended with code 3: out of luck"):
+        process.ask("free")
+
+
+def test_a_failure_in_a_process_is_a_sentence_and_a_mistake_of_ours_is_not(process):
+    with pytest.raises(UserError, match=r"^Unknown backend 'x'"):
+        process.ask("open", backend="x", device=None, dtype=None)
+    with pytest.raises(AttributeError, match="no attribute 'dance'"):
         process.ask("dance")
-    process.end()
 
 
-def test_a_failure_of_a_framework_is_a_sentence(monkeypatch, capfd):
-    lines = iter(['["memory", {}]', '["open", {"backend": "x", "device": null, "dtype": null}]'])
+@needs("torch")
+def test_a_failure_of_a_framework_is_a_sentence(process):
+    process.ask("open", backend="torch", device="cpu", dtype=None)
+    sizes = {"vocab_size": 2**40, "n_embd": 2**10, "tokens": 2**10, "dtype": "float32"}
+    with pytest.raises(UserError, match=r"The measurement of torch failed: RuntimeError: .*allocate"):
+        process.ask("loss", **sizes, chunked=False)
 
-    def fails(self):
-        raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
 
-    monkeypatch.setattr(bench.Worker, "memory", fails)
-    monkeypatch.setattr(bench.sys, "stdin", lines)
-    monkeypatch.setattr(bench.os, "dup2", lambda *_: None)
-    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
-    bench.serve()
-    first, second = map(json.loads, capfd.readouterr().out.splitlines())
-    assert first == {"failure": "RuntimeError: [malloc] Unable to allocate 1 bytes."}
-    assert "Unknown backend 'x'" in second["error"]
+ORPHAN = """
+from twingpt.checks import bench
+if __name__ == "__main__":
+    process = bench.Process("torch")
+    print(process.process.pid, process.pool.submit(print).result(), flush=True)
+    input()
+"""
+
+
+def test_a_process_ends_with_its_parent():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], **pipes)
+    child = psutil.Process(int(parent.stdout.readline().split()[0]))
+    assert child.is_running()
+    parent.kill()
+    parent.communicate()
+    child.wait(200)
 
 
 @pytest.mark.parametrize(

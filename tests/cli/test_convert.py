@@ -16,6 +16,7 @@ from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.checkpoint.schema import save_model
 from twingpt.core.config import GPTConfig
+from twingpt.core.locks import lock_file
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.paths import new_folder
 from twingpt.core.presets import SHAPES
@@ -379,7 +380,8 @@ def test_what_a_killed_conversion_left_is_removed(gpt, source, tmp_path):
     with new_folder(tmp_path / "new") as alive:  # another process's, which goes on
         (alive / "config.json").write_text("{}")
         converted(gpt, folder, tmp_path / "new")
-        assert {path.name for path in tmp_path.iterdir()} == {"new", "source", ".other.abc.tmp", alive.name}
+        kept = {"new", "source", ".other.abc.tmp", alive.name, lock_file(alive).name}
+        assert {path.name for path in tmp_path.iterdir()} == kept
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.json"]
 
 

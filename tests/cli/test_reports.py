@@ -409,6 +409,9 @@ def test_plot_and_runs_load_no_framework(several):
     for arguments in (["plot", "short", "--json"], ["runs", "--json"], ["runs"], ["runs", "show", "short"]):
         done = run_python(code.replace("ARGUMENTS", str(arguments)), PYTHONPATH=path)
         assert done.returncode == 0, done.stderr
-    light = code.replace("ARGUMENTS", "['runs']") + "; assert not {'numpy', 'matplotlib'} & set(sys.modules)"
+    light = (
+        code.replace("ARGUMENTS", "['runs']")
+        + "; assert not {'numpy', 'matplotlib', 'jinja2', 'filelock'} & set(sys.modules)"
+    )
     done = run_python(light, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,10 @@ import pytest
 
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
+from twingpt.core.locks import locked
 from twingpt.core.paths import new_folder
 from twingpt.data import shards
-from twingpt.data.prepare import _lock, prepare
+from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset, token_dtype
 from twingpt.data.sources import load
 
@@ -189,7 +190,7 @@ def test_a_preparation_removes_what_a_killed_one_left_and_nothing_else(prose, tm
     for leftover in (dead, alive):
         leftover.mkdir(parents=True)
         (leftover / "train.bin").write_bytes(b"half")
-    with _lock(alive):
+    with locked(alive):
         prepare(str(prose), "byte", 0)
     assert alive.exists() and not dead.exists()
 

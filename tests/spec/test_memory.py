@@ -47,7 +47,7 @@ worker = Worker()
 worker.engines = registry.get(sys.argv[1])
 worker.device = registry.find_device(worker.engines, "cpu")
 for config, train in json.loads(sys.argv[2]):
-    print("arrays", worker.arrays(config, train, False))
+    print("arrays", worker.arrays(config, train, compile=False))
 """
 
 

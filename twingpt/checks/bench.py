@@ -1,21 +1,22 @@
-"""Speed and memory of training, of forward passes and of the loss, each backend in a process of its own.
+"""Benchmarks: speed and memory of training steps, forward passes and the loss, each backend in its own process.
 
-The parent drives the processes in turns, a line of JSON each way, so that a slow moment of the machine
-hits them all; they share neither memory nor threads. `python -m twingpt.checks.bench` is such a process.
+The parent drives the processes in turns, so that a slow moment of the machine hits them all; they share
+neither memory nor threads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import multiprocessing
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ Options = Mapping[str, Any]
 
 
 class Worker:
-    """What a process does: it opens a backend, builds an engine, and runs it as often as it is told."""
+    """State of a measuring process: a backend, a device and an engine, which its parent's calls open, build and run."""
 
     engines: Backend
     device: Device
@@ -51,7 +52,7 @@ class Worker:
     run_once: Callable[[], Any]
 
     def open(self, backend: str, device: str | None, dtype: str | None) -> dict[str, Any]:
-        """Choose device and dtype; what they are, and the device's peak."""
+        """Choose device and dtype; returns what they are and the device's peak FLOP/s."""
         self.engines = registry.get(backend)
         self.device = registry.find_device(self.engines, device)
         chosen = registry.find_dtype(self.device, dtype)
@@ -64,8 +65,8 @@ class Worker:
             "peak": dataclasses.asdict(peak) if peak else None,
         }
 
-    def build(self, mode: str, config: Options, train: Options, compile: bool) -> None:
-        """Make an engine with random weights and a random batch, and run it until it is warm."""
+    def build(self, mode: str, config: Options, train: Options, *, compile: bool) -> None:
+        """Build an engine with random weights and a random batch, and warm it up."""
         model, settings = GPTConfig.from_dict(config), TrainConfig.from_dict(train)
         self.engine = make_engine(model, settings, self.engines, self.device, compile=compile)
         self.engine.load(initialise(model, settings.seed))
@@ -82,96 +83,95 @@ class Worker:
         for _ in range(WARMUP):
             self.run(1)
 
-    def arrays(self, config: Options, train: Options, compile: bool) -> int:
-        """The most bytes of arrays at a time while a new engine takes its first training steps."""
+    def arrays(self, config: Options, train: Options, *, compile: bool) -> int:
+        """Peak bytes of arrays while a new engine takes its first training steps."""
         for name in ("engine", "run_once"):  # one engine at a time
             vars(self).pop(name, None)
-        return self.engines.arrays_peak(self.device, lambda: self.build("train", config, train, compile))
+        return self.engines.arrays_peak(self.device, lambda: self.build("train", config, train, compile=compile))
 
     def run(self, steps: int) -> float:
-        """Seconds for so many steps, from the first call to the last result."""
+        """Wall-clock seconds of `steps` steps, from the first call to the last result."""
         start = time.perf_counter()
         self.engine.read([self.run_once() for _ in range(steps)])
         return time.perf_counter() - start
 
-    def loss(self, vocab_size: int, n_embd: int, tokens: int, dtype: str, chunked: bool) -> tuple[int, float]:
-        """Bytes and seconds of a loss and its gradients."""
+    def loss(self, vocab_size: int, n_embd: int, tokens: int, dtype: str, *, chunked: bool) -> tuple[int, float]:
+        """Peak bytes, and seconds, of the cross-entropy of `tokens` tokens and its gradients."""
         config = GPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_head=1, position="none", block_size=tokens)
         return self.engines.loss_memory(config, self.device, dtype, tokens, chunked=chunked)
 
     def free(self) -> int:
-        """Bytes that could still be allocated."""
+        """Free memory of the device in bytes."""
         return self.engines.free_memory(self.device)
 
     def memory(self) -> int:
-        """The most bytes in use so far."""
+        """Peak memory of the device in bytes, since the process began."""
         return self.engine.memory().peak
 
 
-def serve() -> None:
-    """Do what the lines on stdin ask for, and answer each with a line; what else is printed goes to stderr."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends this one
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = Worker()
-    for line in sys.stdin:
-        name, arguments = json.loads(line)
-        try:
-            answer = {"result": getattr(worker, name)(**arguments)}
-        except UserError as error:
-            answer = {"error": str(error)}
-        except (MemoryError, RuntimeError) as error:  # what the frameworks raise
-            answer = {"failure": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
+_worker: Worker  # of a process that measures
+
+
+def _start(log: str) -> None:
+    """Begin a process that measures: what it prints goes to the file `log`, Ctrl-C is left to its parent."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Path(log).open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = Worker()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()  # a parent that is killed tells nobody
+        os._exit(1)
+
+
+def _call(name: str, arguments: Options) -> Any:
+    return getattr(_worker, name)(**arguments)
 
 
 class Process:
-    """A worker as its parent sees it."""
+    """A worker as its parent sees it: a pool of one process, begun afresh (spawned) in the parent's environment."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
-        # The same package as here, and nothing that happens to lie in the working directory.
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "twingpt.checks.bench"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=os.environ | environment,
-        )
+        self.log = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 (open as long as the process)
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (self.log.name,))
+        others = set(multiprocessing.active_children())
+        self.pool.submit(os.getpid)  # the process starts with its first task
+        (self.process,) = set(multiprocessing.active_children()) - others
 
     def end(self) -> None:
         """End the process, whatever it is doing."""
         self.process.kill()
-        self.process.communicate()
+        self.pool.shutdown()
         self.log.close()
 
     def ask(self, name: str, **arguments: Any) -> Any:
         """What a method of the worker returns. Raises UserError with what went wrong there."""
-        assert self.process.stdin and self.process.stdout
         try:
-            print(json.dumps([name, arguments]), file=self.process.stdin, flush=True)
-            answer = json.loads(self.process.stdout.readline())
-        except (OSError, ValueError):
-            raise UserError(self._died()) from None
-        if "result" not in answer:
-            raise UserError(answer.get("error") or f"The measurement of {self.backend} failed: {answer['failure']}")
-        return answer["result"]
+            return self.pool.submit(_call, name, arguments).result()
+        except BrokenProcessPool:
+            raise UserError(self._exit_reason()) from None
+        except (MemoryError, RuntimeError) as error:  # what the frameworks raise
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"The measurement of {self.backend} failed: {reason}") from None
 
-    def _died(self) -> str:
-        code = self.process.wait()
+    def _exit_reason(self) -> str:
+        self.pool.shutdown()
+        code = self.process.exitcode
         if code == -signal.SIGKILL:
             return f"The measurement of {self.backend} was ended from outside, most likely for want of memory."
         self.log.seek(0)
-        said = self.log.read().strip().splitlines()
-        return f"The measurement of {self.backend} ended with code {code}: {said[-1] if said else 'it said nothing.'}"
+        last = (self.log.read().strip().splitlines() or ["it said nothing."])[-1]
+        return f"The measurement of {self.backend} ended with code {code}: {last}"
 
 
 def configuration(kinds: Sequence[str], options: Options) -> tuple[GPTConfig, TrainConfig]:
-    """The model and run to measure: the recipe of a GPU where all devices are one, changed by `options`."""
+    """Configuration to measure: the recipe of a GPU where every device is one, else a CPU's, changed by `options`."""
     values = RECIPES["cpu" if "cpu" in kinds else "gpu"] | dict(options)
     train = TrainConfig.from_dict({key: value for key, value in values.items() if key in TRAIN_FIELDS})
     shape = {key: value for key, value in values.items() if key in MODEL_FIELDS}
@@ -182,13 +182,14 @@ def measure(
     mode: str,
     names: Sequence[str],
     options: Options,
+    *,
     device: str | None = None,
     dtype: str | None = None,
     compile: bool | None = None,
     repeats: int = 5,
     steps: int = 5,
 ) -> dict[str, Any]:
-    """Time `mode` ("train" or "forward") on backends, `repeats` times `steps` steps each, in turns.
+    """Benchmark `mode` ("train" or "forward") on backends: `repeats` measurements of `steps` steps each, in turns.
 
     `options` are fields of GPTConfig and TrainConfig, `preset` and `shape`. The result is {"mode", "rows",
     "skipped"}: a row a backend, and what can't be measured with the reason. Raises UserError where nothing
@@ -232,7 +233,7 @@ def measure_loss(
     device: str | None = None,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """The memory of the loss of `tokens` tokens and its gradients, plain and a chunk of positions at a time.
+    """Peak memory of the cross-entropy of `tokens` tokens and its gradients, plain and by chunks of positions.
 
     The result is like `measure`'s, with a row for each backend and way, each measured in a process of its own;
     `ratio` is the plain way's bytes over the chunked one's. What the machine has no memory for is skipped.
@@ -339,7 +340,3 @@ def _arrays(mode: str, process: Process, facts: Options, config: GPTConfig) -> d
     built = facts["built"]
     estimated = estimate(config, TrainConfig.from_dict(built["train"]), process.backend, facts["kind"])
     return dict(zip(names, (process.ask("arrays", **built), estimated.peak), strict=True))
-
-
-if __name__ == "__main__":
-    serve()

@@ -1,4 +1,4 @@
-"""What this machine has, what will be chosen and why, and whether it computes rightly."""
+"""Diagnosis of a machine: hardware, libraries, what will be chosen and why, and a self-test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _version(name: str) -> str | None:
 
 
 def _backend(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is to say of a backend, and its devices; none where it is missing or broken."""
+    """A backend's version and details, and its devices; no devices where it is missing or broken."""
     if not registry.installed(name):
         return {"installed": False, "install": registry.how_to_install(name)}, []
     try:
@@ -36,7 +36,7 @@ def _backend(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _device(engines: Backend, device: Device) -> dict[str, Any]:
-    """A device's facts, with the FLOP/s of matrix products by dtype, as published and as measured now."""
+    """A device's properties, and its peak FLOP/s in matrix products by dtype, as published and as measured now."""
     documented = {dtype: flops.documented_peak(device, dtype) for dtype in device.dtypes}
     measured = {dtype: flops.measured_peak(engines, device, dtype) for dtype in device.dtypes}
     return {

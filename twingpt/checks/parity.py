@@ -1,4 +1,4 @@
-"""How far the backends are from the reference and from each other, on every device of the machine."""
+"""Parity: logits of the backends, the reference and other libraries, compared on every device of the machine."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Implementation(Protocol):
 
     @property
     def name(self) -> str:
-        """What a pair calls it."""
+        """Its name in a pair."""
 
     @property
     def device(self) -> str:
-        """What it runs on."""
+        """The device that it runs on."""
 
     def computes(self, config: GPTConfig) -> bool:
-        """Whether it has what such a model needs."""
+        """Whether it supports this architecture."""
 
     def forward(self, config: GPTConfig, params: Mapping[str, Array], tokens: Array) -> Array:
         """(B, T) ids -> (B, T, V) float32 logits of a model that it computes, from its tensors as they are stored."""
@@ -102,7 +102,7 @@ def logits_by_engine(
 
 
 def compare(model: str, a: tuple[str, str, Array], b: tuple[str, str, Array], dtype: str) -> Pair:
-    """Measure `b` against `a`."""
+    """Differences of the logits `b` from `a`, each as (implementation, device, (B, T, V) logits)."""
     (name_a, device_a, x), (name_b, device_b, y) = a, b
     x, y = x.astype(np.float64), y.astype(np.float64)
     log_p, log_q = (z - z.max(-1, keepdims=True) for z in (x, y))
@@ -130,7 +130,7 @@ def measure(
     seed: int = 1337,
     others: Sequence[Implementation] = (),
 ) -> dict[str, Any]:
-    """Every pair of implementations on every model: {"ok", "tolerance", "pairs", "skipped"}.
+    """Compare every pair of implementations on every model: {"ok", "tolerance", "pairs", "skipped"}.
 
     `ok` is whether each pair's `max_rel_diff` is finite and at most `tolerance`; `skipped` has the models
     that one of `others` does not compute. Raises UserError for a dtype without a tolerance.

@@ -43,7 +43,9 @@ def list_runs(
                 raise UserError(f"An option before {command} is for the list: put it after, or leave it out.")
         return
     there = inventory.find_runs(expand(folder))
-    found = inventory.select(there, best, latest, max_loss, min_step, search, sort)
+    found = inventory.select(
+        there, best=best, latest=latest, max_loss=max_loss, min_step=min_step, search=search, sort=sort
+    )
     if json_:
         print_json({"folder": str(folder), "runs": [dataclasses.asdict(run) for run in found]})
     elif found:

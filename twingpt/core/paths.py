@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from twingpt.core.locks import locked
+
+DAY = 24 * 3600  # seconds: longer than a temporary folder is written to
 
 
 def expand(path: str | Path) -> Path:
@@ -69,10 +73,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     what processes that were killed left of theirs for `path` is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    # What was to be replaced is all that there is where a killed process left nothing at `path`.
+    endings = ("tmp", "old") if path.exists() else ("tmp",)
+    remove_leftovers(path.parent, *(f".{glob.escape(path.name)}.*.{ending}" for ending in endings))
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        with _locked(temporary):
+        with locked(temporary):
             temporary.chmod(0o755)  # mkdtemp's 0o700 would follow the folder around
             yield temporary
             sync_folder(temporary)
@@ -88,26 +94,24 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary folders for `path` that nobody writes to any more.
+def remove_leftovers(folder: Path, *patterns: str) -> list[Path]:
+    """Remove what killed processes left in `folder` under names like these; what is left is being written to."""
+    alive = []
+    for pattern in patterns:
+        # A process that is killed after its last rename leaves the lock file alone.
+        guarded = (file.with_name(file.name[1 : -len(".lock")]) for file in folder.glob(f".{pattern}.lock"))
+        for leftover in {*folder.glob(pattern), *guarded}:
+            with locked(leftover) as held:
+                if held or (held is None and _age(leftover) > DAY):  # None: a file system without locks
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    alive.append(leftover)
+    return alive
 
-    What was to be replaced goes too, but where a killed process left nothing at `path` it is all that there is.
-    """
-    endings = ("tmp", "old") if path.exists() else ("tmp",)
-    for leftover in [folder for end in endings for folder in path.parent.glob(f".{glob.escape(path.name)}.*.{end}")]:
-        with suppress(OSError), _locked(leftover) as free:
-            if free:
-                shutil.rmtree(leftover, ignore_errors=True)
 
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder, and say whether that went: not where somebody has it, or where the file system has no locks."""
-    descriptor, locked = os.open(folder, os.O_RDONLY), False
+def _age(path: Path) -> float:
+    """Seconds since something was added to a folder."""
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        yield locked
-    finally:
-        os.close(descriptor)
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

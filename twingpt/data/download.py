@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from twingpt.core.errors import UserError
+from twingpt.core.locks import locked
 from twingpt.core.paths import naming, sync_folder
 
 CHUNK = 1 << 20
@@ -65,7 +66,7 @@ class _Download:
 
     url: str
     name: str
-    file: Any  # the .part file, unbuffered and locked
+    file: Any  # the .part file, unbuffered; its lock is held
     etag_path: Path
     size: int | None
     sha256: str | None
@@ -256,10 +257,10 @@ def download(
     with _disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = part.open("ab", buffering=0)
-    with file:
-        if not _lock(file):
+    with file, ExitStack() as stack:
+        if stack.enter_context(locked(part)) is False:
             progress(f"{path.name}, by another process", 0, None)
-            _lock(file, block=True)
+            stack.enter_context(locked(part, timeout=-1))
         if path.exists():  # by the other process
             part.unlink(missing_ok=True)
             return digest(path, lambda done, total: None)
@@ -295,19 +296,6 @@ def _fetch_with_retries(this: _Download, part: Path, tries: int, wait: Callable[
         if failed >= tries:
             raise DownloadError(f"{reason}, after {tries} tries")
         wait(min(2.0 ** max(failed - 1, 0), 60.0))
-
-
-def _lock(file: Any, block: bool = False) -> bool:
-    """Lock the file against other processes until it is closed; False where one of them holds it."""
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if block else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
 
 
 @contextmanager

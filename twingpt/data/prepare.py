@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from twingpt.core import paths
 from twingpt.core.errors import UserError
+from twingpt.core.locks import locked
 from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.data import named, readers, shards, sources, workers
@@ -165,52 +163,9 @@ def _new_folder(folder: Path, *, alone: bool) -> Iterator[Path]:
     """`paths.new_folder`, whose lock says that its process lives; what dead ones left for any data set is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with _lock(folder.parent):
-            others = _remove_leftovers(folder.parent)
+        with locked(folder.parent, timeout=-1):
+            others = paths.remove_leftovers(folder.parent, ".*.tmp", ".*.old")
             if alone and any(re.fullmatch(rf"\.{re.escape(folder.name)}\.\w+\.tmp", other.name) for other in others):
                 raise UserError(f"{folder.name} is being prepared by another process: wait for it, or stop that.")
             temporary = stack.enter_context(paths.new_folder(folder))
         yield temporary
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the kernel's lock on a folder, which ends with the process."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what killed preparations left in a folder; the ones that are left are being worked on."""
-    alive = []
-    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-        if _is_locked(leftover):
-            alive.append(leftover)
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
-    return alive
-
-
-def _is_locked(folder: Path) -> bool:
-    import fcntl
-
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # it has become a data set meanwhile
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no locks here: a day is longer than a preparation
-        return time.time() - folder.stat().st_mtime < 24 * 3600
-    finally:
-        os.close(descriptor)
-    return False

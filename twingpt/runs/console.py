@@ -1,4 +1,4 @@
-"""A run in training on the terminal: lines, and a bar with loss, speed, memory and time left."""
+"""Training progress on the terminal: a line an event, and a bar with loss, speed, memory and ETA."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAMPLE_LINES = 12  # of a sample, blank ones left out; metrics.jsonl has all of 
 
 
 class _TimeLeft(ProgressColumn):
-    """Steps left over the run's own speed, which is steadier than the bar's."""
+    """ETA: the steps left over the run's own speed, which is steadier than the bar's."""
 
     def render(self, task: Task) -> Text:
         speed = task.fields["steps_per_second"]

@@ -1,4 +1,4 @@
-"""What a run reports: typed events, sent to any number of reporters."""
+"""Events of a run: typed, sent to any number of reporters, and kept in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SourceLoss:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The run begins, or goes on, after `step` of `max_iters` steps; `sources` are a mixture's, by name."""
+    """Training begins, or resumes, after `step` of `max_iters` steps; `sources` are a mixture's, by name."""
 
     step: int
     max_iters: int
@@ -56,7 +56,7 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class Trained:
-    """`step` steps are done. The loss (nats per token) and gradient norm are means since the last report.
+    """Training metrics after `step` steps; loss (nats per token) and gradient norm are means since the last report.
 
     `skipped` counts the run's steps that were left out, because they were not finite.
     `seconds` is the run's time so far, over all its starts. `mfu` is the share of the device's
@@ -97,7 +97,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the best n-gram, counted on the training tokens, loses on the `targets` tokens that evaluations count.
+    """Held-out loss of the best n-gram model, counted on the training tokens, over the `targets` of an evaluation.
 
     Of a mixture each source has n-grams of its own, and the loss is their mean as in `Evaluated`.
     Each start of a run says it once: before its first evaluation after a step, or at once when it goes on
@@ -121,7 +121,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is safe on the disk."""
+    """A checkpoint was written and synced to the disk."""
 
     step: int
     checkpoint: str
@@ -179,10 +179,10 @@ Event = (
 
 
 class Reporter(Protocol):
-    """Anything that wants to hear of a run."""
+    """Receives the events of a run."""
 
     def report(self, event: Event) -> None:
-        """Take note of an event.
+        """Receive an event.
 
         An OSError is told to the user, and the next event tried; after any other exception the reporter
         hears no more. Neither stops anything.

@@ -1,16 +1,16 @@
-"""A run's folder: its checkpoints, and the pointers that name the latest and the best."""
+"""Run folder: checkpoints, the pointer files `latest` and `best`, the lock, and finding runs by name."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from twingpt.core import paths
 from twingpt.core.errors import UserError
+from twingpt.core.locks import is_locked, locked
 from twingpt.core.paths import expand, sync_folder, write_atomically
 
 NAME = re.compile(r"step-\d{8,}")
@@ -25,7 +25,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:
-    """Make `latest` or `best` of a run name one of its checkpoints."""
+    """Write the pointer file `latest` or `best` of a run, atomically."""
     write_atomically(run / pointer, folder.name + "\n")
 
 
@@ -35,7 +35,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def pointed(run: Path, pointer: str) -> Path | None:
-    """The checkpoint that `latest` or `best` of a run names, or None where it names none."""
+    """Read the pointer file `latest` or `best` of a run: the checkpoint it names, or None."""
     try:
         name = (run / pointer).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -52,8 +52,7 @@ def latest(run: Path) -> Path | None:
 
 def remove_leftovers(run: Path) -> None:
     """Remove what killed saves and removals left behind, as far as that can be."""
-    for leftover in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    paths.remove_leftovers(run / "checkpoints", ".step-*")
     for name in FILES:
         for file in run.glob(f".{name}.*.tmp"):
             with suppress(OSError):
@@ -71,50 +70,16 @@ def written(run: Path) -> float:
 
 @contextmanager
 def training(run: Path) -> Iterator[None]:
-    """Hold the run as the one process that trains it; UserError where another does.
-
-    The lock is the kernel's, on the folder itself, so it leaves no file and ends with the process.
-    """
-    import fcntl  # where training runs, on POSIX; what only reads a checkpoint needs none
-
-    try:
-        descriptor = os.open(run, os.O_RDONLY)
-    except OSError:  # a folder that can't be read: there is trouble enough
+    """Exclusive lock of a run, for who trains or removes it; UserError where another process holds it."""
+    with locked(run, timeout=0.2) as held:  # `is_trained` holds it for an instant
+        if held is False:
+            raise _busy(run)
         yield
-        return
-    try:
-        for attempt in range(5):  # `is_trained` holds it for an instant
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 4:
-                    raise _busy(run) from None
-                time.sleep(0.05)
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def is_trained(run: Path) -> bool:
     """Whether a process on this machine trains the run at this moment."""
-    import fcntl
-
-    try:
-        descriptor = os.open(run, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
+    return bool(is_locked(run))
 
 
 def check_untrained(run: Path) -> None:

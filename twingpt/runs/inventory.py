@@ -1,4 +1,4 @@
-"""What runs there are: listing, describing and removing them, from a few small files and no framework."""
+"""Inventory of runs: listed, filtered, described and removed, from a few small files and without a framework."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def size(folder: Path) -> int:
-    """The bytes of the files below a folder; what goes away meanwhile counts nothing."""
+    """Size in bytes of the files below a folder; what vanishes meanwhile counts nothing."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -211,6 +211,7 @@ def _may_be_run(folder: Path) -> bool:
 
 def select(
     found: Iterable[Run],
+    *,
     best: bool = False,
     latest: bool = False,
     max_loss: float | None = None,
@@ -308,14 +309,15 @@ def remove_checkpoint(run: Path, folder: Path) -> None:
 def remove_run(run: Path) -> list[str]:
     """Remove what training wrote in a run's folder, and the folder; the names of other files, which stay."""
     where = run.resolve()
-    runs.remove_leftovers(where)
-    for name in (*FOLDERS, *runs.FILES):
-        _discard(where / name)
-    others = sorted(path.name for path in where.iterdir())
-    if not others:
-        where.rmdir()
-        if run.is_symlink():
-            run.unlink()
+    with runs.training(where):  # which also removes the lock file that a killed process left
+        runs.remove_leftovers(where)
+        for name in (*FOLDERS, *runs.FILES):
+            _discard(where / name)
+        others = sorted(path.name for path in where.iterdir())
+        if not others:
+            where.rmdir()
+    if not others and run.is_symlink():
+        run.unlink()
     return others
 
 

@@ -1,4 +1,4 @@
-"""Pictures of losses: loss.svg in a run's folder, and several runs' curves over one another."""
+"""Loss curves by Matplotlib: loss.svg in a run's folder, and several runs' curves over one another."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PlotReporter:
 
 
 def plot_loss(metrics: Path, path: Path, title: str) -> None:
-    """Plot the events of `metrics` into an SVG or PNG at `path`."""
+    """Plot training and held-out loss of a metrics.jsonl to `path`, in the format of its ending."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     events = list(read_events(metrics))
@@ -92,13 +92,13 @@ def read_curves(names: Sequence[str], x: str = "step") -> list[dict[str, Any]]:
 
 
 def check_picture(path: Path) -> None:
-    """Raise UserError unless the file's ending is one that can be drawn."""
+    """Raise UserError unless the path ends as one of SUFFIXES."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
 
 
 def plot_curves(runs: Sequence[dict[str, Any]], x: str, path: Path) -> None:
-    """Draw what `read_curves` gave: training loss thin and pale, held-out loss over it, a colour a run."""
+    """Plot the curves of `read_curves`: training loss thin and pale, held-out loss over it, a colour a run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -121,7 +121,7 @@ def plot_curves(runs: Sequence[dict[str, Any]], x: str, path: Path) -> None:
 
 
 def _label(run: dict[str, Any]) -> str:
-    """The figure comes first: Matplotlib leaves a label that begins with _ out of the legend."""
+    """Legend entry; the figure comes first: Matplotlib leaves a label that begins with _ out of the legend."""
     held_out = run["val"]["y"]
     return f"{f'{min(held_out):.4f}' if held_out else '–'}  {run['label']}"
 

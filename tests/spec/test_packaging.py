@@ -1,0 +1,68 @@
+"""What the package imports is declared in pyproject.toml, and what is declared is imported; data files too."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+MODULES = {"mlx-lm": "mlx_lm", "mlflow-skinny": "mlflow", "tomli-w": "tomli_w"}  # where the name is another
+# What MLflow needs for its SQLite store; safetensors' files are still read and written by hand.
+UNIMPORTED = {"alembic", "sqlalchemy", "safetensors"}
+
+
+def declared(requirements: list[str]) -> set[str]:
+    """The modules of requirements, less the package's own extras."""
+    names = {re.match(r"[\w.-]+", requirement)[0] for requirement in requirements}
+    return {MODULES.get(name, name) for name in names - {"twingpt"}}
+
+
+BASE = declared(PROJECT["project"]["dependencies"])
+EXTRAS = {name: declared(given) for name, given in PROJECT["project"]["optional-dependencies"].items()}
+
+
+def imported(nodes) -> set[str]:
+    """The modules of others that these statements import."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"twingpt"}
+
+
+TREES = {path: ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / "twingpt").rglob("*.py"))}
+
+
+@pytest.mark.parametrize("path", TREES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_imported_is_declared(path):
+    assert imported(ast.walk(TREES[path])) <= BASE.union(*EXTRAS.values())
+    needed = imported(TREES[path].body)  # as soon as the module is imported
+    assert needed <= BASE | ({"mlx"} if path.parent.name == "mlx" else set())
+
+
+def test_what_is_declared_is_imported():
+    everything = set().union(*(imported(ast.walk(tree)) for tree in TREES.values()))
+    wanted = BASE.union(*(given for name, given in EXTRAS.items() if name != "dev"))
+    assert wanted - everything <= UNIMPORTED
+
+
+def test_data_files_are_packaged():
+    files = {path for path in (ROOT / "twingpt").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]
+    packaged = {
+        path
+        for name, given in patterns.items()
+        for glob in given
+        for path in ROOT.joinpath(*name.split(".")).glob(glob)
+    }
+    assert files == packaged and ROOT / "twingpt/runs/templates/report.css" in files
