@@ -15,8 +15,8 @@ else:
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 MODULES = {"mlx-lm": "mlx_lm", "mlflow-skinny": "mlflow", "tomli-w": "tomli_w"}  # where the name is another
-# What MLflow needs for its SQLite store; safetensors' files are still read and written by hand.
-UNIMPORTED = {"alembic", "sqlalchemy", "safetensors"}
+# What MLflow needs for its SQLite store.
+UNIMPORTED = {"alembic", "sqlalchemy"}
 
 
 def declared(requirements: list[str]) -> set[str]:
