@@ -65,6 +65,10 @@ def dose(small, full) -> list:
 BOTH = [pytest.param("torch", marks=needs("torch")), pytest.param("mlx", marks=needs("mlx"))]
 
 
+# A file system whose names are ASCII, as under LC_ALL=C without Python's UTF-8 mode.
+names_in_unicode = pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="file names are not UTF-8 here")
+
+
 @pytest.fixture(params=BOTH)
 def engines(request):
     """Each installed backend in turn."""

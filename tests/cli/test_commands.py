@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.cli.test_train import SMALL, train
-from tests.conftest import BOTH, needs
+from tests.conftest import BOTH, names_in_unicode, needs
 from twingpt.backends import registry
 from twingpt.runs import folder as runs
 from twingpt.runs.events import read_events
@@ -283,7 +283,7 @@ def test_a_run_that_diverged_at_once_can_be_started_again(gpt, prose, tmp_path):
 
 
 @needs("torch")
-@pytest.mark.parametrize("name", ["o $x_{$", "o[/x]", "o [x]", "ö 東京"])
+@pytest.mark.parametrize("name", ["o $x_{$", "o[/x]", "o [x]", pytest.param("ö 東京", marks=names_in_unicode)])
 def test_odd_names_of_runs(gpt, prose, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     code, out, err = gpt("train", "--data", prose, "--out", name, *SMALL, "--stop-after", 4)

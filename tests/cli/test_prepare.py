@@ -187,7 +187,7 @@ def test_held_out_documents_stay_held_out(gpt, dump, home):
 @pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
 def test_a_long_document_in_pieces_is_the_same_as_in_one(gpt, prose, home, monkeypatch, kind):
     text = prose.read_text() + "é " + "1" * 40
-    prose.write_text(text)
+    prose.write_text(text, "utf-8")
     prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "whole")
     monkeypatch.setattr(documents, "PIECE", 500)
     monkeypatch.setattr(readers, "BLOCK", 300)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, logged, train
-from tests.conftest import STARTED, needs, story, write_run
+from tests.conftest import STARTED, names_in_unicode, needs, story, write_run
 from twingpt.runs import folder as runs
 from twingpt.runs import report, trackers
 from twingpt.runs.events import JSONLReporter, RunEnded, RunStarted, Sampled, Trained, points, read_events
@@ -221,7 +221,7 @@ def test_a_run_that_fails_says_so_in_its_metrics(gpt, prose, tmp_path):
     code, out, err = gpt("train", *common, "--learning-rate", 1e30, "--eval-interval", 0)
     assert code == 2 and err.count("\n") == 1 and "failed after" in out
     assert logged(run, "run_ended")[-1]["reason"] == "failed"
-    assert ">failed</span>" in (run / "report.html").read_text()
+    assert ">failed</span>" in (run / "report.html").read_text("utf-8")
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(gpt, run):
@@ -278,7 +278,7 @@ def test_the_report_has_the_runs_figures_and_needs_nothing_else(tmp_path):
     assert page.tags.count("svg") == 4 and page.tags.count("polyline") == 5
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert not {"src", "href", "onload", "style"} & {name for name, _ in page.attributes}
-    style = (run / "report.html").read_text()
+    style = (run / "report.html").read_text("utf-8")
     assert "url(" not in style and "@import" not in style and "http" not in style
     assert "prefers-color-scheme: dark" in style
 
@@ -334,7 +334,7 @@ def test_training_writes_the_report_at_each_checkpoint(gpt, prose, tmp_path, mon
     train(gpt, "--data", prose, "--out", run, "--backend", "torch", *SMALL)
     assert len(written) == 4  # steps 4, 8 and 12, and the end
     best = min(entry["val_loss"] for entry in logged(run, "evaluated"))
-    assert f"{best:.4f}" in (run / "report.html").read_text()
+    assert f"{best:.4f}" in (run / "report.html").read_text("utf-8")
 
 
 # gpt plot ---------------------------------------------------------------------------------------------------
@@ -362,6 +362,7 @@ def test_plot_draws_runs_over_one_another(gpt, several):
     assert code == 0 and (several / "same.png").read_bytes().startswith(b"\x89PNG")
 
 
+@names_in_unicode
 @pytest.mark.filterwarnings("error")  # one would be printed on the terminal
 def test_plot_of_a_run_whose_name_the_font_lacks(gpt, several):
     write_run(Path("runs/東京"), story(40))

@@ -159,7 +159,7 @@ def test_train_with_a_foreign_tokenizer(gpt, prose, tmp_path, name):
     checkpoint = open_checkpoint(run)
     ours, text = checkpoint.tokenizer(), "The cat sat on the mat </s> é"
     assert checkpoint.config.vocab_size == ours.vocab_size == theirs.get_vocab_size()
-    assert json.loads((checkpoint.folder / "tokenizer.json").read_text()) == json.loads(theirs.to_str())
+    assert json.loads((checkpoint.folder / "tokenizer.json").read_text("utf-8")) == json.loads(theirs.to_str())
     theirs.encode_special_tokens = True
     assert ours.encode("the cat").tolist() == theirs.encode("the cat", add_special_tokens=False).ids
     code, out, err = gpt("generate", run, "-p", "The cat", "-m", 3, "--backend", "torch", "--device", "cpu", "--json")

@@ -222,7 +222,7 @@ def test_its_tokenizer_is_taken_where_it_is_no_pickle(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer: the model can be converted"):
         opened(tmp_path).tokenizer()
     for name, text in files(ByteTokenizer(), 32).items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, "utf-8")
     first, second = opened(tmp_path).tokenizer(), opened(tmp_path / "model_000650.pt").tokenizer()
     assert first.digest == second.digest
 
@@ -232,7 +232,7 @@ def test_it_becomes_a_run_that_generates(tmp_path, gpt):
     options = OPTIONS | {"vocab_size": 257}
     saved(tmp_path / "theirs", state_dict(rows=320), model_config=options)  # 257, padded
     for name, text in files(ByteTokenizer(), 32).items():
-        (tmp_path / "theirs" / name).write_text(text)
+        (tmp_path / "theirs" / name).write_text(text, "utf-8")
     code, out, err = gpt("convert", tmp_path / "theirs", tmp_path / "run", "--json")
     assert code == 0, err
     assert (json.loads(out)["source_format"], json.loads(out)["family"]) == ("nanochat", "nanochat")

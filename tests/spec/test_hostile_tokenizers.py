@@ -83,7 +83,7 @@ def test_what_tokenizers_panics_on_is_refused(tmp_path, change, message):
 def test_links_out_and_what_never_ends_are_not_read(tmp_path, name):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "tokenizer.json").write_text(foreign.gpt2().to_str())
+    (folder / "tokenizer.json").write_text(foreign.gpt2().to_str(), "utf-8")
     (tmp_path / "outside").write_text("{}")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "outside")

@@ -57,7 +57,7 @@ def test_blocks_cut_anywhere_change_nothing(tmp_path, small):
     path, texts = tmp_path / "dump.jsonl", [f"text {'é' * i}" for i in range(60)]
     path.write_bytes(b"\xef\xbb\xbf" + lines(*texts))
     assert documents_of(path) == texts
-    (tmp_path / "novel.txt").write_text("".join(texts))
+    (tmp_path / "novel.txt").write_text("".join(texts), "utf-8")
     assert documents_of(tmp_path / "novel.txt") == ["".join(texts)]
 
 

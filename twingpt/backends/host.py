@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import resource
+import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import psutil
@@ -110,3 +113,16 @@ def process_memory() -> Memory:
     status = Path("/proc/self/status").read_text()
     peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return Memory(now, max(now, int(peak[1]) * 1024 if peak else 0))
+
+
+def end_with_parent() -> None:
+    """Let this child of multiprocessing leave Ctrl-C to its parent, and end when that has, killed or not."""
+    from multiprocessing import parent_process
+
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()  # a parent that is killed tells nobody
+            os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()

@@ -12,17 +12,18 @@ import os
 import signal
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from twingpt.backends import registry
+from twingpt.backends.host import end_with_parent
 from twingpt.core import rng
 from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
@@ -115,22 +116,32 @@ _worker: Worker  # of a process that measures
 def _start(log: str) -> None:
     """Begin a process that measures: what it prints goes to the file `log`, Ctrl-C is left to its parent."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Path(log).open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _worker = Worker()
 
 
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()  # a parent that is killed tells nobody
-        os._exit(1)
+def _call(backend: str, name: str, arguments: Options) -> Any:
+    try:
+        return getattr(_worker, name)(**arguments)
+    except UserError as error:
+        raise UserError(str(error)) from None
+    except Exception as error:  # as text: not all of the frameworks' own exceptions survive a pickle
+        raise UserError(f"The measurement of {backend} failed: {type(error).__name__}: {error}") from None
 
 
-def _call(name: str, arguments: Options) -> Any:
-    return getattr(_worker, name)(**arguments)
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keep modules of the working directory from shadowing the standard library in processes that start here."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"  # from Python 3.11 on
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONSAFEPATH")
+        os.environ |= {"PYTHONSAFEPATH": before} if before else {}
 
 
 class Process:
@@ -141,7 +152,8 @@ class Process:
         self.log = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 (open as long as the process)
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (self.log.name,))
         others = set(multiprocessing.active_children())
-        self.pool.submit(os.getpid)  # the process starts with its first task
+        with _safe_path():
+            self.pool.submit(os.getpid)  # the process starts with its first task
         (self.process,) = set(multiprocessing.active_children()) - others
 
     def end(self) -> None:
@@ -153,12 +165,9 @@ class Process:
     def ask(self, name: str, **arguments: Any) -> Any:
         """What a method of the worker returns. Raises UserError with what went wrong there."""
         try:
-            return self.pool.submit(_call, name, arguments).result()
+            return self.pool.submit(_call, self.backend, name, arguments).result()
         except BrokenProcessPool:
             raise UserError(self._exit_reason()) from None
-        except (MemoryError, RuntimeError) as error:  # what the frameworks raise
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"The measurement of {self.backend} failed: {reason}") from None
 
     def _exit_reason(self) -> str:
         self.pool.shutdown()

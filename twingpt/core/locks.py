@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -9,17 +10,21 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 POLL = 0.05  # seconds between two tries
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a file system without them
 
 
 def lock_file(path: Path) -> Path:
-    """The lock file of `path`: hidden, beside what `path` leads to, and there only while a process holds the lock."""
+    """The lock file of `path`: hidden, beside what `path` leads to, and removed when the lock is freed.
+
+    A process that is killed leaves its own, which nobody holds then.
+    """
     real = Path(os.path.realpath(path))
     return real.parent / f".{real.name}.lock"
 
 
 @contextmanager
 def locked(path: Path, *, timeout: float = 0.0) -> Iterator[bool | None]:
-    """Exclusive lock of a folder or file, waited for up to `timeout` seconds, or for as long as it takes below 0.
+    """Exclusive lock of a folder or file; waits up to `timeout` seconds for each of its two, below 0 for ever.
 
     Yields True where this process holds it, False where another does (or this one already: it is not reentrant),
     None where there are no locks, as on some network file systems: whether to go on then is the caller's.
@@ -42,16 +47,17 @@ def locked(path: Path, *, timeout: float = 0.0) -> Iterator[bool | None]:
 def is_locked(path: Path) -> bool | None:
     """Whether a process holds the lock of `path`; None where that can't be told.
 
-    It writes nothing where there is flock, which can be shared: who looks is in nobody's way for more than an instant.
+    It makes no file: the lock file is asked where there is one, since the folder may be another by now than the one
+    that was locked.
     """
     with _flock(path, 0.0, shared=True) as free:
-        if free is not None:
-            return not free
+        if free is False:
+            return True
     with suppress(OSError):
         if lock_file(path).exists():
-            with _lock_beside(path, 0.0) as free:
-                return None if free is None else not free
-    return None
+            with _lock_beside(path, 0.0) as beside:
+                free = beside if free is None or beside is False else free
+    return None if free is None else not free
 
 
 @contextmanager
@@ -69,9 +75,10 @@ def _lock_beside(path: Path, timeout: float) -> Iterator[bool | None]:
         held = False
     except PermissionError:  # the folder is read-only, or the lock file another user's
         pass
-    except OSError:  # no locks here, so that nobody holds the file that was just made
-        with suppress(OSError):
-            file.unlink()
+    except OSError as error:
+        if error.errno in NO_LOCKS:  # so that nobody holds the file that was just made
+            with suppress(OSError):
+                file.unlink()
     try:
         yield held
     finally:

@@ -94,17 +94,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, *patterns: str) -> list[Path]:
-    """Remove what killed processes left in `folder` under names like these; what is left is being written to."""
+def remove_leftovers(folder: Path, *patterns: str, unlocked_age: float = DAY) -> list[Path]:
+    """Remove what killed processes left in `folder` under names like these; what is left is being written to.
+
+    On a file system without locks only what is older than `unlocked_age` seconds counts as left.
+    """
     alive = []
     for pattern in patterns:
         # A process that is killed after its last rename leaves the lock file alone.
         guarded = (file.with_name(file.name[1 : -len(".lock")]) for file in folder.glob(f".{pattern}.lock"))
         for leftover in {*folder.glob(pattern), *guarded}:
             with locked(leftover) as held:
-                if held or (held is None and _age(leftover) > DAY):  # None: a file system without locks
+                if held or (held is None and _age(leftover) >= unlocked_age):  # None: a file system without locks
                     shutil.rmtree(leftover, ignore_errors=True)
-                else:
+                elif leftover.exists():
                     alive.append(leftover)
     return alive
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from itertools import chain, islice
 
 import numpy as np
 
+from twingpt.backends.host import end_with_parent
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.data import documents
@@ -159,19 +159,9 @@ _threads: ThreadPoolExecutor
 
 def _start_worker(encode: ChunkEncoder, threads: int) -> None:
     """Make a worker ready; it leaves Ctrl-C to its parent, and exits when that has, killed or not."""
-    import multiprocessing
-
     global _encode, _threads
     _encode, _threads = encode, ThreadPoolExecutor(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def exit_with_parent() -> None:
-        if parent:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _encode_batch(batch: list[list[Item]]) -> list[EncodedChunk]:

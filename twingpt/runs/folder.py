@@ -52,7 +52,7 @@ def latest(run: Path) -> Path | None:
 
 def remove_leftovers(run: Path) -> None:
     """Remove what killed saves and removals left behind, as far as that can be."""
-    paths.remove_leftovers(run / "checkpoints", ".step-*")
+    paths.remove_leftovers(run / "checkpoints", ".step-*", unlocked_age=0)  # the run's lock keeps others away
     for name in FILES:
         for file in run.glob(f".{name}.*.tmp"):
             with suppress(OSError):
