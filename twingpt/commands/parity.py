@@ -47,13 +47,13 @@ def parity(
     from twingpt.weights.formats import open_model
 
     names = installed_backends(backend)
-    found = open_model(model) if model else None
-    others = outsiders(against, found) if against else []
-    if found is None:
+    opened = open_model(model) if model else None
+    others = outsiders(against, opened) if against else []
+    if opened is None:
         models = measurement.random_models(seed)
     else:
-        models = iter([(Path(str(model)).name, found.model.config, dict(found.model.stored()))])
-        if tolerance is None and dtype == "float32" and is_quantized(found):
+        models = iter([(Path(str(model)).name, opened.model.config, dict(opened.model.stored()))])
+        if tolerance is None and dtype == "float32" and is_quantized(opened):
             tolerance = measurement.QUANTIZED_TOLERANCE
     result = measurement.measure(models, names, dtype, tolerance, seed, others)
     if json_:

@@ -46,7 +46,7 @@ def read_json(path: Path, most: int = MAX_JSON) -> Any:
 
 
 def read_text(path: Path, most: int = MAX_JSON) -> str:
-    """The text of a JSON file; UserError where it can't be read, is not JSON, or has more than `most` bytes."""
+    """Read a UTF-8 text file; UserError where it can't be read, or has more than `most` bytes."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block, and a device never end
             raise UserError(f"{path} can't be read: it is not a file.")

@@ -1,4 +1,4 @@
-"""What a format writes: a model on its way from one to another."""
+"""Export: a model as `WritableFormat.write` takes it."""
 
 from __future__ import annotations
 

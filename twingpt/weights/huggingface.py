@@ -71,12 +71,13 @@ class HuggingFaceModel(Model):
         return self.directory.tokenizer
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, float32 array) of every parameter, dequantized where need be.
+        """Yield (name, float32 array) of every parameter.
 
         All names, shapes and dtypes are checked before the first is read, when this is called; UserError
         names the tensor and the file.
         """
         config, family = self.config, self.architecture
+        self.directory.check_unchanged()
         check_layers(config.n_layer, sum(len(file.entries) for file in self.files), self.folder)
         layout = family.layout(config)
         places = _by_canonical_name(self.files, family, layout)

@@ -144,6 +144,7 @@ class NanochatModel(Model):
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter."""
+        self.directory.check_unchanged()
         for name, row in parameter_table(self.config).items():
             theirs, part = _source(name, self.layout)
             if theirs is None:

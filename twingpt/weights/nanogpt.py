@@ -117,6 +117,7 @@ class NanoGPTModel(Model):
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter."""
+        self.directory.check_unchanged()
         for name, row in parameter_table(self.config).items():
             theirs, third = _source(name)
             rows = slice(None) if third is None else slice(third * row.shape[0], (third + 1) * row.shape[0])

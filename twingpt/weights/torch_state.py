@@ -65,6 +65,7 @@ class TorchStateModel(Model):
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter; UserError where the tensors don't fit the model."""
+        self.directory.check_unchanged()
         path, state = self.folder / FILE, self._state()
         check_layers(self.config.n_layer, len(state), path)
         shapes = {name: row.shape for name, row in parameter_table(self.config).items()}

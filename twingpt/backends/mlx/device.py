@@ -1,7 +1,7 @@
 """Devices, dtypes and memory in MLX: the twin of `backends/torch/device.py`. Opens a fast BLAS first.
 
-Two functions have no twin: `on_device`, since MLX places operations and not arrays, and `wire_memory`, since only
-Metal wires memory. torch's `return_freed_memory` has none here.
+Two public functions have no twin: `on_device`, since MLX places operations and not arrays, and `wire_memory`,
+since only Metal wires memory. torch's `return_freed_memory` has none here.
 """
 
 from __future__ import annotations

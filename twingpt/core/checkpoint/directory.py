@@ -26,14 +26,21 @@ class ModelDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._contents: dict[Path, Any] = {}
+        self._contents: dict[Path, tuple[Any, Any]] = {}  # what was read of each file, and which state of it
 
     def read_once(self, path: Path, reader: Callable[[Path], T]) -> T:
         """What `reader` makes of a file, which is read by the first call; a file has one reader."""
         if path not in self._contents:
-            self._contents[path] = reader(path)
-        content: T = self._contents[path]
+            state = _state(path)
+            self._contents[path] = reader(path), state
+        content: T = self._contents[path][0]
         return content
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where a file is another than was read: its tensors would not be where its header had them."""
+        for path, (_, state) in self._contents.items():
+            if _state(path) != state:
+                raise UserError(f"{path} was changed after it was opened: run the command again.")
 
     def json(self, name: str, whole: str = "model directory") -> Any:
         """What a JSON file of the folder says; UserError where it isn't in this `whole`, or can't be read."""
@@ -63,3 +70,12 @@ class ModelDirectory:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of tokenizer.json; UserError where that is missing or broken."""
         return load_tokenizer(self.path)
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from the one that was at `path` before; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

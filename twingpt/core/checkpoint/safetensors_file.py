@@ -213,6 +213,8 @@ def _check_opens(path: Path, wanted: Mapping[str, tuple[str, list[int]]]) -> Non
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
             found = {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in slices.items()}
+    except (OSError, MemoryError):  # it maps the whole file, which not every file system and machine has room for
+        return
     except SafetensorError as error:
         raise RuntimeError(f"{path} was written so that safetensors does not open it: {error}") from error
     if found != wanted:
