@@ -74,7 +74,7 @@ def test_tensorboard_goes_on_in_its_folder_and_drops_what_comes_again(run):
 
 
 def test_wandb_offline_keeps_the_runs_id(run, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -82,7 +82,9 @@ def test_wandb_offline_keeps_the_runs_id(run, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     tell("wandb", run, story(40))
     id = json.loads((run / trackers.IDS).read_text())["wandb"]
+    wandb.teardown()  # a run goes on in another process: in this one's service, one id twice lost the second's file
     tell("wandb", run, story(60, first=40))
+    wandb.teardown()
     folders = sorted((tmp_path / "elsewhere" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2  # in one second, W&B adds -1 to the second's name
     assert all(re.fullmatch(rf"offline-run-\d+_\d+-{id}(-1)?", folder.name) for folder in folders)
