@@ -63,6 +63,8 @@ def dose(small, full) -> list:
 
 
 BOTH = [pytest.param("torch", marks=needs("torch")), pytest.param("mlx", marks=needs("mlx"))]
+# Where a test starts processes and looks at what no backend has a part in.
+ONE = [BOTH[0], pytest.param("mlx", marks=[needs("mlx"), pytest.mark.soak])]
 
 
 # A file system whose names are ASCII, as under LC_ALL=C without Python's UTF-8 mode.

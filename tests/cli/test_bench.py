@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.cli.test_commands import mistake
-from tests.conftest import BOTH, dose, needs
+from tests.conftest import ONE, dose, needs
 from twingpt.backends import host, registry
 from twingpt.checks import bench
 from twingpt.core.config import GPTConfig
@@ -24,7 +24,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["train", "forward"])
+@pytest.mark.parametrize("mode", dose("train", "forward"))
 def test_both_backends_side_by_side(gpt, twins, mode):
     code, out, err = gpt("bench", mode, "--json", *SMALL)
     assert code == 0, err
@@ -48,7 +48,7 @@ def test_both_backends_side_by_side(gpt, twins, mode):
             assert row["array_memory_bytes"] is row["estimated_memory_bytes"] is None
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ONE)
 def test_the_table(gpt, backend):
     options = ["--dtype", "bfloat16", "--optimizer", "adamw", "--gradient-accumulation-steps", 2]
     code, out, err = gpt("bench", "train", "--backend", backend, *SMALL, *options)
@@ -57,7 +57,7 @@ def test_the_table(gpt, backend):
     assert "4 x 2 windows of 32 tokens a step, adamw; medians of 3 times 2 steps" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ONE)
 def test_what_can_not_be_measured_is_said(backend):
     options = {"n_layer": 1, "n_embd": 32, "block_size": 32, "batch_size": 2}
     result = bench.measure("train", [backend, "jax"], options, repeats=1, steps=1)
@@ -184,7 +184,7 @@ def test_mistakes(gpt, monkeypatch, arguments, message):
     assert message in mistake(gpt, "bench", "train", *arguments)
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ONE)
 def test_a_device_or_dtype_that_is_not_there(gpt, backend):
     assert "device 'tpu'" in mistake(gpt, "bench", "forward", "--backend", backend, "--device", "tpu")
     assert "Unknown dtype on cpu 'int4'" in mistake(

@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
 
     options = {
         "data": "python-docs", "vocab_size": 512, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64,
-        "block_size": 48, "batch_size": 16, "max_iters": 150, "learning_rate": 3e-3, "eval_interval": 0,
+        "block_size": 48, "batch_size": 16, "max_iters": 60, "learning_rate": 3e-3, "eval_interval": 0,
         "sample_interval": 0, "checkpoint_interval": 0, "eval_iters": 2,
     }  # fmt: skip
     run = tmp_path_factory.mktemp("trained") / "run"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.lives import FORKS, Lives
 from tests.cli.test_train import equal, tensors
-from tests.conftest import BOTH, dose, open_checkpoint, write_prose
+from tests.conftest import BOTH, ONE, dose, open_checkpoint, write_prose
 from twingpt.runs import folder as runs
 from twingpt.runs.events import read_events
 
@@ -86,7 +86,7 @@ def pace(lives, folder, run, start) -> tuple[float, float]:
     return first, statistics.median(b - a for a, b in zip(told, told[6:], strict=False)) / 12  # with 4 saves
 
 
-@pytest.mark.parametrize("kills", dose(6, 100 if FORKS else 10))
+@pytest.mark.parametrize("kills", dose(4, 100 if FORKS else 10))
 def test_a_run_killed_many_times_ends_in_the_same_bits(lives, start, tmp_path, kills, soak):
     """A kill comes before a random change to the file system; in a soak every other one after a random time."""
     start = [*start, "--max-iters", 3 * kills]
@@ -151,10 +151,12 @@ def calm(lives, start, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.parametrize("lives", ONE, indirect=True)
 @pytest.mark.parametrize(
     ("number", "moment"),
-    [(signal.SIGINT, "start"), (signal.SIGTERM, "step"), (signal.SIGINT, "evaluation"), (signal.SIGTERM, "evaluation"),
-     (signal.SIGINT, "save"), (signal.SIGTERM, "save"), (signal.SIGINT, "pointer")],
+    [(signal.SIGINT, "start"), (signal.SIGTERM, "step"), (signal.SIGINT, "evaluation"), (signal.SIGTERM, "save"),
+     (signal.SIGINT, "pointer"), *(pytest.param(number, moment, marks=pytest.mark.soak) for number, moment in
+                                   [(signal.SIGTERM, "evaluation"), (signal.SIGINT, "save")])],
 )  # fmt: skip
 def test_a_signal_saves_and_says_how_to_go_on(lives, start, calm, tmp_path, number, moment):
     where, call, step = MOMENTS[moment]
@@ -173,10 +175,11 @@ def test_a_signal_saves_and_says_how_to_go_on(lives, start, calm, tmp_path, numb
         same_run(run, calm)
 
 
+@pytest.mark.parametrize("lives", ONE, indirect=True)
 @pytest.mark.parametrize(
     ("signals", "code"),
     [((signal.SIGTERM, signal.SIGTERM), -signal.SIGTERM), ((signal.SIGINT, signal.SIGINT), 130),
-     ((signal.SIGTERM, signal.SIGINT), 130)],
+     pytest.param((signal.SIGTERM, signal.SIGINT), 130, marks=pytest.mark.soak)],
 )  # fmt: skip
 def test_a_second_signal_ends_it_at_once_with_nothing_half_written(lives, start, calm, tmp_path, signals, code):
     run, (moment, call, _) = tmp_path / "run", MOMENTS["save"]

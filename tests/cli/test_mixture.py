@@ -8,7 +8,7 @@ import pytest
 from tests.cli.test_commands import mistake
 from tests.cli.test_reports import tensorboard_scalars
 from tests.cli.test_train import SMALL, equal, logged, tensors, train
-from tests.conftest import BOTH, needs
+from tests.conftest import ONE, needs
 from twingpt.runs.report import write_report
 from twingpt.training.settings import read
 
@@ -20,7 +20,7 @@ def digits(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ONE)
 def test_a_mixture_is_resumed_bit_for_bit(gpt, prose, digits, tmp_path, backend):
     common = ["--data", f"{prose}:0.7", "--data", f"{digits}:0.3", "--backend", backend, *SMALL]
     common += ["--dropout", 0.1, "--gradient-accumulation-steps", 2]

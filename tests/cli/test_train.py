@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import BOTH, needs, open_checkpoint
+from tests.conftest import BOTH, dose, needs, open_checkpoint
 from twingpt.backends import registry
 from twingpt.runs import folder as runs
 from twingpt.runs.events import read_events
@@ -89,7 +89,7 @@ def test_mfu_is_null_where_no_peak_is_known(gpt, prose, tmp_path, monkeypatch):
 
 
 @both
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", dose("muon", "adamw"))
 def test_a_resumed_run_is_bit_identical(gpt, prose, tmp_path, backend, optimizer):
     common = ["--data", prose, "--backend", backend, "--optimizer", optimizer, *SMALL]
     common += ["--dropout", 0.1, "--gradient-accumulation-steps", 2]
@@ -104,7 +104,7 @@ def test_a_resumed_run_is_bit_identical(gpt, prose, tmp_path, backend, optimizer
     assert whole[-1]["val_loss"] == parts[-1]["val_loss"]
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", dose("muon", "adamw"))
 def test_a_run_goes_on_on_the_other_backend(gpt, prose, tmp_path, twins, optimizer):
     """Losses follow those of the run that stayed where it was: state and data position are carried over."""
     common = [
@@ -302,8 +302,12 @@ def test_skipping_ends_when_nothing_is_finite_any_more(gpt, prose, tmp_path):
     assert code == 2 and "as those of the 99 before it, is not finite" in err
 
 
-@both
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*(pytest.param(*pair, marks=needs(pair[0])) for pair in [("torch", "float16"), ("mlx", "bfloat16")]),
+     *(pytest.param(*pair, marks=[needs(pair[0]), pytest.mark.soak]) for pair in
+       [("torch", "bfloat16"), ("mlx", "float16")])],
+)  # fmt: skip
 def test_half_precision_runs_resume_exactly(gpt, prose, tmp_path, backend, dtype):
     common = ["--data", prose, "--backend", backend, *SMALL, "--dtype", dtype, "--gradient-checkpointing"]
     train(gpt, *common, "--out", tmp_path / "whole")

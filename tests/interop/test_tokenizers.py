@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import foreign
-from tests.conftest import needs
+from tests.conftest import dose, needs
 from tests.foreign import fuzzed
 from twingpt.core.tokenizer import (
     CHAT,
@@ -32,7 +32,8 @@ DOCUMENTS = load("python-docs").documents
 MEGABYTE = ("\n".join(DOCUMENTS) * 2 + Path(argparse.__file__).read_text() + Path(typing.__file__).read_text())[
     :1_000_000
 ]
-FUZZED = [*fuzzed(20_000, seed=1), "\n  ", "a\n \n", "x  ", "'ſ don'T", "\r\n\r\n  a"]
+AWKWARD = ["\n  ", "a\n \n", "x  ", "'ſ don'T", "\r\n\r\n  a"]
+FUZZED = fuzzed(20_000, seed=1)
 
 
 def ids_of(theirs, texts):
@@ -96,20 +97,21 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("n", dose(2000, 20_000))
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_ids_on_20_000_strings_and_a_megabyte(tmp_path, monkeypatch, kind):
-    tokenizer = KINDS[kind](monkeypatch)
+def test_the_same_ids_on_fuzzed_strings_and_a_long_text(tmp_path, monkeypatch, kind, n):
+    tokenizer, fuzzed, long = KINDS[kind](monkeypatch), [*AWKWARD, *FUZZED[:n]], MEGABYTE[: 50 * n]
     folder = keep(tokenizer, tmp_path / "kept")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = [*FUZZED, MEGABYTE]
+    texts = [*fuzzed, long]
     for text, ids in zip(texts, ids_of(theirs, texts), strict=True):
         assert tokenizer.encode(text).tolist() == ids, repr(text[:200])
-    for text in [*FUZZED[::4], MEGABYTE]:
+    for text in [*fuzzed[::4], long]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert theirs.decode(ids[:5000]) == tokenizer.decode(ids[:5000])
-    assert theirs(FUZZED[:500])["input_ids"] == [tokenizer.encode(text).tolist() for text in FUZZED[:500]]
+    assert theirs(fuzzed[:500])["input_ids"] == [tokenizer.encode(text).tolist() for text in fuzzed[:500]]
     again = load_tokenizer(folder)
-    assert again.digest == tokenizer.digest and np.array_equal(again.encode(MEGABYTE), ids)
+    assert again.digest == tokenizer.digest and np.array_equal(again.encode(long), ids)
     for spelling, token in tokenizer.specials.items():
         assert theirs(f"a {spelling} b")["input_ids"] == tokenizer.encode(f"a {spelling} b", special=True).tolist()
         assert token in theirs(f"a {spelling} b")["input_ids"] and token not in tokenizer.encode(f"a {spelling} b")
@@ -117,11 +119,12 @@ def test_the_same_ids_on_20_000_strings_and_a_megabyte(tmp_path, monkeypatch, ki
     assert theirs.decode([*tokenizer.encode("a b"), tokenizer.end_of_text], skip_special_tokens=True) == "a b"
 
 
-def test_characters(tmp_path):
+@pytest.mark.parametrize("n", dose(2000, 20_000))
+def test_characters(tmp_path, n):
     tokenizer = CharTokenizer(MEGABYTE)
     theirs = transformers.AutoTokenizer.from_pretrained(keep(tokenizer, tmp_path / "kept"))
     rng = random.Random(0)
-    texts = ["".join(rng.choices(tokenizer.alphabet, k=rng.randrange(40))) for _ in range(20_000)]
+    texts = ["".join(rng.choices(tokenizer.alphabet, k=rng.randrange(40))) for _ in range(n)]
     for text, ids in zip([*texts, MEGABYTE], ids_of(theirs, [*texts, MEGABYTE]), strict=True):
         assert tokenizer.encode(text).tolist() == ids, repr(text[:200])
     assert tokenizer.decode(ids) == MEGABYTE and theirs.decode(ids[:500]) == MEGABYTE[:500]

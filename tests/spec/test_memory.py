@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import BOTH
+from tests.conftest import BOTH, ONE
 from twingpt.backends import registry
 from twingpt.core.backend import Device
 from twingpt.core.config import TrainConfig
@@ -51,7 +51,7 @@ for config, train in json.loads(sys.argv[2]):
 """
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ONE)
 def test_the_estimate_is_what_is_measured(backend):
     runs = [(shaped(shape, **size), TrainConfig(**settings)) for shape, size, settings in MEASURED]
     told = json.dumps([[config.to_dict(), train.to_dict()] for config, train in runs])

@@ -206,7 +206,8 @@ def test_a_tensor_takes_its_own_bytes_and_no_more(tmp_path, dtype, times):
     assert not Judge(0, 2**14, 0)(lambda: TensorFile(tmp_path / "x").read_float("a"), 0)
 
 
-def test_the_largest_header_is_read_quickly(tmp_path):
+@pytest.mark.soak
+def test_the_largest_header_is_read(tmp_path):
     """The limit on the header's length is what bounds the time of reading it."""
     n = module.MAX_HEADER // 100
     header = {f"{i:06}": {**ONE, "data_offsets": [4 * i, 4 * i + 4]} for i in range(n)}
