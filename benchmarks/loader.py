@@ -66,7 +66,7 @@ def training(data: TokenDataset) -> tuple[str, Callable[[], float]]:
     batch, hyper = data.batch(0, 16, 64, 1), hyperparameters(train, 1)
 
     def step(number: int) -> None:
-        engine.forward_backward(*batch, key=number)
+        engine.forward_backward(*batch, np.arange(len(batch[0])))
         engine.read([engine.optimizer_step(hyper)])
 
     for number in range(3):

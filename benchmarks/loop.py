@@ -16,6 +16,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from twingpt.backends import registry
 from twingpt.core.config import TrainConfig
 from twingpt.core.parameters import initialise
@@ -40,13 +42,13 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
     def batch(number: int):  # type: ignore[no-untyped-def]
         return data.batch(number * train.batch_size, train.batch_size, config.block_size, 1)
 
-    ready = batch(0)
+    ready, windows = batch(0), np.arange(train.batch_size)
 
     def run(next_batch: Callable, *, read_late: bool) -> float:  # type: ignore[type-arg]
         handles = []
         start = time.perf_counter()
         for number in range(steps):
-            engine.forward_backward(*next_batch(number), key=0)
+            engine.forward_backward(*next_batch(number), windows)
             handles.append(engine.optimizer_step(hyper))
             if not read_late:
                 engine.read(handles[-1:])
@@ -59,7 +61,7 @@ def measure(name: str, size: str, steps: int, turns: int) -> dict[str, float | s
         start = time.perf_counter()
         handles = []
         for _ in range(steps):
-            engine.forward_backward(*ready, key=0)
+            engine.forward_backward(*ready, windows)
             handles.append(engine.optimizer_step(hyper))
         engine.read(handles)
         return (time.perf_counter() - start) / steps

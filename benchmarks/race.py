@@ -127,7 +127,8 @@ class Runner:
 
     def step(self, step: int, hyper: Hyper) -> Any:
         """Enqueue a step; its handle."""
-        self.engine.forward_backward(*self.batch(step), key=step)
+        B = self.settings.batch_size
+        self.engine.forward_backward(*self.batch(step), np.arange(step * B, step * B + B))
         return self.engine.optimizer_step(hyper)
 
     def run(self, hyper: Callable[[int, float], Hyper | None]) -> dict[str, float]:

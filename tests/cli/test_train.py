@@ -273,9 +273,9 @@ def test_a_step_that_is_not_finite_can_be_skipped(gpt, prose, tmp_path, backend,
     engines = registry.get(backend)
     forward_backward, calls = engines.TrainEngine.forward_backward, []
 
-    def poisoned(self, tokens, targets, key):
-        forward_backward(self, tokens, targets, key)
-        calls.append(key)
+    def poisoned(self, tokens, targets, windows):
+        forward_backward(self, tokens, targets, windows)
+        calls.append(windows)
         if len(calls) == 5:
             self.losses[-1] = self.losses[-1] * float("nan")
             grads = self.grads if backend == "mlx" else {name: p.grad for name, p in self.params.items()}

@@ -51,7 +51,7 @@ def engine_of(engines, dtype="float32", config=CONFIG, optimizer="muon", **setti
 
 
 def step(engine, tokens, targets, train=TRAIN):
-    engine.forward_backward(tokens, targets, key=0)
+    engine.forward_backward(tokens, targets, np.arange(len(tokens)))
     return engine.read([engine.optimizer_step(hyperparameters(train, 20))])[0]
 
 
@@ -62,7 +62,7 @@ def test_half_precision_gradients_are_those_of_float32(engines, docs, dtype):
     found = []
     for precision in ("float32", dtype):
         engine = engine_of(engines, precision)
-        engine.forward_backward(tokens, targets, key=0)
+        engine.forward_backward(tokens, targets, np.arange(len(tokens)))
         found.append({name: np.array(g.tolist()) for name, g in engine.gradients().items()})
     for name, g in found[0].items():
         assert np.abs(found[1][name] - g).max() <= 0.05 * np.abs(g).max(), name
@@ -124,7 +124,7 @@ def test_checkpointed_gradients_are_the_same(engines, docs, shape, dropout):
     for checkpointing in (False, True):
         engine = engines.TrainEngine(config, cpu(engines), gradient_checkpointing=checkpointing)
         engine.load(initialise(config, 1))
-        engine.forward_backward(tokens, targets, key=3)
+        engine.forward_backward(tokens, targets, np.arange(len(tokens)))
         found.append({name: np.array(g.tolist()) for name, g in engine.gradients().items()})
     for name, g in found[0].items():
         assert np.abs(found[1][name] - g).max() <= 1e-6 * max(np.abs(g).max(), 1e-6), name

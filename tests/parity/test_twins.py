@@ -66,6 +66,7 @@ MATRIX = {
     },
     "scales": {"embed_scale": 6.0, "residual_scale": 0.3, "attn_scale": 0.2, "logit_divisor": 7.0},
     "scale and softcaps": {"attn_scale": 0.5, "attn_softcap": 3.0, "logit_divisor": 0.25, "logit_softcap": 2.0},
+    "dropout": {"dropout": 0.3},
     **{f"mlp {mlp}": {"mlp": mlp} for mlp in MLPS},
 }
 
@@ -96,7 +97,7 @@ def assert_logits_agree(config, twins, B, T):
 def gradients(engines, config, params, tokens, targets):
     engine = engines.TrainEngine(config, cpu(engines))
     engine.load(params.items())
-    engine.forward_backward(tokens, targets, key=0)
+    engine.forward_backward(tokens, targets, np.arange(len(tokens)))
     return {name: np.array(g.tolist(), np.float32) for name, g in engine.gradients().items()}
 
 

@@ -77,7 +77,7 @@ class Worker:
 
         def step() -> Any:
             for _ in range(settings.gradient_accumulation_steps):
-                self.engine.forward_backward(inputs, targets, settings.seed)
+                self.engine.forward_backward(inputs, targets, np.arange(len(inputs)))
             return self.engine.optimizer_step(hyperparameters(settings, 0))
 
         self.run_once = step if mode == "train" else lambda: self.engine.evaluate(inputs, targets)

@@ -81,8 +81,11 @@ class TrainEngine(Protocol):
     An optimizer step is any number of `forward_backward` micro-batches of one size, then `optimizer_step`.
     """
 
-    def forward_backward(self, tokens: Array, targets: Array, key: int) -> None:
-        """Forward and backward of a (B, T) micro-batch; gradients accumulate. `key` seeds dropout. Enqueues only."""
+    def forward_backward(self, tokens: Array, targets: Array, windows: Array) -> None:
+        """Forward and backward of a (B, T) micro-batch; gradients accumulate. Enqueues only.
+
+        `windows` (B,) are the rows' numbers among the run's training windows, which key their dropout.
+        """
 
     def optimizer_step(self, hyper: Hyper) -> Handle:
         """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
@@ -110,7 +113,8 @@ class NewTrainEngine(Protocol):
     """Constructor of a training engine, which has no parameters before `load`.
 
     `dtype` is that of the forward and backward pass; parameters and optimizer state are float32. float16 has a
-    loss scale, and skips steps whose gradient norm is not finite; `skip_nonfinite` does so in any dtype.
+    loss scale, and skips steps whose gradient norm is not finite; `skip_nonfinite` does so in any dtype. `seed` is
+    that of dropout.
     """
 
     def __call__(
@@ -123,6 +127,7 @@ class NewTrainEngine(Protocol):
         compile: bool = False,
         gradient_checkpointing: bool = False,
         skip_nonfinite: bool = False,
+        seed: int = 0,
     ) -> TrainEngine:
         """Allocates nothing but the RoPE tables."""
 

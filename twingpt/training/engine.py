@@ -20,4 +20,5 @@ def make_engine(
         compile=compile,
         gradient_checkpointing=train.gradient_checkpointing,
         skip_nonfinite=train.skip_nonfinite,
+        seed=train.seed,
     )

@@ -6,6 +6,8 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from twingpt.backends import registry
 from twingpt.core.backend import Backend, Device
 from twingpt.core.config import GPTConfig, TrainConfig
@@ -81,8 +83,8 @@ class _DryRun:
         tokens, targets = self.data.batch(0, rows, self.config.block_size, self.train.seed)
         start, handles = time.perf_counter(), []
         for _ in range(updates):
-            for key in range(micro_batches):
-                self.engine.forward_backward(tokens, targets, key)
+            for _ in range(micro_batches):
+                self.engine.forward_backward(tokens, targets, np.arange(rows))
             handles.append(self.engine.optimizer_step(hyperparameters(self.train, 0)))
         self.engine.read(handles)
         return time.perf_counter() - start

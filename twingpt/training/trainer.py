@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core import rng
 from twingpt.core.errors import OutOfMemoryError, UserError
 from twingpt.core.schedule import hyperparameters
 from twingpt.data.prefetch import Prefetcher
@@ -99,7 +98,8 @@ class Trainer:
         for micro in range(train.gradient_accumulation_steps):
             number = step * train.gradient_accumulation_steps + micro
             tokens, targets = self.batches(number)
-            self.engine.forward_backward(tokens, targets, rng.digest("dropout", train.seed, number) % 2**32)
+            windows = np.arange(number * train.batch_size, (number + 1) * train.batch_size)
+            self.engine.forward_backward(tokens, targets, windows)
         self.meter.unread.append(self.engine.optimizer_step(hyperparameters(train, step)))
         self.progress.step += 1
 

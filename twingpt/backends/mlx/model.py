@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from twingpt.backends.mlx.quantized import dequantize, quantized_matmul
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
+from twingpt.core.dropout import GOLDEN, MIX, threshold
 from twingpt.core.rope import rope_periods
 
 Array = mx.array
@@ -79,22 +80,32 @@ class KVCache:
 
 
 class Dropout:
-    """Inverted dropout: entries are 0 with probability `rate`, the rest is divided by 1 - rate.
+    """Inverted dropout by the masks of `core.dropout`: entries are 0 with probability `rate`, the rest over 1 - rate.
 
-    Each call of a forward pass (its sites: the embedding, then two a block) draws with a key of its own.
+    `keys` (B, sites) are those of the batch's windows, as uint32.
     """
 
-    def __init__(self, rate: float, key: Array, config: GPTConfig) -> None:
-        self.rate, self.keys, self.site = rate, mx.random.split(key, 1 + 2 * config.n_layer), 0
+    def __init__(self, rate: float, keys: Array) -> None:
+        self.rate, self.keys = rate, keys
 
-    def __call__(self, x: Array) -> Array:
-        """Drop out entries of `x`."""
-        kept = mx.random.bernoulli(1 - self.rate, x.shape, self.keys[self.site])
-        self.site += 1
-        return mx.where(kept, x * (1 / (1 - self.rate)), 0)
+    def __call__(self, x: Array, site: int) -> Array:
+        """Drop out entries of (B, T, D) activations at a site."""
+        _, T, D = x.shape
+        h = (mx.arange(T * D, dtype=mx.uint32) * uint32(GOLDEN)).reshape(T, D)
+        h = h ^ self.keys[:, site, None, None]
+        for shift, factor in zip((16, 13), MIX, strict=True):
+            h = (h ^ (h >> shift)) * uint32(factor)
+        h = h ^ (h >> 16)
+        dropped = h < uint32(threshold(self.rate))
+        return mx.where(dropped, 0, x * (1 / (1 - self.rate)))
 
 
-def no_dropout(x: Array) -> Array:
+def uint32(number: int) -> Array:
+    """A scalar that MLX takes for no int32, which Python's numbers are."""
+    return mx.array(number, mx.uint32)
+
+
+def no_dropout(x: Array, site: int) -> Array:
     """`Dropout` with a rate of 0."""
     return x
 
@@ -284,28 +295,26 @@ def block(
     config: GPTConfig,
     rope: Rope,
     cache: KVCache | None,
-    dropout: Callable[[Array], Array],
+    dropout: Callable[[Array, int], Array],
 ) -> Array:
     """Transformer block: attention and MLP, each added to the residual stream, (B, T, D) -> (B, T, D)."""
     name = f"model.layers.{layer}"
     (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[config.norm_placement]
     y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config, rope, cache)
-    attended = x + scale(dropout(norm(y, p, f"{name}.{after_attn}", config)), config.residual_scale)
+    attended = x + scale(dropout(norm(y, p, f"{name}.{after_attn}", config), 1 + 2 * layer), config.residual_scale)
     x = x if config.parallel_residual else attended
     y = mlp(norm(x, p, f"{name}.{before_mlp}", config), p, layer, config)
-    return attended + scale(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
+    return attended + scale(dropout(norm(y, p, f"{name}.{after_mlp}", config), 2 + 2 * layer), config.residual_scale)
 
 
 def checkpointed_block(
-    x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
+    x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array, int], Array]
 ) -> Array:
     """`block` with gradient checkpointing (Chen et al. 2016): keeps its input, recomputes the rest in the backward."""
     # mx.checkpoint differentiates by its arguments alone: parameters from the closure would get no gradient.
     layer_params = {name: value for name, value in p.items() if name.startswith(f"model.layers.{layer}.")}
 
     def run(x: Array, layer_params: Parameters) -> Array:
-        if isinstance(dropout, Dropout):
-            dropout.site = 1 + 2 * layer  # so that the recomputation drops the same entries
         return block(x, layer_params, layer, config, rope, None, dropout)
 
     return mx.checkpoint(run)(x, layer_params)
@@ -331,7 +340,7 @@ def hidden_states(
     rope: Rope,
     cache: KVCache | None = None,
     *,
-    dropout: Callable[[Array], Array] = no_dropout,
+    dropout: Callable[[Array, int], Array] = no_dropout,
     gradient_checkpointing: bool = False,
 ) -> Array:
     """All but the head: (B, T) ids -> (B, T, D) hidden states after the final norm; `logits` takes them on.
@@ -347,7 +356,7 @@ def hidden_states(
             if offset:
                 previous = embed(p, cache.tokens[:, offset - 1 : offset], config, offset - 1)
         x = smear(x, previous, p)
-    x = dropout(x)
+    x = dropout(x, 0)
     for layer in range(config.n_layer):
         if gradient_checkpointing:
             x = checkpointed_block(x, p, layer, config, rope, dropout)

@@ -87,7 +87,7 @@ def optimizer_step(
     grads: Parameters,
     state: Parameters,
     h: Hyper,
-    n_micro_batches: Array,
+    divisor: Array,
     *,
     plan: OptimizerPlan,
     dtype: mx.Dtype,
@@ -95,14 +95,14 @@ def optimizer_step(
 ) -> tuple[Parameters, Parameters, Array, Array]:
     """Clip, then step every parameter by AdamW or Muon as `plan` says: (params, state, gradient norm, 1 if skipped).
 
-    `grads` are summed over the micro-batches, times the loss scale where `state` has one. `state` has the names of
-    `core.parameters.state_table`. `h` and `n_micro_batches` hold 0-D arrays on the device, so that a compiled step
+    `grads` are means times `divisor`, and times the loss scale where `state` has one. `state` has the names of
+    `core.parameters.state_table`. `h` and `divisor` hold 0-D arrays on the device, so that a compiled step
     serves every step. `skip_nonfinite` skips the step when the norm is not finite. Muon orthogonalises in `dtype`.
     The dictionaries passed in are not changed.
     """
     params, state = dict(params), dict(state)
     scale = state.get("loss_scale")
-    grads, grad_norm = clip_gradients(grads, h, n_micro_batches if scale is None else n_micro_batches * scale)
+    grads, grad_norm = clip_gradients(grads, h, divisor if scale is None else divisor * scale)
     finite = mx.isfinite(grad_norm)
     if skip_nonfinite:
         grads, h = skip_unless(finite, grads, h)

@@ -16,6 +16,7 @@ from twingpt.backends.mlx.inference import InferenceEngine
 from twingpt.backends.mlx.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
+from twingpt.core.dropout import dropout_keys, dropout_sites
 from twingpt.core.parameters import optimizer_plan, parameter_table, state_table
 from twingpt.core.schedule import LOSS_SCALE_START, Hyper
 
@@ -27,7 +28,7 @@ def summed_loss(
     params: Parameters,
     tokens: Array,
     targets: Array,
-    key: Array,
+    keys: Array,
     config: GPTConfig,
     rope: model.Rope,
     dtype: mx.Dtype,
@@ -37,17 +38,17 @@ def summed_loss(
 ) -> Array:
     """Cross-entropy of a (B, T) batch in nats, summed over its targets; a target below 0 is padding, counting nothing.
 
-    Casts the parameters to `dtype` once, at the top: there is no autocast.
+    Casts the parameters to `dtype` once, at the top: there is no autocast. `keys` (B, sites) are those of dropout.
     """
     p = {name: value.astype(dtype) for name, value in params.items()}
-    dropout = model.Dropout(dropout_rate, key, config) if dropout_rate else model.no_dropout
+    dropout = model.Dropout(dropout_rate, keys) if dropout_rate else model.no_dropout
     x = model.hidden_states(p, tokens, config, rope, dropout=dropout, gradient_checkpointing=gradient_checkpointing)
     return model.chunked_cross_entropy(x, p, targets, config)
 
 
-def mean_loss(params: Parameters, tokens: Array, targets: Array, scale: Array, key: Array, **settings: Any) -> Array:
-    """`summed_loss` (which takes `settings`) over B T, times the loss scale `scale`: what the gradients are of."""
-    return summed_loss(params, tokens, targets, key, **settings) * (scale / targets.size)
+def scaled_loss(params: Parameters, tokens: Array, targets: Array, keys: Array, scale: Array, **settings: Any) -> Array:
+    """`summed_loss` (which takes `settings`) times `scale`: what the backward pass begins with."""
+    return summed_loss(params, tokens, targets, keys, **settings) * scale
 
 
 def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, *, chunked: bool) -> tuple[int, float]:
@@ -83,18 +84,21 @@ class TrainEngine:
         compile: bool = False,
         gradient_checkpointing: bool = False,
         skip_nonfinite: bool = False,
+        seed: int = 0,
     ) -> None:
         wire_memory(device)
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
-        self.losses: list[Array] = []
+        self.losses: list[Array] = []  # of the micro-batches since the last step, as they were scaled
+        self.counted = self.batch_targets = 0  # targets that count since then, and all of its first micro-batch
+        self.seed = seed
         self.grads: Parameters = {}
         compiled = mx.compile if compile else lambda function: function
         settings: dict[str, Any] = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
         training = {**settings, "dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
         evaluating = {**settings, "dropout_rate": 0.0, "gradient_checkpointing": False}
-        self.loss_and_grads = compiled(mx.value_and_grad(partial(mean_loss, **training)))
+        self.loss_and_grads = compiled(mx.value_and_grad(partial(scaled_loss, **training)))
         self.summed_loss = compiled(partial(summed_loss, **evaluating))
         plan = optimizer_plan(config, optimizer)
         skip_nonfinite = skip_nonfinite or dtype == "float16"  # whose loss scale is found by overflowing
@@ -115,37 +119,56 @@ class TrainEngine:
         mx.eval(self.params, self.optimizer_state)
 
     @on_device
-    def forward_backward(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
-        """Forward and backward of a (B, T) micro-batch; gradients accumulate. `key` seeds dropout. Enqueues only."""
-        scale = self.optimizer_state.get("loss_scale", mx.array(1.0))
+    def forward_backward(self, tokens: np.ndarray, targets: np.ndarray, windows: np.ndarray) -> None:
+        """Forward and backward of a (B, T) micro-batch; gradients accumulate. Enqueues only.
+
+        `windows` (B,) are the rows' numbers among the run's training windows, which key their dropout.
+        """
         x, y = to_device(tokens), to_device(targets)
-        loss, grads = self.loss_and_grads(self.params, x, y, scale, mx.random.key(key))
+        keys = dropout_keys(self.seed, windows, dropout_sites(self.config))
+        self.batch_targets = self.batch_targets or targets.size
+        # Divided by a constant of the step, so that float16 sees a mean times its loss scale and not a sum.
+        scale = self.loss_scale / self.batch_targets
+        loss, grads = self.loss_and_grads(self.params, x, y, to_device(keys), scale)
         self.grads = {name: self.grads[name] + g if self.grads else g for name, g in grads.items()}
-        self.losses.append(loss / scale)
-        mx.async_eval(self.losses[-1], self.grads)
+        self.losses.append(loss)
+        self.counted += int(np.count_nonzero(targets >= 0))
+        mx.async_eval(loss, self.grads)
+
+    @property
+    def loss_scale(self) -> Array:
+        """The loss scale of float16, else 1."""
+        return self.optimizer_state.get("loss_scale", mx.array(1.0))
+
+    @property
+    def divisor(self) -> float:
+        """What makes means of the sums: targets that count since the last step, over its first micro-batch's size."""
+        return max(1, self.counted) / self.batch_targets
 
     def gradients(self) -> Parameters:
-        """Gradients of the mean loss over the micro-batches since the last optimizer step, unclipped."""
-        divisor = len(self.losses) * self.optimizer_state.get("loss_scale", mx.array(1.0))
+        """Gradients of the mean loss over the targets since the last optimizer step, unclipped."""
+        divisor = self.divisor * self.loss_scale
         return {name: g / divisor for name, g in self.grads.items()}
 
     @on_device
     def optimizer_step(self, hyper: Hyper) -> Array:
         """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
-        numbers: list[Any] = list(to_device(np.array([*hyper, len(self.losses)], np.float32)))
+        numbers: list[Any] = list(to_device(np.array([*hyper, self.divisor], np.float32)))
+        divisor = numbers.pop()
+        loss = mx.stack(self.losses).sum() / (divisor * self.loss_scale)
         self.params, self.optimizer_state, grad_norm, skipped = self.compiled_step(
-            self.params, self.grads, self.optimizer_state, Hyper(*numbers[:-1]), numbers[-1]
+            self.params, self.grads, self.optimizer_state, Hyper(*numbers), divisor
         )
-        handle = mx.stack([mx.stack(self.losses).mean(), grad_norm, skipped])
+        handle = mx.stack([loss, grad_norm, skipped])
         self.grads = {}
-        self.losses = []
+        self.losses, self.counted, self.batch_targets = [], 0, 0
         mx.async_eval(handle, self.params, self.optimizer_state)
         return handle
 
     @on_device
     def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
         """Cross-entropy of a (B, T) batch without dropout; enqueues only. Reads as (nats,), summed over the targets."""
-        handle = self.summed_loss(self.params, to_device(tokens), to_device(targets), mx.random.key(0))[None]
+        handle = self.summed_loss(self.params, to_device(tokens), to_device(targets), to_device(tokens))[None]
         mx.async_eval(handle)
         return handle
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from twingpt.backends.torch.quantized import dequantize, packed_matmul, quantized_matmul
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
+from twingpt.core.dropout import GOLDEN, MIX, threshold
 from twingpt.core.rope import rope_frequencies
 
 Array = Tensor
@@ -96,20 +97,33 @@ class KVCache:
 
 
 class Dropout:
-    """Inverted dropout: entries are 0 with probability `rate`, the rest is divided by 1 - rate.
+    """Inverted dropout by the masks of `core.dropout`: entries are 0 with probability `rate`, the rest over 1 - rate.
 
-    Draws from torch's global generator, which `TrainEngine.forward_backward` seeds.
+    `keys` (B, sites) are those of the batch's windows, as int32, which wraps as uint32 does.
     """
 
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
+    def __init__(self, rate: float, keys: Array) -> None:
+        self.rate, self.keys = rate, keys
 
-    def __call__(self, x: Array) -> Array:
-        """Drop out entries of `x`."""
-        return F.dropout(x, self.rate)
+    def __call__(self, x: Array, site: int) -> Array:
+        """Drop out entries of (B, T, D) activations at a site."""
+        _, T, D = x.shape
+        h = torch.arange(T * D, dtype=torch.int32, device=x.device).mul_(int32(GOLDEN)).view(T, D)
+        h = h ^ self.keys[:, site, None, None]
+        for shift, factor in zip((16, 13), MIX, strict=True):
+            h ^= (h >> shift) & ((1 << 32 - shift) - 1)  # an int32 shifts copies of its sign in
+            h *= int32(factor)
+        h ^= (h >> 16) & 0xFFFF
+        dropped = (h ^ int32(1 << 31)) < threshold(self.rate) - (1 << 31)  # as if unsigned
+        return (x * (1 / (1 - self.rate))).masked_fill(dropped, 0.0)
 
 
-def no_dropout(x: Array) -> Array:
+def int32(number: int) -> int:
+    """The int32 of the same bits as a uint32."""
+    return number - (1 << 32) if number >= 1 << 31 else number
+
+
+def no_dropout(x: Array, site: int) -> Array:
     """`Dropout` with a rate of 0."""
     return x
 
@@ -268,20 +282,20 @@ def block(
     config: GPTConfig,
     rope: Rope,
     cache: KVCache | None,
-    dropout: Callable[[Array], Array],
+    dropout: Callable[[Array, int], Array],
 ) -> Array:
     """Transformer block: attention and MLP, each added to the residual stream, (B, T, D) -> (B, T, D)."""
     name = f"model.layers.{layer}"
     (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[config.norm_placement]
     y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config, rope, cache)
-    attended = x + scale(dropout(norm(y, p, f"{name}.{after_attn}", config)), config.residual_scale)
+    attended = x + scale(dropout(norm(y, p, f"{name}.{after_attn}", config), 1 + 2 * layer), config.residual_scale)
     x = x if config.parallel_residual else attended
     y = mlp(norm(x, p, f"{name}.{before_mlp}", config), p, layer, config)
-    return attended + scale(dropout(norm(y, p, f"{name}.{after_mlp}", config)), config.residual_scale)
+    return attended + scale(dropout(norm(y, p, f"{name}.{after_mlp}", config), 2 + 2 * layer), config.residual_scale)
 
 
 def checkpointed_block(
-    x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array], Array]
+    x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, dropout: Callable[[Array, int], Array]
 ) -> Array:
     """`block` with gradient checkpointing (Chen et al. 2016): keeps its input, recomputes the rest in the backward."""
     y: Array = checkpoint(block, x, p, layer, config, rope, None, dropout, use_reentrant=False)
@@ -308,7 +322,7 @@ def hidden_states(
     rope: Rope,
     cache: KVCache | None = None,
     *,
-    dropout: Callable[[Array], Array] = no_dropout,
+    dropout: Callable[[Array, int], Array] = no_dropout,
     gradient_checkpointing: bool = False,
 ) -> Array:
     """All but the head: (B, T) ids -> (B, T, D) hidden states after the final norm; `logits` takes them on.
@@ -324,7 +338,7 @@ def hidden_states(
             if offset:
                 previous = embed(p, cache.tokens[:, offset - 1 : offset], config, offset - 1)
         x = smear(x, previous, p)
-    x = dropout(x)
+    x = dropout(x, 0)
     for layer in range(config.n_layer):
         if gradient_checkpointing:
             x = checkpointed_block(x, p, layer, config, rope, dropout)

@@ -17,6 +17,7 @@ from twingpt.backends.torch.inference import InferenceEngine
 from twingpt.backends.torch.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
+from twingpt.core.dropout import dropout_keys, dropout_sites
 from twingpt.core.parameters import optimizer_plan, parameter_table, state_table
 from twingpt.core.schedule import LOSS_SCALE_START, Hyper
 
@@ -28,6 +29,7 @@ def summed_loss(
     params: Parameters,
     tokens: Array,
     targets: Array,
+    keys: Array,
     config: GPTConfig,
     rope: model.Rope,
     dtype: torch.dtype,
@@ -37,17 +39,17 @@ def summed_loss(
 ) -> Array:
     """Cross-entropy of a (B, T) batch in nats, summed over its targets; a target below 0 is padding, counting nothing.
 
-    Casts the parameters to `dtype` once, at the top: there is no autocast.
+    Casts the parameters to `dtype` once, at the top: there is no autocast. `keys` (B, sites) are those of dropout.
     """
     p = {name: value.to(dtype) for name, value in params.items()}
-    dropout = model.Dropout(dropout_rate) if dropout_rate else model.no_dropout
+    dropout = model.Dropout(dropout_rate, keys) if dropout_rate else model.no_dropout
     x = model.hidden_states(p, tokens, config, rope, dropout=dropout, gradient_checkpointing=gradient_checkpointing)
     return model.chunked_cross_entropy(x, p, targets, config)
 
 
-def mean_loss(params: Parameters, tokens: Array, targets: Array, **settings: Any) -> Array:
-    """`summed_loss` (which takes `settings`) over B T: what the gradients are of."""
-    return summed_loss(params, tokens, targets, **settings) / targets.numel()
+def scaled_loss(params: Parameters, tokens: Array, targets: Array, keys: Array, scale: Array, **settings: Any) -> Array:
+    """`summed_loss` (which takes `settings`) times `scale`: what the backward pass begins with."""
+    return summed_loss(params, tokens, targets, keys, **settings) * scale
 
 
 def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, *, chunked: bool) -> tuple[int, float]:
@@ -79,18 +81,21 @@ class TrainEngine:
         compile: bool = False,
         gradient_checkpointing: bool = False,
         skip_nonfinite: bool = False,
+        seed: int = 0,
     ) -> None:
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         if gradient_checkpointing:
             return_freed_memory(device)
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
-        self.losses: list[Array] = []
+        self.losses: list[Array] = []  # of the micro-batches since the last step, as they were scaled
+        self.counted = self.batch_targets = 0  # targets that count since then, and all of its first micro-batch
+        self.seed = seed
         rope = model.Rope(config, torch.device(device.name))
         settings: dict[str, Any] = {"config": config, "rope": rope, "dtype": DTYPES[dtype]}
         self.training = {**settings, "dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
         self.evaluating = {**settings, "dropout_rate": 0.0, "gradient_checkpointing": False}
-        self.mean_loss = torch.compile(mean_loss) if compile else mean_loss
+        self.scaled_loss = torch.compile(scaled_loss) if compile else scaled_loss
         self.summed_loss = torch.compile(summed_loss) if compile else summed_loss
         plan = optimizer_plan(config, optimizer)
         skip_nonfinite = skip_nonfinite or dtype == "float16"  # whose loss scale is found by overflowing
@@ -109,39 +114,56 @@ class TrainEngine:
             self.optimizer_state["loss_scale"].fill_(LOSS_SCALE_START)
         self.params = {name: arrays[name].requires_grad_() for name in parameter_table(self.config)}
 
-    def forward_backward(self, tokens: np.ndarray, targets: np.ndarray, key: int) -> None:
-        """Forward and backward of a (B, T) micro-batch; gradients accumulate. `key` seeds dropout. Enqueues only."""
-        if self.config.dropout:
-            torch.manual_seed(key)
+    def forward_backward(self, tokens: np.ndarray, targets: np.ndarray, windows: np.ndarray) -> None:
+        """Forward and backward of a (B, T) micro-batch; gradients accumulate. Enqueues only.
+
+        `windows` (B,) are the rows' numbers among the run's training windows, which key their dropout.
+        """
         x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
-        loss = self.mean_loss(self.params, x, y, **self.training)
-        (loss * self.optimizer_state["loss_scale"] if "loss_scale" in self.optimizer_state else loss).backward()
+        keys = dropout_keys(self.seed, windows, dropout_sites(self.config)).view(np.int32)
+        self.batch_targets = self.batch_targets or targets.size
+        # Divided by a constant of the step, so that float16 sees a mean times its loss scale and not a sum.
+        scale = self.loss_scale / self.batch_targets
+        loss = self.scaled_loss(self.params, x, y, to_device(keys, self.device), scale, **self.training)
+        loss.backward()
         self.losses.append(loss.detach())
+        self.counted += int(np.count_nonzero(targets >= 0))
+
+    @property
+    def loss_scale(self) -> Array:
+        """The loss scale of float16, else 1."""
+        return self.optimizer_state.get("loss_scale", torch.ones((), device=self.device.name))
+
+    @property
+    def divisor(self) -> float:
+        """What makes means of the sums: targets that count since the last step, over its first micro-batch's size."""
+        return max(1, self.counted) / self.batch_targets
 
     def gradients(self) -> Parameters:
-        """Gradients of the mean loss over the micro-batches since the last optimizer step, unclipped."""
-        divisor = len(self.losses) * self.optimizer_state.get("loss_scale", torch.tensor(1.0))
+        """Gradients of the mean loss over the targets since the last optimizer step, unclipped."""
+        divisor = self.divisor * self.loss_scale
         return {name: p.grad / divisor for name, p in self.params.items() if p.grad is not None}
 
     @torch.no_grad()
     def optimizer_step(self, hyper: Hyper) -> Array:
         """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
-        *numbers, n_micro_batches = to_device(np.array([*hyper, len(self.losses)], np.float32), self.device)
+        *numbers, divisor = to_device(np.array([*hyper, self.divisor], np.float32), self.device)
+        loss = torch.stack(self.losses).sum() / (divisor * self.loss_scale)
         grads = {name: p.grad for name, p in self.params.items()}
         _, _, grad_norm, skipped = self.compiled_step(
-            self.params, grads, self.optimizer_state, Hyper(*numbers), n_micro_batches
+            self.params, grads, self.optimizer_state, Hyper(*numbers), divisor
         )
-        handle = torch.stack([torch.stack(self.losses).mean(), grad_norm, skipped])
+        handle = torch.stack([loss, grad_norm, skipped])
         for p in self.params.values():
             p.grad = None
-        self.losses = []
+        self.losses, self.counted, self.batch_targets = [], 0, 0
         return handle
 
     @torch.no_grad()
     def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
         """Cross-entropy of a (B, T) batch without dropout; enqueues only. Reads as (nats,), summed over the targets."""
         x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
-        return self.summed_loss(self.params, x, y, **self.evaluating)[None]
+        return self.summed_loss(self.params, x, y, x, **self.evaluating)[None]
 
     def read(self, handles: Sequence[Array]) -> np.ndarray:
         """(handles, numbers) float64: what handles of one kind read as. The only call that waits."""
