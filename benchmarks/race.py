@@ -153,8 +153,9 @@ class Runner:
 
     def loss(self) -> float:
         """Nats per character over the whole validation split."""
-        handles = [self.engine.evaluate(tokens, targets) for tokens, targets in self.windows()]
-        return float(self.engine.read(handles).sum()) / (len(self.val) - 1)
+        engine = self.engine.inference()
+        handles = [engine.log_probs(tokens, targets) for tokens, targets in self.windows()]
+        return -sum(float(engine.read(handle).targets.sum()) for handle in handles) / (len(self.val) - 1)
 
 
 def sprint(name: str, target: float, train: Array, val: Array) -> dict[str, Any]:

@@ -142,7 +142,8 @@ def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(engines, monkeypa
     chunked = gradients(engines, config, params, tokens, targets)
     engine = engines.TrainEngine(config, cpu(engines))
     engine.load(params.items())
-    nats = engine.read([engine.evaluate(tokens, targets)])[0, 0]
+    inference = engine.inference()
+    nats = -inference.read(inference.log_probs(tokens, targets)).targets.sum()
     monkeypatch.setattr(
         model,
         "chunked_cross_entropy",
@@ -166,8 +167,20 @@ def test_the_chunked_loss_never_holds_all_logits(engines, monkeypatch):
         engine.load(initialise(config, 1))
 
         def run(engine=engine):
-            engine.forward_backward(tokens, targets, key=0)
+            engine.forward_backward(tokens, targets, np.arange(len(tokens)))
             engine.read([engine.optimizer_step(hyperparameters(TRAIN, 20))])
 
         peaks.append(engines.arrays_peak(engine.device, run))
     assert peaks[0] < 1024 * 4096 * 4 < peaks[1]  # bytes
+
+
+def test_log_probabilities_never_hold_all_logits(engines, monkeypatch):
+    model = __import__(f"twingpt.backends.{engines.NAME}.model", fromlist=["model"])
+    config = config_of({"n_layer": 1, "vocab_size": 4096})
+    tokens, targets = batch(config, 64, 16)
+    peaks = []
+    for rows in (64, 1024):
+        monkeypatch.setattr(model, "LOSS_ROWS", rows)
+        engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
+        peaks.append(engines.arrays_peak(engine.device, lambda e=engine: e.read(e.log_probs(tokens, targets, top_k=2))))
+    assert 2 * peaks[0] < peaks[1] > 1024 * 4096 * 4  # bytes

@@ -1,5 +1,7 @@
 """Both twins against the float64 reference and against each other, over a family of configurations."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -311,6 +313,7 @@ def step_with(engines, config, params, moments, grads, train, step):
 
         engine.grads = {name: mx.array(g) for name, g in grads.items()}
         engine.losses = [mx.zeros(())]
+    engine.counted = engine.batch_targets = 1  # as after one micro-batch of one target
     norm = engine.read([engine.optimizer_step(hyperparameters(train, step))])[0, 1]
     assert norm == pytest.approx(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values())), rel=1e-5)
     return dict(engine.state())
@@ -361,3 +364,23 @@ def test_a_long_context_takes_no_memory_before_it_is_filled(engines):
     engine = engines.InferenceEngine(config, initialise(config, 0), cpu(engines))
     engine.prefill(np.array([[5, 6, 7]]))
     assert engine.cache.keys[0].shape[2] < 1000
+
+
+@pytest.mark.parametrize("switches", ["qwen3", "untied", "logit softcap", "nano"])
+@pytest.mark.parametrize("rows", [5, 1000])
+def test_log_probabilities_of_targets_and_of_the_likeliest_ids(engines, monkeypatch, switches, rows):
+    config = config_of(MATRIX[switches])
+    monkeypatch.setattr(import_module(f"twingpt.backends.{engines.NAME}.model"), "LOSS_ROWS", rows)
+    params = dict(initialise(config, 1))
+    tokens, targets = batch(config, 3, 17)
+    targets[1, 9:] = -1
+    logits = reference.forward(params, tokens, config)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    engine = engines.InferenceEngine(config, params.items(), cpu(engines))
+    found = engine.read(engine.log_probs(tokens, targets, top_k=4))
+    np.testing.assert_allclose(found.targets, -reference.cross_entropy(logits, targets), atol=1e-5)
+    assert not found.targets[1, 9:].any()
+    np.testing.assert_allclose(found.top, -np.sort(-expected, axis=-1)[..., :4], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(expected, found.top_ids.astype(int), -1), found.top, atol=1e-5)
+    plain = engine.read(engine.log_probs(tokens, targets))
+    assert np.array_equal(plain.targets, found.targets) and plain.top is None and plain.top_ids is None

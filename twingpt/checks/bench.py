@@ -80,20 +80,26 @@ class Worker:
                 self.engine.forward_backward(inputs, targets, np.arange(len(inputs)))
             return self.engine.optimizer_step(hyperparameters(settings, 0))
 
-        self.run_once = step if mode == "train" else lambda: self.engine.evaluate(inputs, targets)
+        if mode == "train":
+            self.run_once: Callable[[], Any] = step
+            self.read: Callable[[list[Any]], Any] = self.engine.read
+        else:
+            inference = self.engine.inference()
+            self.run_once = lambda: inference.log_probs(inputs, targets)
+            self.read = lambda handles: [inference.read(handle) for handle in handles]
         for _ in range(WARMUP):
             self.run(1)
 
     def arrays(self, config: Options, train: Options, *, compile: bool) -> int:
         """Peak bytes of arrays while a new engine takes its first training steps."""
-        for name in ("engine", "run_once"):  # one engine at a time
+        for name in ("engine", "run_once", "read"):  # one engine at a time
             vars(self).pop(name, None)
         return self.engines.arrays_peak(self.device, lambda: self.build("train", config, train, compile=compile))
 
     def run(self, steps: int) -> float:
         """Wall-clock seconds of `steps` steps, from the first call to the last result."""
         start = time.perf_counter()
-        self.engine.read([self.run_once() for _ in range(steps)])
+        self.read([self.run_once() for _ in range(steps)])
         return time.perf_counter() - start
 
     def loss(self, vocab_size: int, n_embd: int, tokens: int, dtype: str, *, chunked: bool) -> tuple[int, float]:

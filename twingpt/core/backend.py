@@ -48,6 +48,18 @@ class Memory:
     peak: int
 
 
+@dataclass(frozen=True)
+class LogProbs:
+    """Log-probabilities in nats: of (B, T) targets, where padding has 0, and of the k likeliest ids, (B, T, k).
+
+    `top_ids` (B, T, k) are those ids, the likeliest first; None with `top` where k is 0.
+    """
+
+    targets: Any
+    top: Any
+    top_ids: Any
+
+
 class InferenceEngine(Protocol):
     """Prefill and decode with one set of parameters and one KV cache, whose B rows advance together.
 
@@ -58,6 +70,12 @@ class InferenceEngine(Protocol):
 
     def forward(self, tokens: Array) -> Array:
         """(B, T) ids -> (B, T, V) float32 logits, without the KV cache; waits."""
+
+    def log_probs(self, tokens: Array, targets: Array, top_k: int = 0) -> Handle:
+        """Log-probabilities of (B, T) targets after (B, T) ids, and of the `top_k` likeliest ids. Enqueues only.
+
+        Reads as LogProbs. Goes by chunks of positions: the (B, T, V) logits are never in memory.
+        """
 
     def prefill(self, tokens: Array) -> Handle:
         """Run (B, T) ids into a new KV cache; the handle holds the last position's logits, (B, V). Enqueues only."""
@@ -71,8 +89,8 @@ class InferenceEngine(Protocol):
     def logits(self, handle: Handle) -> Array:
         """(B, V) float32 logits after a handle's tokens; waits."""
 
-    def read(self, handle: Handle) -> Array:
-        """(B,) ids that a step sampled; waits."""
+    def read(self, handle: Handle) -> Any:
+        """(B,) ids that a step sampled, or what `log_probs` is to give, as NumPy arrays; waits."""
 
 
 class TrainEngine(Protocol):
@@ -89,9 +107,6 @@ class TrainEngine(Protocol):
 
     def optimizer_step(self, hyper: Hyper) -> Handle:
         """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
-
-    def evaluate(self, tokens: Array, targets: Array) -> Handle:
-        """Cross-entropy of a (B, T) batch without dropout; enqueues only. Reads as (nats,), summed over the targets."""
 
     def read(self, handles: Sequence[Handle]) -> Array:
         """(handles, numbers) float64: what handles of one kind read as. The only call that waits."""

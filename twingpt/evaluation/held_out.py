@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twingpt.backends import registry
-from twingpt.core.backend import Backend, Device, TrainEngine
+from twingpt.core.backend import Backend, Device, InferenceEngine
 from twingpt.core.checkpoint.schema import Model
 from twingpt.data.mixture import Data, MixturePart, parts
 from twingpt.data.prepare import prepare
@@ -65,7 +65,7 @@ class Evaluation:
         return Baseline(step, row.n, row.val_loss, row.bits_per_byte, row.targets) if row else None
 
 
-def evaluate(engine: TrainEngine, data: Data, batch_size: int, block_size: int, n_batches: int) -> Evaluation:
+def evaluate(engine: InferenceEngine, data: Data, batch_size: int, block_size: int, n_batches: int) -> Evaluation:
     """Evaluate an engine on at most `n_batches` held-out batches of each source of `data` (0: all); waits."""
     sources = parts(data)
     losses = [_source_loss(engine, part.data, batch_size, block_size, n_batches) for part in sources]
@@ -76,15 +76,16 @@ def evaluate(engine: TrainEngine, data: Data, batch_size: int, block_size: int, 
 
 
 def _source_loss(
-    engine: TrainEngine, data: TokenDataset, batch_size: int, block_size: int, n_batches: int
+    engine: InferenceEngine, data: TokenDataset, batch_size: int, block_size: int, n_batches: int
 ) -> HeldOutLoss:
     handles, count, size = [], 0, 0
     for tokens, targets in data.validation(batch_size, block_size, n_batches):
-        handles.append(engine.evaluate(tokens, targets))
+        handles.append(engine.log_probs(tokens, targets))
         counted = targets[targets >= 0]
         count += counted.size
         size += int(data.tokenizer.byte_lengths[counted].sum())
-    return HeldOutLoss(float(engine.read(handles).sum()) / count, max(1, size) / count, count)
+    nats = -sum(float(engine.read(handle).targets.sum(dtype=np.float64)) for handle in handles)
+    return HeldOutLoss(nats / count, max(1, size) / count, count)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,5 @@ class HeldOut:
         config = model.config
         if config.position != "learned":  # RoPE's angles for a million positions would take gigabytes
             config = dataclasses.replace(config, block_size=min(WINDOW, config.block_size))
-        engine = self.engines.TrainEngine(config, self.device, optimizer="adamw", dtype="float32")
-        engine.load(model.parameters())
+        engine = self.engines.InferenceEngine(config, model.stored(), self.device)
         return _source_loss(engine, self.data, BATCH, min(WINDOW, model.config.block_size), BATCHES).nats

@@ -94,7 +94,8 @@ class _DryRun:
         tokens, targets = next(self.data.validation(rows, self.config.block_size, 1))
         for _ in range(2):
             start = time.perf_counter()
-            self.engine.read([self.engine.evaluate(tokens, targets)])
+            engine = self.engine.inference()
+            engine.read(engine.log_probs(tokens, targets))
         return time.perf_counter() - start
 
 

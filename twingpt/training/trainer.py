@@ -141,7 +141,8 @@ class Trainer:
         """Report the held-out loss, after what n-grams reach where that is new; whether it is the best so far."""
         state, train, progress = self.state, self.train, self.progress
         with self.meter.stopped():
-            found = evaluate(self.engine, state.data, train.batch_size, state.config.block_size, train.eval_iters)
+            engine, block_size = self.engine.inference(), state.config.block_size
+            found = evaluate(engine, state.data, train.batch_size, block_size, train.eval_iters)
         loss, bpb = found.mean.nats, found.mean.bits_per_byte
         if not math.isfinite(loss):
             self._report_training(leave=0)  # which names the step where that was not finite either

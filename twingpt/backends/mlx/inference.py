@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +12,7 @@ import numpy as np
 
 from twingpt.backends.mlx import model
 from twingpt.backends.mlx.device import DTYPES, on_device, to_device, to_numpy, wire_memory
-from twingpt.core.backend import Device, check_tokens
+from twingpt.core.backend import Device, LogProbs, check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.sampler import Sampling
 
@@ -84,6 +85,18 @@ class InferenceEngine:
         return to_numpy(model.logits(x, self.params, self.config))
 
     @on_device
+    def log_probs(self, tokens: np.ndarray, targets: np.ndarray, top_k: int = 0) -> LogProbs:
+        """Log-probabilities of (B, T) targets after (B, T) ids, and of the `top_k` likeliest ids. Enqueues only.
+
+        Reads as LogProbs. Goes by chunks of positions: the (B, T, V) logits are never in memory.
+        """
+        ids = to_device(check_tokens(tokens, self.config))
+        x = model.hidden_states(self.params, ids, self.config, self.rope)
+        handle = model.log_probs(x, self.params, to_device(targets), self.config, top_k)
+        mx.async_eval([array for array in vars(handle).values() if array is not None])
+        return handle
+
+    @on_device
     def prefill(self, tokens: np.ndarray) -> Step:
         """Run (B, T) ids into a new KV cache; the handle holds the last position's logits, (B, V). Enqueues only."""
         ids = to_device(check_tokens(tokens, self.config))
@@ -118,9 +131,11 @@ class InferenceEngine:
         return to_numpy(handle.logits)
 
     @on_device
-    def read(self, handle: Step) -> np.ndarray:
-        """(B,) ids that a step sampled; waits."""
-        return np.array(handle.tokens)
+    def read(self, handle: Step | LogProbs) -> Any:
+        """(B,) ids that a step sampled, or what `log_probs` is to give, as NumPy arrays; waits."""
+        if isinstance(handle, Step):
+            return np.array(handle.tokens)
+        return LogProbs(*(None if array is None else np.array(array) for array in vars(handle).values()))
 
 
 def module_logits(module: nn.Module, tokens: np.ndarray) -> np.ndarray:

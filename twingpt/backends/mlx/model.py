@@ -7,12 +7,13 @@ ones beside plain ones. Shapes: B batch, T time, D n_embd, H heads, K key-value 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 
 from twingpt.backends.mlx.quantized import dequantize, quantized_matmul
+from twingpt.core.backend import LogProbs
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
 from twingpt.core.dropout import GOLDEN, MIX, threshold
 from twingpt.core.rope import rope_periods
@@ -373,6 +374,37 @@ def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     return softcap(matmul(x, p, head).astype(mx.float32), config.logit_softcap)
 
 
+def log_probs(x: Array, p: Parameters, targets: Array, config: GPTConfig, top_k: int) -> LogProbs:
+    """Log-probabilities of (B, T) targets, and of the `top_k` likeliest ids, after (B, T, D) hidden states.
+
+    Goes by chunks of positions, as `chunked_cross_entropy` does.
+    """
+    chosen, top, top_ids = list[Array](), list[Array](), list[Array]()
+    for chunk, wanted in loss_chunks(x.flatten(0, 1), targets.flatten(), config.vocab_size):
+        if chosen:  # serialise: MLX would schedule all chunks at once and hold every (chunk_size, V) of logits
+            chunk = mx.depends([chunk], [chosen[-1], *top[-1:], *top_ids[-1:]])[0]
+        scores = logits(chunk[None], p, config)[0]
+        log_p = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+        picked = mx.take_along_axis(log_p, mx.maximum(wanted, 0)[:, None], axis=-1)[:, 0]
+        chosen.append(mx.where(wanted < 0, 0.0, picked))
+        if top_k:
+            order = mx.argsort(-log_p, axis=-1)
+            top_ids.append(mx.contiguous(order[:, :top_k]))  # a view would keep all of the order
+            top.append(mx.take_along_axis(log_p, top_ids[-1], axis=-1))
+    by_position = mx.concatenate(chosen).reshape(targets.shape)
+    if not top_k:
+        return LogProbs(by_position, None, None)
+    shape = (*targets.shape, top_k)
+    return LogProbs(by_position, mx.concatenate(top).reshape(shape), mx.concatenate(top_ids).reshape(shape))
+
+
+def loss_chunks(x: Array, targets: Array, vocab_size: int) -> Iterator[tuple[Array, Array]]:
+    """(N, D) hidden states and (N,) targets in chunks of at most LOSS_ROWS positions and LOSS_LOGITS logits."""
+    chunk_size = max(1, min(LOSS_ROWS, LOSS_LOGITS // vocab_size))
+    for start in range(0, len(x), chunk_size):
+        yield x[start : start + chunk_size], targets[start : start + chunk_size]
+
+
 def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
     """Cross-entropy in nats, summed, and its gradient by the logits before the softcap (dlogits), (n, V) in x's dtype.
 
@@ -395,19 +427,15 @@ def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTCo
     Never holds the (B T, V) logits: goes by chunks of positions, and takes the gradients of `x` and the head in the
     forward pass (as Liger Kernel's fused linear cross-entropy), which the backward pass only scales.
     """
-    chunk_size = max(1, min(LOSS_ROWS, LOSS_LOGITS // config.vocab_size))
 
     @mx.custom_function
     def loss_and_grads(x: Array, head: Array) -> tuple[Array, Array, Array]:
         total, dhead = mx.array(0.0), mx.zeros(head.shape)
         dx: list[Array] = []
-        for start in range(0, len(x), chunk_size):
-            chunk = x[start : start + chunk_size]
-            if start:  # serialise: MLX would schedule all chunks at once and hold every (chunk_size, V) of logits
+        for chunk, wanted in loss_chunks(x, targets.flatten(), config.vocab_size):
+            if dx:  # serialise: MLX would schedule all chunks at once and hold every (chunk_size, V) of logits
                 chunk = mx.depends([chunk], [total, dx[-1], dhead])[0]
-            nats, dlogits = cross_entropy_and_dlogits(
-                chunk, head, targets.flatten()[start : start + chunk_size], config.logit_softcap
-            )
+            nats, dlogits = cross_entropy_and_dlogits(chunk, head, wanted, config.logit_softcap)
             total = total + nats
             dx.append(dlogits @ head)
             dhead = dhead + dlogits.T @ chunk

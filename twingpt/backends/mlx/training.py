@@ -96,10 +96,8 @@ class TrainEngine:
         self.grads: Parameters = {}
         compiled = mx.compile if compile else lambda function: function
         settings: dict[str, Any] = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
-        training = {**settings, "dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
-        evaluating = {**settings, "dropout_rate": 0.0, "gradient_checkpointing": False}
-        self.loss_and_grads = compiled(mx.value_and_grad(partial(scaled_loss, **training)))
-        self.summed_loss = compiled(partial(summed_loss, **evaluating))
+        settings |= {"dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
+        self.loss_and_grads = compiled(mx.value_and_grad(partial(scaled_loss, **settings)))
         plan = optimizer_plan(config, optimizer)
         skip_nonfinite = skip_nonfinite or dtype == "float16"  # whose loss scale is found by overflowing
         step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], skip_nonfinite=skip_nonfinite)
@@ -163,13 +161,6 @@ class TrainEngine:
         self.grads = {}
         self.losses, self.counted, self.batch_targets = [], 0, 0
         mx.async_eval(handle, self.params, self.optimizer_state)
-        return handle
-
-    @on_device
-    def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
-        """Cross-entropy of a (B, T) batch without dropout; enqueues only. Reads as (nats,), summed over the targets."""
-        handle = self.summed_loss(self.params, to_device(tokens), to_device(targets), to_device(tokens))[None]
-        mx.async_eval(handle)
         return handle
 
     @on_device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from twingpt.backends.torch import model, quantized
 from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
-from twingpt.core.backend import Device, check_tokens
+from twingpt.core.backend import Device, LogProbs, check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.sampler import Sampling
 
@@ -85,6 +86,16 @@ class InferenceEngine:
         return to_numpy(model.logits(x, self.params, self.config))
 
     @torch.inference_mode()
+    def log_probs(self, tokens: np.ndarray, targets: np.ndarray, top_k: int = 0) -> LogProbs:
+        """Log-probabilities of (B, T) targets after (B, T) ids, and of the `top_k` likeliest ids. Enqueues only.
+
+        Reads as LogProbs. Goes by chunks of positions: the (B, T, V) logits are never in memory.
+        """
+        ids = to_device(check_tokens(tokens, self.config), self.device)
+        x = model.hidden_states(self.params, ids, self.config, self.rope)
+        return model.log_probs(x, self.params, to_device(targets.astype(np.int64), self.device), self.config, top_k)
+
+    @torch.inference_mode()
     def prefill(self, tokens: np.ndarray) -> Step:
         """Run (B, T) ids into a new KV cache; the handle holds the last position's logits, (B, V). Enqueues only."""
         ids = to_device(check_tokens(tokens, self.config).astype(np.int64), self.device)
@@ -114,9 +125,11 @@ class InferenceEngine:
         """(B, V) float32 logits after a handle's tokens; waits."""
         return to_numpy(handle.logits)
 
-    def read(self, handle: Step) -> np.ndarray:
-        """(B,) ids that a step sampled; waits."""
-        return handle.tokens.cpu().numpy()
+    def read(self, handle: Step | LogProbs) -> Any:
+        """(B,) ids that a step sampled, or what `log_probs` is to give, as NumPy arrays; waits."""
+        if isinstance(handle, Step):
+            return handle.tokens.cpu().numpy()
+        return LogProbs(*(None if array is None else array.cpu().numpy() for array in vars(handle).values()))
 
 
 def module_logits(module: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:

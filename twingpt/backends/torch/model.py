@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from twingpt.backends.torch.quantized import dequantize, packed_matmul, quantized_matmul
+from twingpt.core.backend import LogProbs
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
 from twingpt.core.dropout import GOLDEN, MIX, threshold
 from twingpt.core.rope import rope_frequencies
@@ -355,6 +356,27 @@ def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     return softcap(matmul(x, p, head).float(), config.logit_softcap)
 
 
+def log_probs(x: Array, p: Parameters, targets: Array, config: GPTConfig, top_k: int) -> LogProbs:
+    """Log-probabilities of (B, T) targets, and of the `top_k` likeliest ids, after (B, T, D) hidden states.
+
+    Goes by chunks of positions, as `chunked_cross_entropy` does.
+    """
+    chosen, top, top_ids = list[Array](), list[Array](), list[Array]()
+    for chunk, wanted in loss_chunks(x.flatten(0, 1), targets.flatten(), config.vocab_size):
+        log_p = torch.log_softmax(logits(chunk[None], p, config)[0], dim=-1)
+        picked = log_p.gather(-1, wanted.clamp_min(0)[:, None])[:, 0]
+        chosen.append(picked.masked_fill(wanted < 0, 0.0))
+        if top_k:
+            likeliest = torch.topk(log_p, top_k)
+            top.append(likeliest.values)
+            top_ids.append(likeliest.indices)
+    by_position = torch.cat(chosen).view(targets.shape)
+    if not top_k:
+        return LogProbs(by_position, None, None)
+    shape = (*targets.shape, top_k)
+    return LogProbs(by_position, torch.cat(top).view(shape), torch.cat(top_ids).view(shape))
+
+
 def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
     """Cross-entropy in nats, summed, and its gradient by the logits before the softcap (dlogits), (n, V) in x's dtype.
 
@@ -371,21 +393,21 @@ def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float)
     return nats, dlogits.to(x.dtype)
 
 
-def loss_chunks(x: Array, head: Array, targets: Array) -> Iterator[tuple[Array, Array]]:
+def loss_chunks(x: Array, targets: Array, vocab_size: int) -> Iterator[tuple[Array, Array]]:
     """(N, D) hidden states and (N,) targets in chunks of at most LOSS_ROWS positions and LOSS_LOGITS logits."""
-    chunk_size = max(1, min(LOSS_ROWS, LOSS_LOGITS // len(head)))
+    chunk_size = max(1, min(LOSS_ROWS, LOSS_LOGITS // vocab_size))
     return zip(x.split(chunk_size), targets.split(chunk_size), strict=True)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """`chunked_cross_entropy` where gradients are wanted: the forward pass takes those of `x` and `head` along."""
+    """`chunked_cross_entropy`, whose forward pass takes the gradients of `x` and `head` along."""
 
     @staticmethod
     def forward(ctx: Any, x: Array, head: Array, targets: Array, cap: float) -> Array:
         """(N, D) hidden states, (V, D) head and (N,) targets -> nats, summed, ()."""
         total = torch.zeros((), device=x.device)
         dx, dhead = [], torch.zeros_like(head, dtype=torch.float32)
-        for chunk, wanted in loss_chunks(x, head, targets):
+        for chunk, wanted in loss_chunks(x, targets, len(head)):
             nats, dlogits = cross_entropy_and_dlogits(chunk, head, wanted, cap)
             total += nats
             dx.append(dlogits @ head)
@@ -407,13 +429,7 @@ def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTCo
     forward pass (as Liger Kernel's fused linear cross-entropy), which the backward pass only scales.
     """
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
-    x, targets = x.flatten(0, 1), targets.flatten()
-    if torch.is_grad_enabled():
-        total: Array = ChunkedCrossEntropy.apply(x, head, targets, config.logit_softcap)
-        return total
-    total = torch.zeros((), device=x.device)
-    for chunk, wanted in loss_chunks(x, head, targets):
-        total += cross_entropy_and_dlogits(chunk, head, wanted, config.logit_softcap)[0]
+    total: Array = ChunkedCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), config.logit_softcap)
     return total
 
 

@@ -93,10 +93,9 @@ class TrainEngine:
         self.seed = seed
         rope = model.Rope(config, torch.device(device.name))
         settings: dict[str, Any] = {"config": config, "rope": rope, "dtype": DTYPES[dtype]}
-        self.training = {**settings, "dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
-        self.evaluating = {**settings, "dropout_rate": 0.0, "gradient_checkpointing": False}
+        settings |= {"dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
+        self.settings = settings
         self.scaled_loss = torch.compile(scaled_loss) if compile else scaled_loss
-        self.summed_loss = torch.compile(summed_loss) if compile else summed_loss
         plan = optimizer_plan(config, optimizer)
         skip_nonfinite = skip_nonfinite or dtype == "float16"  # whose loss scale is found by overflowing
         step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], skip_nonfinite=skip_nonfinite)
@@ -124,7 +123,7 @@ class TrainEngine:
         self.batch_targets = self.batch_targets or targets.size
         # Divided by a constant of the step, so that float16 sees a mean times its loss scale and not a sum.
         scale = self.loss_scale / self.batch_targets
-        loss = self.scaled_loss(self.params, x, y, to_device(keys, self.device), scale, **self.training)
+        loss = self.scaled_loss(self.params, x, y, to_device(keys, self.device), scale, **self.settings)
         loss.backward()
         self.losses.append(loss.detach())
         self.counted += int(np.count_nonzero(targets >= 0))
@@ -158,12 +157,6 @@ class TrainEngine:
             p.grad = None
         self.losses, self.counted, self.batch_targets = [], 0, 0
         return handle
-
-    @torch.no_grad()
-    def evaluate(self, tokens: np.ndarray, targets: np.ndarray) -> Array:
-        """Cross-entropy of a (B, T) batch without dropout; enqueues only. Reads as (nats,), summed over the targets."""
-        x, y = to_device(tokens, self.device), to_device(targets.astype(np.int64), self.device)
-        return self.summed_loss(self.params, x, y, x, **self.evaluating)[None]
 
     def read(self, handles: Sequence[Array]) -> np.ndarray:
         """(handles, numbers) float64: what handles of one kind read as. The only call that waits."""
