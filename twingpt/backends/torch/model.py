@@ -24,6 +24,7 @@ from twingpt.core.rope import rope_frequencies
 Array = Tensor
 Parameters = dict[str, Tensor]
 
+EMBEDDINGS = ("model.embed_tokens.weight", "model.embed_positions.weight")
 CACHE_CAPACITY = 256  # positions of a new KV cache; it grows as it fills
 
 
@@ -303,11 +304,29 @@ def checkpointed_block(
     return y
 
 
+def cast(params: Parameters, dtype: torch.dtype, config: GPTConfig) -> Parameters:
+    """The parameters in the compute dtype, cast once; a tied head becomes a matrix of its own.
+
+    Embeddings stay float32: a gather's gradient is summed in the dtype of what it gathers from, and in bfloat16 the
+    row of a frequent token would stop growing.
+    """
+    p = {name: value if name in EMBEDDINGS else value.to(dtype) for name, value in params.items()}
+    if config.tie_embeddings:
+        p["lm_head.weight"] = params["model.embed_tokens.weight"].to(dtype)
+    return p
+
+
+def head(p: Parameters, config: GPTConfig) -> str:
+    """The name of the matrix that makes logits: the embedding where it is tied, but for the copy that `cast` makes."""
+    return "model.embed_tokens" if config.tie_embeddings and "lm_head.weight" not in p else "lm_head"
+
+
 def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
     """Token, position and norm of the embedding: (B, T) ids at the positions from `offset` on -> (B, T, D)."""
     x = scale(embedding_lookup(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
+    x = x.to(p["model.norm.weight"].dtype)  # that of the blocks
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
 
 
@@ -352,8 +371,7 @@ def hidden_states(
 
 def logits(x: Array, p: Parameters, config: GPTConfig) -> Array:
     """The head: (B, T, D) hidden states -> (B, T, V) float32 logits, softcapped."""
-    head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-    return softcap(matmul(x, p, head).float(), config.logit_softcap)
+    return softcap(matmul(x, p, head(p, config)).float(), config.logit_softcap)
 
 
 def log_probs(x: Array, p: Parameters, targets: Array, config: GPTConfig, top_k: int) -> LogProbs:
@@ -428,8 +446,8 @@ def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTCo
     Never holds the (B T, V) logits: goes by chunks of positions, and takes the gradients of `x` and the head in the
     forward pass (as Liger Kernel's fused linear cross-entropy), which the backward pass only scales.
     """
-    head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
-    total: Array = ChunkedCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), config.logit_softcap)
+    weight = p[f"{head(p, config)}.weight"]
+    total: Array = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), config.logit_softcap)
     return total
 
 

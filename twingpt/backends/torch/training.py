@@ -41,7 +41,7 @@ def summed_loss(
 
     Casts the parameters to `dtype` once, at the top: there is no autocast. `keys` (B, sites) are those of dropout.
     """
-    p = {name: value.to(dtype) for name, value in params.items()}
+    p = model.cast(params, dtype, config)
     dropout = model.Dropout(dropout_rate, keys) if dropout_rate else model.no_dropout
     x = model.hidden_states(p, tokens, config, rope, dropout=dropout, gradient_checkpointing=gradient_checkpointing)
     return model.chunked_cross_entropy(x, p, targets, config)
