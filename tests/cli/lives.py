@@ -58,7 +58,7 @@ class Lives:
         self.server.stdin.flush()
         answer = self.server.stdout.readline()
         assert answer, "the server died"
-        return Life(**json.loads(answer), output=(folder / "output.txt").read_text())
+        return Life(**json.loads(answer), output=(folder / "output.txt").read_text("utf-8"))
 
     def close(self) -> None:
         self.server.stdin.close()

@@ -123,9 +123,9 @@ def test_data_without_held_out_tokens_or_with_damaged_ones(tmp_path):
 def test_what_was_measured_is_kept_and_found(tmp_path):
     data = write_data(tmp_path / "data", b"abcabcabdabc" * 20, b"abcabd" * 5)
     row = baseline.for_run([(data, 1.0, 29, 1.0)])
-    rows = json.loads((data.folder / FILE).read_text())["rows"]
+    rows = json.loads((data.folder / FILE).read_text("utf-8"))["rows"]
     assert [kept["n"] for kept in rows] == [1, 2, 3, 4, 5] and row.val_loss == min(kept["val_loss"] for kept in rows)
-    kept = json.loads((data.folder / FILE).read_text())
+    kept = json.loads((data.folder / FILE).read_text("utf-8"))
     for entry in kept["rows"]:
         entry["seconds"] = 1234.0  # of a row that is found, not counted again
     (data.folder / FILE).write_text(json.dumps(kept))
@@ -178,23 +178,23 @@ def test_a_run_says_it_once_and_a_resumed_one_again(gpt, prose, tmp_path):
     (again,) = logged(run, "baseline")
     assert again == {**event, "step": 6}
     name = f"{best['n']}-gram"
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text("utf-8")
     assert f"{name} baseline, {best['val_loss']:.3f}" in page and 'class="base"' in page
     assert f"best; a {name} {best['bits_per_byte']:.3f}" in page
-    assert (
-        f"{name}, {best['val_loss']:.3f} ({best['bits_per_byte']:.3f} bits per byte)" in (run / "loss.svg").read_text()
-    )
+    assert f"{name}, {best['val_loss']:.3f} ({best['bits_per_byte']:.3f} bits per byte)" in (
+        run / "loss.svg"
+    ).read_text("utf-8")
     out = gpt("plot", run, "--json")[1]
     assert json.loads(out)["runs"][0]["baseline"] == {"n": best["n"], "val_loss": best["val_loss"]}
     assert gpt("plot", run, "-o", tmp_path / "plot.svg")[0] == 0
-    assert f"{best['val_loss']:.4f}  {name}" in (tmp_path / "plot.svg").read_text()
+    assert f"{best['val_loss']:.4f}  {name}" in (tmp_path / "plot.svg").read_text("utf-8")
     train(gpt, "--resume", f"{run}@8", "--backend", "torch", "--eval-iters", 2)  # other tokens, another loss
     assert logged(run, "baseline")[-1]["targets"] == 2 * 4 * 32
 
 
 @needs("torch")
 def test_a_run_goes_on_without_one(gpt, prose, tmp_path):
-    prose.write_text(prose.read_text() * 150)  # more than are counted in a second
+    prose.write_text(prose.read_text("utf-8") * 150)  # more than are counted in a second
     run = tmp_path / "run"
     code, out, err = gpt("train", "--data", prose, "--out", run, "--backend", "torch", *SMALL, "--max-iters", 4)
     assert code == 0 and "gram" not in out and not logged(run, "baseline"), err
@@ -226,18 +226,20 @@ def test_the_terminal_shows_it(capsys):
 @needs("torch")
 def test_a_mixture_has_its_sources_weighed_as_it_is_evaluated(gpt, prose, tmp_path):
     other = tmp_path / "other.txt"
-    other.write_text(prose.read_text().replace("the", "one"))
+    other.write_text(prose.read_text("utf-8").replace("the", "one"))
     run = tmp_path / "run"
     result = train(gpt, "--data", f"{prose}:3", "--data", other, "--out", run, *SMALL, "--max-iters", 4)
     (event,) = logged(run, "baseline")
-    data = [TokenDataset(Path(folder)) for folder in json.loads((run / "run.json").read_text())["data"]["folder"]]
+    data = [
+        TokenDataset(Path(folder)) for folder in json.loads((run / "run.json").read_text("utf-8"))["data"]["folder"]
+    ]
     each = [baseline.measure(one, range(1, 6), 4 * 4 * 32)[0] for one in data]
     means = [0.75 * a.val_loss + 0.25 * b.val_loss for a, b in zip(*each, strict=True)]
     assert event["val_loss"] == pytest.approx(min(means)) and means[event["n"] - 1] == min(means)
     bits = sorted(rows[event["n"] - 1].bits_per_byte for rows in each)
     assert bits[0] <= event["bits_per_byte"] <= bits[1] and event["targets"] == 2 * 4 * 4 * 32
     assert result["baseline"]["val_loss"] == event["val_loss"]
-    assert f"{event['n']}-gram baseline" in (run / "report.html").read_text()
+    assert f"{event['n']}-gram baseline" in (run / "report.html").read_text("utf-8")
     resumed = train(gpt, "--resume", run, "--max-iters", 4)
     assert resumed["baseline"] == result["baseline"] and len(logged(run, "baseline")) == 1
     err = mistake(gpt, "baseline", run)

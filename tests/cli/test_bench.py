@@ -203,7 +203,8 @@ def test_the_share_of_a_forward_pass():
     assert rows[0]["mfu"] == pytest.approx(16 * 128 * flops_per_token(config) / Peak(1e12, "").flops_per_second)
 
 
-@pytest.mark.parametrize("vocab_size", dose(512, 40960))
+@pytest.mark.soak
+@pytest.mark.parametrize("vocab_size", [40960])
 def test_the_chunked_loss_takes_a_fraction_of_the_memory(gpt, vocab_size, soak):
     """In a soak, as on a CPU that is the memory of a process; that all logits never exist is tested by the array."""
     if soak and host.free_memory() < 4 * 2**30:

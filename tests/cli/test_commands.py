@@ -261,7 +261,7 @@ def test_a_run_is_resumed_from_within_and_metrics_of_any_kind_are_read(gpt, pros
     run = tmp_path / "run"
     train(gpt, "--data", prose, "--out", run, *SMALL, "--stop-after", 4)
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8").splitlines()
     odd = '{"event": "sampled", "step": 1, "text": "a\u2028b\u0085c"}'
     path.write_text("\n".join([*lines[:2], odd, "[]", "{}", "half of a l", *lines[2:]]), "utf-8")
     monkeypatch.chdir(runs.resolve(run))

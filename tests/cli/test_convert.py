@@ -213,10 +213,10 @@ def test_inspect(gpt, source):
 
 def test_the_card_says_what_the_model_is(gpt, source, tmp_path):
     converted(gpt, source(), tmp_path / "hf")
-    card = (tmp_path / "hf" / "README.md").read_text()
+    card = (tmp_path / "hf" / "README.md").read_text("utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n") and "2 layers, 64 wide" in card
     converted(gpt, tmp_path / "source", tmp_path / "q", "--q-bits", 8)
-    assert "8 bits in groups of 64" in (tmp_path / "q" / "README.md").read_text()
+    assert "8 bits in groups of 64" in (tmp_path / "q" / "README.md").read_text("utf-8")
     open_checkpoint(tmp_path / "q")  # the card is in its manifest
 
 
@@ -225,14 +225,17 @@ def test_generation_settings_go_along(gpt, source, tmp_path):
     settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 256}
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(settings))
     converted(gpt, tmp_path / "hf", tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "generation_config.json").read_text()) == settings
+    assert json.loads((tmp_path / "ours" / "generation_config.json").read_text("utf-8")) == settings
 
 
 @pytest.mark.parametrize("to", ["hf", "mlx", "twingpt", pytest.param("torch", marks=needs("torch"))])
 def test_the_ends_of_a_chat_model_go_along(gpt, source, tmp_path, to):
     """Those of generation_config.json, and of config.json where that is all there is."""
     converted(gpt, source(), tmp_path / "hf")
-    there, content = tmp_path / "hf" / "generation_config.json", json.loads((tmp_path / "hf/config.json").read_text())
+    there, content = (
+        tmp_path / "hf" / "generation_config.json",
+        json.loads((tmp_path / "hf/config.json").read_text("utf-8")),
+    )
     there.write_text(json.dumps({"temperature": 0.6, "eos_token_id": [7, 8], "bos_token_id": 3}))
     converted(gpt, tmp_path / "hf", tmp_path / "a", "--to", to)
     there.unlink()
@@ -240,7 +243,7 @@ def test_the_ends_of_a_chat_model_go_along(gpt, source, tmp_path, to):
     converted(gpt, tmp_path / "hf", tmp_path / "b", "--to", to)
     for name, ids in ("a", (3, [7, 8])), ("b", (None, [5, 6])):
         for file in ("generation_config.json", *(["config.json"] if to in ("hf", "mlx") else [])):
-            written = json.loads((tmp_path / name / file).read_text())
+            written = json.loads((tmp_path / name / file).read_text("utf-8"))
             assert (written["bos_token_id"], written["eos_token_id"]) == ids
         assert end_ids(ModelDirectory(tmp_path / name)) == ids[1]
         assert (tmp_path / name / "README.md").is_file()
@@ -266,7 +269,7 @@ def test_nothing_is_overwritten_without_being_told(gpt, source, tmp_path):
         assert "holds the model that is to be converted" in refused(gpt, folder, tmp_path, *force)
     (tmp_path / "mine" / "config.json").write_text("{}")  # as any project may have
     assert "exists and is no model" in refused(gpt, folder, tmp_path / "mine", "--force")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    assert (tmp_path / "mine" / "thesis.txt").read_text("utf-8") == "years"
     assert "is within the checkpoint that is to be converted" in refused(gpt, folder, folder / "hf")
     open_checkpoint(folder)
 

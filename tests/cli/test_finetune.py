@@ -50,7 +50,7 @@ def test_it_begins_with_the_model_and_learns(gpt, model, prose, tmp_path, backen
     assert all(
         np.array_equal(a, b) for (_, a), (_, b) in zip(first.parameters(), initialise(first.config, 3), strict=True)
     )
-    assert json.loads((run / "run.json").read_text())["init_from"].endswith("model")
+    assert json.loads((run / "run.json").read_text("utf-8"))["init_from"].endswith("model")
     assert first.tokenizer().kind == "byte" and first.config.n_layer == 2
 
 

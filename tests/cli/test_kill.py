@@ -52,7 +52,7 @@ def same_run(run, other) -> None:
     assert equal(tensors(run), tensors(other))
     assert log(run) == log(other)
     for pointer in ("latest", "best"):
-        assert (run / pointer).read_text() == (other / pointer).read_text()
+        assert (run / pointer).read_text("utf-8") == (other / pointer).read_text("utf-8")
         open_checkpoint(f"{run}@{pointer}")
     assert content(run) == content(other)
 
@@ -86,6 +86,7 @@ def pace(lives, folder, run, start) -> tuple[float, float]:
     return first, statistics.median(b - a for a, b in zip(told, told[6:], strict=False)) / 12  # with 4 saves
 
 
+@pytest.mark.parametrize("lives", ONE, indirect=True)
 @pytest.mark.parametrize("kills", dose(4, 100 if FORKS else 10))
 def test_a_run_killed_many_times_ends_in_the_same_bits(lives, start, tmp_path, kills, soak):
     """A kill comes before a random change to the file system; in a soak every other one after a random time."""
@@ -118,6 +119,7 @@ def test_a_run_killed_many_times_ends_in_the_same_bits(lives, start, tmp_path, k
     same_run(wild / "run", calm / "run")
 
 
+@pytest.mark.parametrize("lives", ONE, indirect=True)
 @pytest.mark.parametrize("apart", dose(20, 8 if FORKS else 20))
 def test_a_run_killed_before_its_first_checkpoint_starts_again(lives, start, tmp_path, apart):
     start = [*start, "--max-iters", 4]

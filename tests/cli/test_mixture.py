@@ -59,16 +59,16 @@ def test_what_a_mixture_looks_like(gpt, prose, digits, tmp_path):
     assert code == 0, err
     assert "prose 0.5 + digits 0.5: " in out and "digits: 50% of the windows" in out and ", epoch 0." in out
     assert len([line for line in out.splitlines() if line.startswith("  digits: ") and "bits per byte" in line]) == 4
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text("utf-8")
     assert "<h2>Sources</h2>" in page and "<th>digits</th><td>50%</td>" in page and 'class="source1"' in page
     assert f"128 a step, {logged(run)[-1]['epoch']:.2f} epochs" in page
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     for line in lines:  # an event that lacks what this version writes leaves its cell empty
         for key in ("epochs", *(["sources"] if line["event"] == "evaluated" else [])):
             line.pop(key, None)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report(run)
-    assert "<td>–</td><td>–</td><td>–</td></tr>" in (run / "report.html").read_text()
+    assert "<td>–</td><td>–</td><td>–</td></tr>" in (run / "report.html").read_text("utf-8")
     code, out, _ = gpt("runs", "--json", "--search", "digits.txt", "--dir", tmp_path)
     assert code == 0 and json.loads(out)["runs"][0]["data"] == f"{prose}, {digits}"
 
@@ -100,7 +100,7 @@ def test_a_mixture_is_repeated_from_its_config(gpt, prose, digits, tmp_path):
     train(gpt, "--config", first / "config.toml", "--out", second)
     assert equal(tensors(first), tensors(second))
     train(gpt, "--config", first / "config.toml", "--data", prose, "--out", third)
-    assert json.loads((third / "run.json").read_text())["train"]["data"] == str(prose)
+    assert json.loads((third / "run.json").read_text("utf-8"))["train"]["data"] == str(prose)
 
 
 @needs("torch")
@@ -114,7 +114,7 @@ def test_a_mixture_that_moved(gpt, prose, digits, tmp_path, monkeypatch):
     message = mistake(gpt, "train", *resume, f"{prose}:0.7", "--data", f"{moved}:0.4")
     assert f"The data {prose}:0.7, {moved}:0.4 is not what" in message and "fingerprint differs" in message
     assert train(gpt, *resume, f"{prose}:0.7", "--data", f"{moved}:0.3")["step"] == 12
-    described = json.loads((run / "run.json").read_text())
+    described = json.loads((run / "run.json").read_text("utf-8"))
     assert [name.rsplit("/", 1)[1].split("-")[0] for name in described["data"]["folder"]] == ["prose", "moved"]
     described["data"]["folder"] = [5, 6]
     (run / "run.json").write_text(json.dumps(described))
@@ -125,7 +125,7 @@ def test_a_mixture_that_moved(gpt, prose, digits, tmp_path, monkeypatch):
 def test_data_sets_prepared_by_name_in_a_mixture(gpt, prose, digits, tmp_path, monkeypatch):
     monkeypatch.setenv("TWINGPT_HOME", str(tmp_path / "home"))
     text = tmp_path / "some.txt"
-    text.write_text(prose.read_text()[:5000] + digits.read_text()[:5000])
+    text.write_text(prose.read_text("utf-8")[:5000] + digits.read_text("utf-8")[:5000])
     for name, kind in (("chars", "char"), ("bytes", "byte")):
         code, _, err = gpt("data", "prepare", text, "--tokenizer", kind, "--name", name)
         assert code == 0, err

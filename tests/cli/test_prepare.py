@@ -55,7 +55,7 @@ def texts_of(data, split) -> list[str]:
 
 def test_prepare_says_what_it_made(gpt, dump, home):
     result = prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
-    lines = [json.loads(line)["text"] for line in dump.read_text().splitlines()]
+    lines = [json.loads(line)["text"] for line in dump.read_text("utf-8").splitlines()]
     assert set(result) == {
         "name", "path", "documents", "bytes", "tokens", "val_tokens", "seconds", "peak_rss_bytes",
     }  # fmt: skip
@@ -69,7 +69,7 @@ def test_prepare_says_what_it_made(gpt, dump, home):
     assert source["source"] == str(dump) and source["bytes"] == dump.stat().st_size and source["licence"] is None
     again = prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
     assert again | {"seconds": 0, "peak_rss_bytes": 0} == result | {"seconds": 0, "peak_rss_bytes": 0}
-    dump.write_text(dump.read_text() * 2)
+    dump.write_text(dump.read_text("utf-8") * 2)
     error = mistake(gpt, "data", "prepare", dump, "--tokenizer", "byte", "--name", "docs")
     assert "docs is prepared already, from something else: gpt data rm docs" in error
 
@@ -176,7 +176,7 @@ def test_a_tokenizer_that_is_there_already(gpt, dump, home):
 
 def test_held_out_documents_stay_held_out(gpt, dump, home):
     prepared(gpt, dump, "--tokenizer", "byte", "--name", "some")
-    lines = dump.read_text().splitlines(keepends=True)
+    lines = dump.read_text("utf-8").splitlines(keepends=True)
     dump.write_text("".join([*lines[100:], *lines[:100], '{"text": "more"}\n']))
     prepared(gpt, dump, "--tokenizer", "byte", "--name", "more")
     some, more = (TokenDataset(home / name) for name in ("some", "more"))
@@ -186,7 +186,7 @@ def test_held_out_documents_stay_held_out(gpt, dump, home):
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
 def test_a_long_document_in_pieces_is_the_same_as_in_one(gpt, prose, home, monkeypatch, kind):
-    text = prose.read_text() + "é " + "1" * 40
+    text = prose.read_text("utf-8") + "é " + "1" * 40
     prose.write_text(text, "utf-8")
     prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "whole")
     monkeypatch.setattr(documents, "PIECE", 500)
@@ -268,7 +268,7 @@ def test_a_file_that_changes_meanwhile(gpt, dump, home, monkeypatch):
 
     def items(self, advance):
         yield from real(self, advance)
-        dump.write_text(dump.read_text() + '{"text": "more"}\n')
+        dump.write_text(dump.read_text("utf-8") + '{"text": "more"}\n')
 
     monkeypatch.setattr(readers.DocumentFile, "items", items)
     error = mistake(gpt, "data", "prepare", dump, "--tokenizer", "byte", "--name", "docs")
@@ -366,7 +366,7 @@ def test_list_info_verify_and_rm(gpt, dump, home, stdin):
         row["name"] == "docs" and row["documents"] == 200 and row["error"] is None and row["size_bytes"] > row["bytes"]
     )
     info = json.loads(gpt("data", "info", "docs", "--json")[1])
-    lengths = [len(json.loads(line)["text"]) + 1 for line in dump.read_text().splitlines()]
+    lengths = [len(json.loads(line)["text"]) + 1 for line in dump.read_text("utf-8").splitlines()]
     for bin_ in info["histogram"]:
         assert bin_["documents"] == sum(bin_["least"] <= length <= bin_["most"] for length in lengths)
     assert sum(bin_["documents"] for bin_ in info["histogram"]) == 200
@@ -392,7 +392,7 @@ def test_the_ends_of_documents_belong_to_them(gpt, tmp_path):
 
 
 def change(path, **facts):
-    manifest = json.loads(path.read_text())
+    manifest = json.loads(path.read_text("utf-8"))
     for key, value in facts.items():
         target, (*parents, last) = manifest, key.split("__")
         for parent in parents:
@@ -446,7 +446,7 @@ def test_train_finds_a_data_set_by_its_name(gpt, dump, home, tmp_path, monkeypat
     small = [part for part in SMALL if part not in ("--tokenizer", "byte", "--vocab-size")]
     small = [*small, "--max-iters", 2, "--eval-interval", 0]
     train(gpt, "--data", "docs", "--out", "run", "--backend", "torch", *small)
-    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    described = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert described["data"]["folder"] == str(home / "docs") and described["train"]["tokenizer"] == "byte"
     train(gpt, "--config", "run/config.toml", "--out", "again", "--backend", "torch")
     error = mistake(gpt, "train", "--data", "docs", "--tokenizer", "char", "--out", "other")

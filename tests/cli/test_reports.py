@@ -81,7 +81,7 @@ def test_wandb_offline_keeps_the_runs_id(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB__SERVICE_WAIT", "200")
     (tmp_path / "elsewhere").mkdir()
     tell("wandb", run, story(40))
-    id = json.loads((run / trackers.IDS).read_text())["wandb"]
+    id = json.loads((run / trackers.IDS).read_text("utf-8"))["wandb"]
     wandb.teardown()  # a run goes on in another process: in this one's service, one id twice lost the second's file
     tell("wandb", run, story(60, first=40))
     wandb.teardown()
@@ -92,7 +92,7 @@ def test_wandb_offline_keeps_the_runs_id(run, tmp_path, monkeypatch):
     assert b"val/bits_per_byte" in first and repr(1 / 30).encode() in first and repr(2 / 40).encode() in first
     assert repr(1 / 50).encode() in second and repr(2 / 60).encode() in second
     assert b"n_embd" in first and b"twingpt" in first
-    assert (next(folders[0].rglob("sample*.html"))).read_text() == "<pre>a &lt;b&gt;\nsample</pre>"
+    assert (next(folders[0].rglob("sample*.html"))).read_text("utf-8") == "<pre>a &lt;b&gt;\nsample</pre>"
     assert not (run / "wandb").exists()
 
 
@@ -119,14 +119,14 @@ def test_mlflow_goes_on_with_the_run(run, mlflow_client):
     tell("mlflow", run, story(60, first=40))
     (tracked,) = mlflow_runs(mlflow_client)
     assert tracked.info.status == "FINISHED" and tracked.info.run_name == "x"
-    assert json.loads((run / trackers.IDS).read_text()) == {"mlflow": tracked.info.run_id}
+    assert json.loads((run / trackers.IDS).read_text("utf-8")) == {"mlflow": tracked.info.run_id}
     history = mlflow_client.get_metric_history(tracked.info.run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(step, 1 / step) for step in range(10, 70, 10)]
     history = mlflow_client.get_metric_history(tracked.info.run_id, "val/bits_per_byte")
     assert [(metric.step, metric.value) for metric in history] == [(20, 3 / 20), (40, 3 / 40), (60, 3 / 60)]
     assert tracked.data.params["batch_size"] == "12" and tracked.data.params["n_head"]
     sample = Path(mlflow_client.download_artifacts(tracked.info.run_id, "samples/step-00000060.txt"))
-    assert sample.read_text() == "a <b>\nsample"
+    assert sample.read_text("utf-8") == "a <b>\nsample"
 
 
 def test_mlflow_begins_again_in_another_store_and_marks_a_failed_run(run, mlflow_client):
@@ -134,7 +134,7 @@ def test_mlflow_begins_again_in_another_store_and_marks_a_failed_run(run, mlflow
     tell("mlflow", run, [*story(20)[:-1], RunEnded(20, "failed", 1.0)])
     (tracked,) = mlflow_runs(mlflow_client)
     assert tracked.info.status == "FAILED"
-    assert json.loads((run / trackers.IDS).read_text()) == {"mlflow": tracked.info.run_id, "wandb": "abc"}
+    assert json.loads((run / trackers.IDS).read_text("utf-8")) == {"mlflow": tracked.info.run_id, "wandb": "abc"}
 
 
 # Choosing and failing ---------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_the_report_has_the_runs_figures_and_needs_nothing_else(tmp_path):
 def test_everything_in_the_report_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>\"'&"
     run = write_run(tmp_path / "<b>&", [RunStarted(**{**vars(STARTED), "data": evil, "device": evil, "backend": evil})])
-    described = json.loads((run / "run.json").read_text())
+    described = json.loads((run / "run.json").read_text("utf-8"))
     described["config"] = {evil: evil, "list": [evil]}
     described["starts"] = [dict.fromkeys(("time", "step", "backend", "platform", "python"), evil)]
     described["starts"][0] |= {"versions": {evil: evil}, "device": {"name": evil, "description": evil}}
@@ -358,7 +358,7 @@ def test_plot_draws_runs_over_one_another(gpt, several):
     code, out, err = gpt("plot", "short", "runs/_long $x", "empty")
     assert code == 0 and out == "runs-plot.svg\n"
     assert err == "gpt: runs/empty has no losses over step, and is left out.\n"
-    content = (several / "runs-plot.svg").read_text()
+    content = (several / "runs-plot.svg").read_text("utf-8")
     assert "<svg" in content and "0.1000  short" in content and "0.0200  _long $x" in content
     code, out, err = gpt("plot", "a/same", "b/same", "-o", "same.png")
     assert code == 0 and (several / "same.png").read_bytes().startswith(b"\x89PNG")

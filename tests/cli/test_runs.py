@@ -212,7 +212,7 @@ def test_what_training_did_not_write_stays(gpt, place):
     code, out, _ = gpt("runs", "rm", "old", "--yes", "--json")
     assert code == 0 and json.loads(out) == {"removed": "runs/old", "kept": ["thesis.txt"]}
     assert [path.name for path in Path("runs/old").iterdir()] == ["thesis.txt"]
-    assert Path("outside/precious").read_text() == "x"
+    assert Path("outside/precious").read_text("utf-8") == "x"
     assert "There is no run old" in mistake(gpt, "runs", "rm", "old", "--yes")
 
 

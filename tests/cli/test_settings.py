@@ -58,7 +58,7 @@ def test_a_run_is_repeated_bit_for_bit_from_its_config(gpt, prose, file, tmp_pat
     train(gpt, *given, "--set", "norm=layernorm", "--set", "seed=7", "--set", "compile=false")
     train(gpt, "--config", first / "config.toml", "--out", second)
     assert equal(tensors(first), tensors(second))
-    assert (first / "config.toml").read_text() == (second / "config.toml").read_text()
+    assert (first / "config.toml").read_text("utf-8") == (second / "config.toml").read_text("utf-8")
     assert (
         open_checkpoint(second).config.rope_scaling.factor == 2 and open_checkpoint(second).config.norm == "layernorm"
     )
@@ -83,7 +83,7 @@ def test_set_counts_before_flags_and_flags_before_the_file(gpt, prose, file, tmp
     result = train(gpt, *given, "--out", tmp_path / "run")
     assert result["step"] == result["max_iters"] == 2
     assert {"n_layer": 2, "batch_size": 3, "max_iters": 2, "optimizer": "muon"}.items() <= result["settings"].items()
-    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    described = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert described["config"]["n_embd"] == 32 and described["train"]["batch_size"] == 3
 
 

@@ -171,7 +171,7 @@ def test_train_with_a_foreign_tokenizer(gpt, prose, tmp_path, name):
     assert open_checkpoint(tmp_path / "again").tokenizer().digest == ours.digest
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     opened = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
-    for line in (text, prose.read_text()[:2000], "東京 naïve\n\n 12"):
+    for line in (text, prose.read_text("utf-8")[:2000], "東京 naïve\n\n 12"):
         ids = opened(line, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert ids == ours.encode(line).tolist()
 

@@ -64,8 +64,8 @@ def test_a_run_from_text_to_checkpoints(gpt, prose, tmp_path, backend, monkeypat
         "run.json", "config.toml", "metrics.jsonl", "checkpoints", "latest", "best", "loss.svg", "report.html",
     }  # fmt: skip
     assert [path.name for path in runs.checkpoints(run)] == ["step-00000008", "step-00000012"]
-    assert (run / "latest").read_text() == "step-00000012\n"
-    described = json.loads((run / "run.json").read_text())
+    assert (run / "latest").read_text("utf-8") == "step-00000012\n"
+    described = json.loads((run / "run.json").read_text("utf-8"))
     assert described["config"]["n_embd"] == 32 and described["train"]["max_iters"] == 12
     assert [entry["step"] for entry in logged(run)] == [2, 4, 6, 8, 10, 12]
     assert 0 < result["mfu"] < 1 and all(0 < entry["mfu"] < 1 for entry in logged(run))
@@ -132,7 +132,7 @@ def test_a_run_goes_on_on_the_other_backend(gpt, prose, tmp_path, twins, optimiz
         assert len(stayed) == len(moved) == 60
         assert np.abs(np.subtract(stayed, moved))[:10].max() <= 1e-4
         assert np.abs(np.subtract(stayed, moved)).max() <= 2e-3
-        starts = json.loads((run / "run.json").read_text())["starts"]
+        starts = json.loads((run / "run.json").read_text("utf-8"))["starts"]
         assert [start["backend"] for start in starts] == [first, second]
 
 
@@ -163,12 +163,12 @@ def test_resume_without_the_prepared_data_or_the_original(gpt, prose, tmp_path, 
     monkeypatch.setenv("TWINGPT_HOME", str(tmp_path / "another"))
     (tmp_path / "another").mkdir()
     moved = prose.rename(tmp_path / "moved.txt")
-    folder = json.loads((run / "run.json").read_text())["data"]["folder"]
+    folder = json.loads((run / "run.json").read_text("utf-8"))["data"]["folder"]
     os.rename(folder, folder + "-gone")
     code, _, err = gpt("train", "--resume", run, "--backend", "torch")
     assert code == 2 and "There is no file or folder" in err
     assert train(gpt, "--resume", run, "--backend", "torch", "--data", moved)["step"] == 12
-    moved.write_text(moved.read_text() + "Something else.")
+    moved.write_text(moved.read_text("utf-8") + "Something else.")
     code, _, err = gpt("train", "--resume", run, "--backend", "torch", "--data", moved)
     assert code == 2 and "fingerprint differs" in err
 
@@ -198,15 +198,15 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_beginning(gpt, prose, tm
     killed(gpt, "--resume", run, "--max-iters", 8)
     assert train(gpt, "--resume", run)["step"] == whole["step"] == 8
     assert equal(tensors(run), tensors(tmp_path / "whole"))
-    assert len(json.loads((run / "run.json").read_text())["starts"]) == 3
+    assert len(json.loads((run / "run.json").read_text("utf-8"))["starts"]) == 3
 
 
 def test_a_run_without_a_checkpoint_and_other_data(gpt, prose, tmp_path):
     run = tmp_path / "run"
     killed(gpt, "--data", prose, "--out", run, *SMALL)
-    described = json.loads((run / "run.json").read_text())
+    described = json.loads((run / "run.json").read_text("utf-8"))
     other = tmp_path / "other.txt"
-    other.write_text(prose.read_text() + "Something else.")
+    other.write_text(prose.read_text("utf-8") + "Something else.")
     code, _, err = gpt("train", "--resume", run, "--data", other)
     assert code == 2 and "fingerprint differs" in err
     (run / "run.json").write_text(json.dumps({**described, "config": {**described["config"], "n_layers": 3}}))
@@ -240,6 +240,7 @@ def test_a_finished_run_is_not_evaluated_or_sampled_twice(gpt, prose, tmp_path):
 
 
 @needs("torch")
+@pytest.mark.soak  # test_kill.py has the signals; this is the command as it is typed
 def test_ctrl_c_saves_and_says_how_to_go_on(prose, tmp_path):
     command = [sys.executable, "-m", "twingpt", "train", "--data", prose, "--out", "run", "--backend", "torch", *SMALL]
     command += ["--max-iters", 10**7, "--checkpoint-interval", 0, "--eval-interval", 0]

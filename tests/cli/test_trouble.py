@@ -138,7 +138,7 @@ def test_trouble_that_stays_ends_in_one_sentence(gpt, prose, tmp_path, when, cal
         assert f"The checkpoint of step 12 can't be saved ({reason}): free some space or mend {run}" in sentence(err)
         assert "earlier checkpoints are untouched" in sentence(err)
         if run.is_file():
-            assert run.read_text() == "a file"
+            assert run.read_text("utf-8") == "a file"
         mend(patch, run)
     assert not list((run / "checkpoints").glob(".*"))
     assert open_checkpoint(f"{run}@4").training()["step"] == 4
@@ -164,8 +164,8 @@ def test_a_removed_folder_is_made_again(gpt, prose, tmp_path, when, calm):
     assert "metrics.jsonl can't be written (No such file or directory)" in err
     assert [path.name for path in runs.checkpoints(run)] == ["step-00000008", "step-00000012"]
     assert equal(tensors(run), tensors(calm))
-    assert json.loads((run / "run.json").read_text()) | {"starts": []} == (
-        json.loads((calm / "run.json").read_text()) | {"starts": []}
+    assert json.loads((run / "run.json").read_text("utf-8")) | {"starts": []} == (
+        json.loads((calm / "run.json").read_text("utf-8")) | {"starts": []}
     )
     assert [entry["step"] for entry in logged(run)] == [6, 8, 10, 12]  # what came after, in order
     assert train(gpt, "--resume", run, "--max-iters", 16)["step"] == 16

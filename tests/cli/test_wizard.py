@@ -86,7 +86,7 @@ def test_wrong_answers_are_asked_again_and_a_file_is_written(talk, one_device, p
         "old.toml exists: replace it?", "Choose another name", "gpt train --config new.toml",
     ):  # fmt: skip
         assert part in shown, part
-    assert (tmp_path / "old.toml").read_text() == "seed = 1"
+    assert (tmp_path / "old.toml").read_text("utf-8") == "seed = 1"
     written = read(Path("new.toml"))
     assert written.pop("eval_iters") in (0, 1, 2)  # by how fast this machine is
     assert written == {
@@ -113,10 +113,10 @@ def test_size_and_time_can_be_chosen_again_and_a_file_replaced(talk, one_device,
 )  # fmt: skip
 def test_leaving_writes_no_file(talk, one_device, prose, tmp_path, answers):
     (tmp_path / "old.toml").write_text("seed = 1")
-    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    before = {path: path.read_text("utf-8") for path in tmp_path.iterdir()}
     result, shown = talk(prose, *answers)
     assert result is None and shown.endswith("No file was written.\n")
-    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_text("utf-8") for path in tmp_path.iterdir()} == before
 
 
 @needs("torch")
@@ -262,6 +262,7 @@ class Child:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.soak
 @needs("torch")
 def test_on_a_real_terminal(prose, tmp_path):
     child = Child(tmp_path, "train", "--wizard")

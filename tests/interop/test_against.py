@@ -95,7 +95,7 @@ def in_bfloat16(folder):
     halves = {name: (array.view(np.uint32) >> 16).astype(np.uint16) for name, array in tensors.items()}
     shapes = {name: array.shape for name, array in halves.items()}
     write_safetensors(folder / "model.safetensors", shapes, halves.items(), dict.fromkeys(shapes, "BF16"))
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}))
 
 
@@ -174,7 +174,7 @@ def test_a_model_that_the_library_can_not_open(gpt, native, monkeypatch):
 def test_no_code_beside_a_model_is_run(gpt, native, tmp_path, against):
     library(against)
     convert(open_model(native(n_kv_head=2)), tmp_path / "hf")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config = json.loads((tmp_path / "hf" / "config.json").read_text("utf-8"))
     evil = {"model_file": "evil.py", "auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | evil))
     (tmp_path / "hf" / "evil.py").write_text(f"open({str(tmp_path / 'done')!r}, 'w')\nModel = ModelArgs = None\n")

@@ -29,12 +29,12 @@ def published(tmp_path):
         model = GPTConfig(size, block_size=64, n_layer=1, n_embd=16, init_std=0.2, **SHAPES["llama"])
         folder = tmp_path / "published"
         write(folder, model, initialise(model, 2))
-        content = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(content | config))
-        (folder / "tokenizer.json").write_text(tokenizer.to_str())
-        (folder / "tokenizer_config.json").write_text(json.dumps(roles or {}))
+        content = json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / "config.json").write_text(json.dumps(content | config), "utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(roles or {}), "utf-8")
         if settings is not None:
-            (folder / GENERATION).write_text(json.dumps(settings))
+            (folder / GENERATION).write_text(json.dumps(settings), "utf-8")
         return folder
 
     return make

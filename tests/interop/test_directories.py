@@ -330,7 +330,7 @@ def test_gpt2_with_and_without_its_prefix(tmp_path, prefix):
 def test_gpt_neox_with_a_head_of_either_name(tmp_path):
     switches = {"norm": "layernorm", "norm_bias": True, "mlp": "gelu", "mlp_bias": True, "tie_embeddings": False}
     path, _ = written(tmp_path / "x", **switches, qkv_bias=True, attn_out_bias=True, rope_fraction=0.25, n_head=1)
-    assert json.loads((path / "config.json").read_text())["model_type"] == "gpt_neox"
+    assert json.loads((path / "config.json").read_text("utf-8"))["model_type"] == "gpt_neox"
     before = all_tensors(path)
     rewrite(path, lambda arrays: {name.replace("embed_out", "lm_head"): array for name, array in arrays.items()})
     assert np.array_equal(all_tensors(path)["lm_head.weight"], before["lm_head.weight"])

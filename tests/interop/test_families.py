@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.conftest import cpu, needs
+from tests.conftest import cpu, dose, needs
 from twingpt.backends import registry
 from twingpt.core import reference
 from twingpt.core.checkpoint.directory import ModelDirectory
@@ -139,7 +139,8 @@ def opened(folder):
 TOKENS = np.random.default_rng(0).integers(0, 199, (2, 40))
 
 
-def test_it_computes_what_transformers_computes(variant, monkeypatch):
+@pytest.mark.parametrize("length", dose(16, 64))
+def test_it_computes_what_transformers_computes(variant, monkeypatch, length):
     _, model, folder = variant
     expected, read = their_logits(model, TOKENS), []
     original = TensorFile.read
@@ -153,7 +154,7 @@ def test_it_computes_what_transformers_computes(variant, monkeypatch):
         assert relative(engine.forward(TOKENS), expected) <= 1e-5, name
         # The same greedy text: each token is the one that transformers, after those before it, takes.
         prompt = TOKENS[0, :8]
-        text = [*prompt, *generate_tokens(engine, prompt, Sampling(temp=0), 64, seed=0)]
+        text = [*prompt, *generate_tokens(engine, prompt, Sampling(temp=0), length, seed=0)]
         scores = np.sort(their_logits(model, [text])[0], -1)
         assert (scores[7:-1, -1] - scores[7:-1, -2]).min() > 1e-4, "a tie: take other weights"
         assert their_logits(model, [text])[0].argmax(-1)[7:-1].tolist() == text[8:], name

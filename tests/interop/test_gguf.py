@@ -219,7 +219,9 @@ def test_an_interrupted_file_leaves_the_old_one(tmp_path, bpe):
 
     with pytest.raises(UserError, match="Input/output error"):
         ours.write(tmp_path / "x.gguf", config, broken(), bpe, "x")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"] and (tmp_path / "x.gguf").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"] and (tmp_path / "x.gguf").read_text(
+        "utf-8"
+    ) == "old"
 
 
 needs_llama_cpp = pytest.mark.skipif(

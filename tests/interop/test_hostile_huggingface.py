@@ -85,7 +85,7 @@ def test_mutated_quantized_directories(tmp_path, monkeypatch, n, soak):
 def test_a_million_layers_are_refused_at_once(tmp_path, monkeypatch, quantization):
     folder, judge = tmp_path / "x", Judge()
     write(folder, "qwen3", monkeypatch, quantization)
-    content = json.loads((folder / "config.json").read_text())
+    content = json.loads((folder / "config.json").read_text("utf-8"))
     content.pop("layer_types")
     for layers, message in ((10**6, "1000000 layers are more than"), (4000, "has 4000 layers, and has")):
         (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": layers}))

@@ -71,7 +71,7 @@ def nanochat(folder):
     folder.mkdir()
     save_nanochat(folder, nanochat_state(rows=257), model_config=NANOCHAT | {"vocab_size": 257})
     for name, text in files(ByteTokenizer(), 32).items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, "utf-8")
     return folder, ["meta_000650.json", "model_000650.pt", "tokenizer.json", "tokenizer_config.json"]
 
 

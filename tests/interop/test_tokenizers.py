@@ -29,9 +29,9 @@ from twingpt.data.sources import load
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 DOCUMENTS = load("python-docs").documents
-MEGABYTE = ("\n".join(DOCUMENTS) * 2 + Path(argparse.__file__).read_text() + Path(typing.__file__).read_text())[
-    :1_000_000
-]
+MEGABYTE = (
+    "\n".join(DOCUMENTS) * 2 + Path(argparse.__file__).read_text("utf-8") + Path(typing.__file__).read_text("utf-8")
+)[:1_000_000]
 AWKWARD = ["\n  ", "a\n \n", "x  ", "'ſ don'T", "\r\n\r\n  a"]
 FUZZED = fuzzed(20_000, seed=1)
 

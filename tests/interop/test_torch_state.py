@@ -83,7 +83,7 @@ def test_a_broken_configuration_is_refused(written, text, message):
     ],
 )
 def test_another_models_tensors_are_refused(written, changes, message):
-    content = json.loads((written / "config.json").read_text())
+    content = json.loads((written / "config.json").read_text("utf-8"))
     content["twingpt"] |= changes
     (written / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):

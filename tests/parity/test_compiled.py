@@ -40,6 +40,7 @@ def test_the_compiled_step_is_the_same_step(engines, docs):
     np.testing.assert_allclose(plain, compiled, rtol=1e-5)
 
 
+@pytest.mark.soak
 def test_the_compiled_step_that_checkpoints_and_skips(engines, docs):
     """AdamW, gradient checkpointing and skipping in one compiled step."""
     tokens, targets = docs.batch(0, 4, 32, 1)

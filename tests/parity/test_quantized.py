@@ -124,10 +124,10 @@ def test_another_quantization_is_refused(described, message):
 
 def test_a_quantized_file_with_other_tensors_is_refused(tmp_path):
     opened = quantized(tmp_path, {"n_kv_head": 2})
-    config = json.loads((opened.folder / "config.json").read_text())
+    config = json.loads((opened.folder / "config.json").read_text("utf-8"))
     config["quantization"]["bits"] = 8
     (opened.folder / "config.json").write_text(json.dumps(config))
-    manifest = json.loads((opened.folder / "manifest.json").read_text())
+    manifest = json.loads((opened.folder / "manifest.json").read_text("utf-8"))
     del manifest["files"]["config.json"]
     (opened.folder / "manifest.json").write_text(json.dumps(manifest))
     (opened.folder / "config.json").rename(tmp_path / "config.json")

@@ -45,7 +45,10 @@ LARGE = {"n_layer": 4, "n_embd": 128, "block_size": 64}, 1.0
 
 
 @pytest.mark.parametrize(("size", "learned"), dose(SMALL, LARGE), ids=["small", "large"])
-@pytest.mark.parametrize(("shape", "train"), [("qwen3", TRAIN), ("gpt2", TRAIN), ("nano", MUON), ("dropout", TRAIN)])
+@pytest.mark.parametrize(
+    ("shape", "train"),
+    [pytest.param("qwen3", TRAIN, marks=pytest.mark.soak), ("gpt2", TRAIN), ("nano", MUON), ("dropout", TRAIN)],
+)
 def test_sixty_steps_follow_each_other(twins, docs, shape, train, size, learned):
     values = {"vocab_size": 512, "n_head": 4, **size, **OF[shape]}
     config = GPTConfig.from_dict(values | ({"n_kv_head": 2} if shape != "gpt2" else {}))
@@ -64,8 +67,10 @@ def nats(engine, tokens, targets) -> float:
     return -float(inference.read(inference.log_probs(tokens, targets)).targets.sum())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dropout", "masked"),
+    [(0.2, True), *(pytest.param(*pair, marks=pytest.mark.soak) for pair in [(0.0, False), (0.0, True), (0.2, False)])],
+)
 def test_any_split_of_a_step_has_the_same_loss_and_gradients(engines, docs, dropout, masked):
     """Also where rows have unequal numbers of targets that count, which a mean of means would weigh wrongly."""
     config, limit = dataclasses.replace(CONFIG, dropout=dropout), {"torch": 1e-6, "mlx": 4e-6}[engines.NAME]
@@ -75,7 +80,7 @@ def test_any_split_of_a_step_has_the_same_loss_and_gradients(engines, docs, drop
         for row in range(8):
             targets[row, : 4 * row] = -1
     found = []
-    for cuts in ([], [4], [1, 3, 6], range(1, 8)):
+    for cuts in ([], [1, 3, 6], range(1, 8)):
         engine = engines.TrainEngine(config, cpu(engines), seed=7)
         engine.load(initialise(config, 1))
         for rows in np.split(np.arange(8), cuts):

@@ -29,7 +29,7 @@ def refusal(folder) -> str:
 
 def trust_again(folder) -> None:
     """Rewrite the manifest for the files as they are, so that deeper checks are reached."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     for name, entry in manifest["files"].items():
         entry["size"], entry["sha256"] = (folder / name).stat().st_size, checkpoint._sha256(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -48,7 +48,7 @@ def test_round_trip(saved):
 def test_files_are_what_the_ecosystem_expects(saved):
     tensors = load_file(saved / "model.safetensors")
     assert "model.layers.0.self_attn.q_proj.weight" in tensors
-    config = json.loads((saved / "config.json").read_text())
+    config = json.loads((saved / "config.json").read_text("utf-8"))
     assert config["model_type"] == "qwen3" and config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     header = (saved / "model.safetensors").read_bytes()
     size = int.from_bytes(header[:8], "little")
@@ -92,7 +92,7 @@ def test_a_flipped_bit_in_the_header(saved, position):
 
 def test_a_flipped_bit_elsewhere(saved):
     path = saved / "config.json"
-    path.write_text(path.read_text().replace("32", "33", 1))
+    path.write_text(path.read_text("utf-8").replace("32", "33", 1))
     assert "config.json do not match the manifest" in refusal(saved)
 
 
@@ -112,7 +112,7 @@ def test_extra_file(saved, name):
 )  # fmt: skip
 def test_a_training_state_that_is_none(saved, change):
     path = saved / "training_state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change))
     trust_again(saved)
     with pytest.raises(UserError, match=r"training_state\.json is not what this version of twingpt writes"):
         open_checkpoint(saved).training()
@@ -160,7 +160,7 @@ def test_a_manifest_that_is_none(saved, content):
 
 
 def test_a_manifest_that_points_outside(saved):
-    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest = json.loads((saved / "manifest.json").read_text("utf-8"))
     manifest["files"]["../secret"] = {"size": 1, "sha256": "0"}
     (saved / "manifest.json").write_text(json.dumps(manifest))
     assert "names a file '../secret', which is not in it: it is not opened" in refusal(saved)
@@ -168,13 +168,13 @@ def test_a_manifest_that_points_outside(saved):
 
 def test_another_schema(saved):
     path = saved / "manifest.json"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
+    path.write_text(path.read_text("utf-8").replace('"schema": 1', '"schema": 99'))
     assert "checkpoint schema 99, and this version reads 1" in refusal(saved)
 
 
 def test_an_unknown_key_in_the_config(saved):
     path = saved / "config.json"
-    path.write_text(path.read_text().replace('"n_layer"', '"n_layers"'))
+    path.write_text(path.read_text("utf-8").replace('"n_layer"', '"n_layers"'))
     trust_again(saved)
     assert "did you mean 'n_layer'" in refusal(saved)
 
@@ -246,7 +246,7 @@ def test_large_models_are_sharded_with_an_index(tmp_path, monkeypatch):
     config = GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32)
     tensors = dict(initialise(config, 0))
     checkpoint.save(tmp_path / "big", config, ByteTokenizer(), tensors)
-    index = json.loads((tmp_path / "big" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "big" / "model.safetensors.index.json").read_text("utf-8"))
     assert set(index["weight_map"]) == set(tensors) and len(set(index["weight_map"].values())) > 3
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
     read = dict(open_checkpoint(tmp_path / "big").parameters())

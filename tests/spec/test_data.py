@@ -92,13 +92,13 @@ def test_split_of_one_document_holds_out_its_end(tmp_path):
 def test_prepared_once_and_found_again(prose, kind):
     data = prepare(str(prose), kind, 300)
     tokens = np.concatenate([data.splits["train"][:-1], data.splits["val"][:-1]])
-    assert data.tokenizer.decode(tokens) == prose.read_text()
+    assert data.tokenizer.decode(tokens) == prose.read_text("utf-8")
     assert data.splits["train"][-1] == data.tokenizer.end_of_text
     stamp = (data.folder / "manifest.json").stat().st_mtime_ns
     again = prepare(str(prose), kind, 300)
     assert again.folder == data.folder and (again.folder / "manifest.json").stat().st_mtime_ns == stamp
     assert again.fingerprint == data.fingerprint
-    prose.write_text(prose.read_text() + " More.")
+    prose.write_text(prose.read_text("utf-8") + " More.")
     assert prepare(str(prose), kind, 300).folder != data.folder
 
 
@@ -202,7 +202,7 @@ def test_python_without_its_topics(monkeypatch):
 
 
 def test_manifest_is_json(prose):
-    manifest = json.loads((prepare(str(prose), "char", 0).folder / "manifest.json").read_text())
+    manifest = json.loads((prepare(str(prose), "char", 0).folder / "manifest.json").read_text("utf-8"))
     assert manifest["name"] == "prose" and manifest["documents"] == {"train": 1, "val": 1}
 
 

@@ -32,7 +32,7 @@ def tiny(tmp_path):
 
 def put(folder, name, content, manifest=None):
     """Write a file, and a manifest that trusts it."""
-    manifest = manifest or json.loads((folder / "manifest.json").read_text())
+    manifest = manifest or json.loads((folder / "manifest.json").read_text("utf-8"))
     overwrite(folder / name, content)
     manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     overwrite(folder / "manifest.json", json.dumps(manifest).encode())
@@ -57,7 +57,7 @@ def test_mutated_files(tiny, tmp_path, n, soak):
     checkpoint.save_model(lean, opened.config, None, opened.parameters())
     for name, (share, read) in READERS.items():
         folder = lean if (lean / name).exists() else tiny
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         for entry in manifest["files"].values():
             entry.pop("crc32", None)
         content = (folder / name).read_bytes()
@@ -121,7 +121,7 @@ def test_a_huge_json_file_is_refused_before_it_is_read(tiny, name, most):
     ],
 )
 def test_numbers_and_names_that_are_too_large(tiny, change, message):
-    content = json.loads((tiny / "config.json").read_text())
+    content = json.loads((tiny / "config.json").read_text("utf-8"))
     content["twingpt"] |= change
     put(tiny, "config.json", json.dumps(content).encode())
     judge = Judge(0, ROOM + HASHING, DENSE)

@@ -170,17 +170,17 @@ def test_a_new_run_is_made_to_fit_and_goes_on_as_it_was(gpt, prose, tmp_path, ba
     assert code == 0, err
     told = [event for event in read_events(run / "metrics.jsonl") if event["event"] == "memory_planned"]
     assert len(told) == 1 and told[0]["message"] in out and "micro-batches of" in out
-    described = json.loads((run / "run.json").read_text())["train"]
+    described = json.loads((run / "run.json").read_text("utf-8"))["train"]
     assert 4 <= described["batch_size"] < 16
     assert described["batch_size"] * described["gradient_accumulation_steps"] == 16
     free(engines, 2**40)
     code, out, err = gpt("train", "--resume", run, *common)
     assert code == 0 and "micro-batches" not in out, err
-    assert json.loads((run / "run.json").read_text())["train"] == described
+    assert json.loads((run / "run.json").read_text("utf-8"))["train"] == described
     free(engines, 1000)  # and nothing changes unasked where it does not fit any more
     code, out, err = gpt("train", "--resume", run, *common, "--max-iters", 5)
     assert code == 0 and "free. Less is needed with" in out, err
-    assert json.loads((run / "run.json").read_text())["train"] == {**described, "max_iters": 5}
+    assert json.loads((run / "run.json").read_text("utf-8"))["train"] == {**described, "max_iters": 5}
 
 
 def test_a_run_goes_on_in_other_micro_batches_of_the_same_steps(gpt, prose, tmp_path):
@@ -191,7 +191,7 @@ def test_a_run_goes_on_in_other_micro_batches_of_the_same_steps(gpt, prose, tmp_
     assert code == 2 and "A step of the run has 8 windows, and would have 4: give --batch-size and" in err
     code, _, err = gpt("train", "--resume", run, "--batch-size", 4, "--gradient-accumulation-steps", 2)
     assert code == 0, err
-    train = json.loads((run / "run.json").read_text())["train"]
+    train = json.loads((run / "run.json").read_text("utf-8"))["train"]
     assert (train["batch_size"], train["gradient_accumulation_steps"]) == (4, 2)
 
 

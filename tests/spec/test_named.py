@@ -151,7 +151,7 @@ def test_a_file_put_there_is_checked(tiny, home, content, message):
 def test_a_file_is_read_for_its_digest_only_when_it_has_changed(served, tiny, home, monkeypatch):
     served["s.txt"] = "as the server states"
     path = named.fetch("stated")[0]
-    assert json.loads((home / "s.txt.json").read_text())["sha256"] == sha256("as the server states")
+    assert json.loads((home / "s.txt.json").read_text("utf-8"))["sha256"] == sha256("as the server states")
     read, real = [], download.digest
     monkeypatch.setattr(download, "digest", lambda path, progress: read.append(path) or real(path, progress))
     named.fetch("stated")
@@ -171,7 +171,7 @@ def test_a_broken_record_is_made_again_for_a_file_of_the_table(served, tiny, hom
     named.fetch("web")
     record = home / "web" / "0.txt.json"
     record.write_text(broken)
-    assert named.fetch("web") and json.loads(record.read_text())["sha256"] == sha256("aaaa")
+    assert named.fetch("web") and json.loads(record.read_text("utf-8"))["sha256"] == sha256("aaaa")
 
 
 def test_stories_are_documents(served, monkeypatch):

@@ -69,7 +69,7 @@ def test_a_run_folder_is_made_as_it_should_be(saver):
     saver.save(snapshot(2))
     saver.save(snapshot(3))
     saver.save(snapshot(4))
-    assert steps(saver.run) == [1, 3, 4] and (saver.run / "run.json").read_text() == "{}"
+    assert steps(saver.run) == [1, 3, 4] and (saver.run / "run.json").read_text("utf-8") == "{}"
     assert runs.resolve(f"{saver.run}@best").name == "step-00000001" and runs.resolve(saver.run).name == "step-00000004"
     assert [type(event) for event in saver.events] == [Saved] * 4
 
@@ -195,7 +195,7 @@ def test_best_may_name_a_checkpoint_later(saver):
 
 
 def lines(path) -> list[int]:
-    assert all(line.endswith("}\n") for line in path.read_text().splitlines(keepends=True))
+    assert all(line.endswith("}\n") for line in path.read_text("utf-8").splitlines(keepends=True))
     return [event["step"] for event in read_events(path)]
 
 
@@ -269,7 +269,7 @@ def test_rewinding_drops_what_will_be_reported_again(tmp_path):
     rewind(path, Saved(8, "b"), ["evaluated"])
     assert lines(path) == [4, 4, 8]
     rewind(path, Saved(4, "a"), [])
-    path.write_text(path.read_text() + '{"event": "evaluated", "st')  # cut by a kill
+    path.write_text(path.read_text("utf-8") + '{"event": "evaluated", "st')  # cut by a kill
     rewind(path, Saved(4, "a"), ["sampled"])
     assert lines(path) == [4, 4]
     JSONLReporter(path).report(evaluated(7))
