@@ -88,19 +88,20 @@ def pace(lives, folder, run, start) -> tuple[float, float]:
 
 @pytest.mark.parametrize("lives", ONE, indirect=True)
 @pytest.mark.parametrize("kills", dose(4, 100 if FORKS else 10))
-def test_a_run_killed_many_times_ends_in_the_same_bits(lives, start, tmp_path, kills, soak):
-    """A kill comes before a random change to the file system; in a soak every other one after a random time."""
+def test_a_run_killed_many_times_ends_in_the_same_bits(lives, start, tmp_path, kills):
+    """A kill comes before a random change to the file system; of many, every other one after a random time."""
+    many = kills > 4
     start = [*start, "--max-iters", 3 * kills]
     calm, wild = folders(tmp_path, "calm", "wild")
     whole = lives.train(calm, *start)
     assert whole.code == 0, whole.output
-    first, a_step = pace(lives, wild, calm / "run", start) if soak else (0, 0)
+    first, a_step = pace(lives, wild, calm / "run", start) if many else (0, 0)
     chance, killed, saves, seen = random.Random(1), 0, 0, set()
     for i in range(3 * kills):
         if killed == kills:
             break
         fate = {"change": chance.randint(1, 120)}
-        if soak and i % 2 == 0:
+        if many and i % 2 == 0:
             fate = {"seconds": chance.uniform(0, first + 8 * a_step)}
         before = steps_of(wild / "run")
         life = lives.train(wild, *go_on(wild / "run", start), **fate)
