@@ -110,18 +110,18 @@ class Dropout:
     def __call__(self, x: Array, site: int) -> Array:
         """Drop out entries of (B, T, D) activations at a site."""
         _, T, D = x.shape
-        h = torch.arange(T * D, dtype=torch.int32, device=x.device).mul_(int32(GOLDEN)).view(T, D)
+        h = torch.arange(T * D, dtype=torch.int32, device=x.device).mul_(uint32(GOLDEN)).view(T, D)
         h = h ^ self.keys[:, site, None, None]
         for shift, factor in zip((16, 13), MIX, strict=True):
             h ^= (h >> shift) & ((1 << 32 - shift) - 1)  # an int32 shifts copies of its sign in
-            h *= int32(factor)
+            h *= uint32(factor)
         h ^= (h >> 16) & 0xFFFF
-        dropped = (h ^ int32(1 << 31)) < threshold(self.rate) - (1 << 31)  # as if unsigned
+        dropped = (h ^ uint32(1 << 31)) < threshold(self.rate) - (1 << 31)  # as if unsigned
         return (x * (1 / (1 - self.rate))).masked_fill(dropped, 0.0)
 
 
-def int32(number: int) -> int:
-    """The int32 of the same bits as a uint32."""
+def uint32(number: int) -> int:
+    """The int32 of the same bits as a uint32, on which torch has no arithmetic."""
     return number - (1 << 32) if number >= 1 << 31 else number
 
 
@@ -395,6 +395,12 @@ def log_probs(x: Array, p: Parameters, targets: Array, config: GPTConfig, top_k:
     return LogProbs(by_position, torch.cat(top).view(shape), torch.cat(top_ids).view(shape))
 
 
+def loss_chunks(x: Array, targets: Array, vocab_size: int) -> Iterator[tuple[Array, Array]]:
+    """(N, D) hidden states and (N,) targets in chunks of at most LOSS_ROWS positions and LOSS_LOGITS logits."""
+    chunk_size = max(1, min(LOSS_ROWS, LOSS_LOGITS // vocab_size))
+    return zip(x.split(chunk_size), targets.split(chunk_size), strict=True)
+
+
 def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array]:
     """Cross-entropy in nats, summed, and its gradient by the logits before the softcap (dlogits), (n, V) in x's dtype.
 
@@ -409,12 +415,6 @@ def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float)
     if cap:
         dlogits *= 1 - (logits / cap).square()
     return nats, dlogits.to(x.dtype)
-
-
-def loss_chunks(x: Array, targets: Array, vocab_size: int) -> Iterator[tuple[Array, Array]]:
-    """(N, D) hidden states and (N,) targets in chunks of at most LOSS_ROWS positions and LOSS_LOGITS logits."""
-    chunk_size = max(1, min(LOSS_ROWS, LOSS_LOGITS // vocab_size))
-    return zip(x.split(chunk_size), targets.split(chunk_size), strict=True)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
