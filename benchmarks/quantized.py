@@ -23,7 +23,7 @@ from twingpt.backends.registry import BACKENDS
 from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise
-from twingpt.core.sampler import Sampling
+from twingpt.core.sampler import Sampling, SamplingRows
 
 DTYPES = ("float32", "bfloat16")
 BITS = (None, 8, 4)
@@ -33,14 +33,13 @@ TURNS, TOKENS = 5, 4
 def inference(engines: Any, config: GPTConfig, tensors: Iterable[Any], dtype: str) -> Callable[[], float]:
     """What measures the milliseconds that a token takes."""
     engine = engines.InferenceEngine(config, tensors, registry.find_device(engines, None), dtype=dtype)
-    greedy, draw = Sampling(temp=0), np.zeros(1)
-    handle = engine.prefill(np.zeros((1, 8), np.int64))
+    greedy, draw, cache = SamplingRows([Sampling(temp=0)]), np.zeros(1), engine.new_cache(1, 64)
+    engine.prefill(cache, 0, np.zeros(8, np.int64))
 
     def measure() -> float:
-        nonlocal handle
         start = time.perf_counter()
         for _ in range(TOKENS):
-            handle = engine.step(handle, greedy, draw)
+            handle = engine.step(cache, greedy, draw)
         engine.read(handle)
         return 1000 * (time.perf_counter() - start) / TOKENS
 

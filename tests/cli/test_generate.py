@@ -1,6 +1,8 @@
 """gpt generate and twingpt.load: the same text on both backends, whole characters, a clean end."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ import pytest
 import twingpt
 from tests.cli.test_train import SMALL
 from tests.conftest import BOTH, open_checkpoint
+from twingpt.core.backend import Sampled
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
+from twingpt.core.kv_cache import KVCache
 from twingpt.core.parameters import initialise
 from twingpt.core.sampler import Sampling
 from twingpt.core.tokenizer import ByteTokenizer
@@ -92,26 +96,33 @@ def test_text_on_stdout_and_prompt_from_stdin(gpt, trained, stdin):
     assert code == 0 and out.startswith("The value") and len(out) > 12
 
 
+class ScriptedCache(KVCache):
+    def copy(self, source, row):
+        raise NotImplementedError
+
+
 class Scripted:
     """An inference engine that plays back tokens, and counts what is asked of it."""
 
     def __init__(self, tokens, block_size=16):
         self.config = GPTConfig(vocab_size=257, block_size=block_size, n_embd=32)
-        self.tokens, self.steps, self.prefills, self.filled = tokens, 0, [], 0
+        self.tokens, self.steps, self.prefills = tokens, 0, []
 
-    def prefill(self, tokens):
-        self.prefills.append(tokens[0].tolist())
-        self.filled = tokens.shape[1]
-        return
+    def new_cache(self, rows, capacity):
+        return ScriptedCache(rows, self.config.block_size)
 
-    def step(self, previous, sampling, u):
-        self.filled += 1
-        assert self.filled <= self.config.block_size
+    def prefill(self, cache, row, tokens):
+        self.prefills.append(tokens.tolist())
+        cache.advance(slice(row, row + 1), len(tokens))
+
+    def step(self, cache, sampling, u):
+        cache.check_room(slice(0, 1), 1)
+        cache.advance(slice(0, 1), 1)
         self.steps += 1
         return self.tokens[self.steps - 1]
 
     def read(self, handle):
-        return np.array([handle])
+        return Sampled(np.array([handle]), np.array([-1.0]))
 
 
 def test_it_stops_at_end_of_text():
@@ -140,6 +151,25 @@ def test_a_prompt_longer_than_the_context_keeps_its_end():
     engine = Scripted(list(range(100, 160)), block_size=16)
     assert list(generate_tokens(engine, np.arange(50), Sampling(), 5, seed=0)) == list(range(100, 105))
     assert engine.prefills[0] == list(range(34, 50))
+
+
+@both
+def test_completions_of_one_model_advance_side_by_side(trained, backend):
+    model = twingpt.load(trained, backend=backend)
+    prompts = {"The": {"temp": 0.9, "seed": 1}, "import os\nprint": {"temp": 0.0}, "a": {"repetition_penalty": 1.3}}
+
+    def start(prompt):
+        return model.complete(prompt, 40, **prompts[prompt])
+
+    alone = ["".join(start(prompt)) for prompt in prompts]
+    turns = zip_longest(*map(start, prompts), fillvalue="")
+    assert ["".join(pieces) for pieces in zip(*turns, strict=True)] == alone
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(lambda prompt: "".join(start(prompt)), prompts)) == alone
+    completion = start("The")
+    begun = next(pieces := iter(completion))  # begun in one thread, gone on with in another
+    with ThreadPoolExecutor(1) as pool:
+        assert begun + pool.submit(lambda: "".join(pieces)).result() == alone[0]
 
 
 @both

@@ -13,7 +13,7 @@ from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.presets import SHAPES
-from twingpt.core.sampler import Sampling
+from twingpt.core.sampler import Sampling, SamplingRows
 from twingpt.core.tokenizer import ByteTokenizer
 
 SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 128, "init_std": 0.1}
@@ -78,9 +78,11 @@ def test_the_twins_agree_with_the_reference(tmp_path, twins, switches, bits, gro
         engine = engines.InferenceEngine(opened.config, stored.items(), cpu(engines))
         logits = engine.forward(tokens)
         assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
-        handle = engine.prefill(tokens[:, :12])
+        cache = engine.new_cache(2, 16)
+        for row in range(2):
+            engine.prefill(cache, row, tokens[row, : 12 - row])
         for _ in range(3):  # also token by token
-            handle = engine.step(handle, Sampling(temp=0), np.zeros(2))
+            handle = engine.step(cache, SamplingRows([Sampling(temp=0)] * 2), np.zeros(2))
         assert engine.logits(handle).shape == (2, 257)
 
 

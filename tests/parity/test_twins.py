@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tests.conftest import cpu, dose
 from twingpt.core import reference
 from twingpt.core.config import MLPS, NORM_SITES, GPTConfig, TrainConfig
+from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, state_table
 from twingpt.core.presets import SHAPES
-from twingpt.core.sampler import Sampling
+from twingpt.core.sampler import Sampling, SamplingRows
 from twingpt.core.schedule import hyperparameters
 
 SMALL = {"vocab_size": 97, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32, "init_std": 0.15}
@@ -123,14 +124,43 @@ def assert_cached_decoding_agrees(config, twins, B, T):
         engine = engines.InferenceEngine(config, params.items(), cpu(engines))
         full = engine.forward(tokens)
         # Feed the text itself: a prompt of every length ends in the same logits as the full pass.
+        cache = engine.new_cache(1, 4)
         for length in {1, T // 2 or 1, T}:
-            assert relative(engine.logits(engine.prefill(tokens[:, :length])), full[:, length - 1]) <= 1e-5
-        # And greedy steps on the cache equal the full pass over what they wrote.
-        handle, text = engine.prefill(tokens[:, :1]), tokens[:, :1]
-        for _ in range(min(T, 12) - 1):
-            handle = engine.step(handle, GREEDY, np.zeros(B))
-            text = np.concatenate([text, engine.read(handle)[:, None]], axis=1)
-            assert relative(engine.logits(handle), engine.forward(text)[:, -1]) <= 1e-5, engines.NAME
+            cache.trim(0, cache.lengths[0])
+            assert relative(engine.logits(engine.prefill(cache, 0, tokens[0, :length])), full[:1, length - 1]) <= 1e-5
+        # And greedy steps on the cache equal the full pass over what they wrote, whatever the rows' lengths.
+        for lengths in ([1] * B, [1 + row * (T // 2) // B for row in range(B)]):
+            assert_steps_agree(engine, [tokens[row, :length] for row, length in enumerate(lengths)], min(T // 2, 12))
+
+
+def assert_steps_agree(engine, texts, n_steps):
+    """Greedy steps of a batch give what the full pass gives for each row by itself; after copies and trims too."""
+    B = len(texts)
+    cache, texts = engine.new_cache(B + 1, 4), list(texts)
+    for row, text in enumerate(texts):
+        engine.prefill(cache, row, text)
+
+    def decode(n):
+        for _ in range(n):
+            handle = engine.step(cache, SamplingRows([GREEDY] * B), np.zeros(B))
+            sampled = engine.read(handle)
+            for row, (token, log_prob) in enumerate(zip(sampled.tokens, sampled.log_probs, strict=True)):
+                before = engine.forward(texts[row][None])[0, -1].astype(np.float64)
+                assert abs(log_prob - (before[token] - np.log(np.exp(before).sum()))) <= 1e-5
+                texts[row] = np.append(texts[row], token)
+                expected = engine.forward(texts[row][None])[0, -1]
+                assert relative(engine.logits(handle)[row], expected) <= 1e-5, engine.device
+            assert cache.lengths[:B].tolist() == [len(text) for text in texts]
+
+    decode((n_steps + 1) // 2)
+    cache.copy(B - 1, B)  # the last row leaves and comes back in the first one's place, a token shorter
+    cache.copy(B, 0)
+    texts[0] = texts[-1]
+    if len(texts[0]) > 1:
+        cache.trim(0, 2)
+        texts[0] = texts[0][:-1]
+        engine.prefill(cache, 0, texts[0][-1:])
+    decode(n_steps // 2)
 
 
 @pytest.mark.parametrize("switches", MATRIX.values(), ids=MATRIX)
@@ -219,41 +249,108 @@ def test_a_context_longer_than_any_memory_costs_nothing_until_it_is_used(engines
     endless, plain = (config_of({**switches, "block_size": size}) for size in (10**12, 4224))
     tokens, _ = batch(plain, 1, 4200)
     engine, other = (engines.InferenceEngine(c, initialise(c, 1), cpu(engines)) for c in (endless, plain))
-    first = engine.prefill(tokens[:, :20])
-    assert np.array_equal(engine.logits(first), other.logits(other.prefill(tokens[:, :20])))
-    assert np.array_equal(engine.logits(engine.prefill(tokens)), other.logits(other.prefill(tokens)))
+    for n in (20, 4200):
+        ours, theirs = (e.logits(e.prefill(e.new_cache(1, 16), 0, tokens[0, :n])) for e in (engine, other))
+        assert np.array_equal(ours, theirs)
 
 
 def test_trimming_the_cache_goes_back(engines):
     config = config_of({"n_kv_head": 2})
     engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
     tokens, _ = batch(config, 1, 12)
-    first = engine.prefill(tokens)
-    once = engine.step(first, GREEDY, np.zeros(1))
-    engine.step(once, GREEDY, np.zeros(1))
-    engine.trim(2)
-    again = engine.step(first, GREEDY, np.zeros(1))
-    assert np.array_equal(engine.read(once), engine.read(again))
+    cache, greedy = engine.new_cache(2, 16), SamplingRows([GREEDY])
+    engine.prefill(cache, 0, tokens[0])
+    once, _ = (engine.step(cache, greedy, np.zeros(1)) for _ in range(2))
+    cache.trim(0, 3)
+    with pytest.raises(UserError, match="Row 0 of the KV cache has no logits to sample from: prefill it first"):
+        engine.step(cache, greedy, np.zeros(1))
+    engine.prefill(cache, 0, tokens[0, -1:])
+    again = engine.step(cache, greedy, np.zeros(1))
+    assert np.array_equal(engine.read(once).tokens, engine.read(again).tokens)
     assert relative(engine.logits(again), engine.logits(once)) <= 1e-6
+    with pytest.raises(UserError, match="Row 0 of the KV cache has 13 positions: 14 can't be trimmed"):
+        cache.trim(0, 14)
+    with pytest.raises(UserError, match="Row 1 of the KV cache has no logits"):
+        engine.step(cache, SamplingRows([GREEDY] * 2), np.zeros(2))
+
+
+def test_a_row_takes_no_more_than_the_context(engines):
+    config = config_of({"block_size": 16})
+    engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
+    tokens, _ = batch(config, 1, 16)
+    cache = engine.new_cache(1, 4)
+    engine.prefill(cache, 0, tokens[0])
+    for call in (
+        lambda: engine.prefill(cache, 0, tokens[0, :1]),
+        lambda: engine.step(cache, SamplingRows([GREEDY]), np.zeros(1)),
+    ):
+        with pytest.raises(UserError, match="17 positions of the KV cache are more than the model's block_size 16"):
+            call()
+    assert cache.lengths.tolist() == [16]
 
 
 def test_a_long_prompt_is_taken_in_chunks(engines):
     config = config_of({"block_size": 1200, "n_kv_head": 2, "sliding_window": 300})
     engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
     tokens, _ = batch(config, 1, 1100)
-    assert relative(engine.logits(engine.prefill(tokens)), engine.forward(tokens)[:, -1]) <= 1e-5
+    expected = engine.forward(tokens)[:, -1]
+    assert relative(engine.logits(engine.prefill(engine.new_cache(1, 256), 0, tokens[0])), expected) <= 1e-5
+    cache = engine.new_cache(2, 256)  # and by the caller's own chunks, beside another row
+    engine.prefill(cache, 0, tokens[0, :700])
+    engine.prefill(cache, 1, tokens[0, 300:500])
+    assert relative(engine.logits(engine.prefill(cache, 0, tokens[0, 700:])), expected) <= 1e-5
 
 
 def test_repetition_penalty_remembers_the_prompt_and_what_was_written(engines):
     config = config_of({})
     engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
-    sampling = Sampling(temp=0, repetition_penalty=100.0)
-    handle = engine.prefill(np.array([[5, 6, 7]]))
-    written = [5, 6, 7]
-    for _ in range(10):
-        handle = engine.step(handle, sampling, np.zeros(1))
-        written.append(int(engine.read(handle)[0]))
-    assert len(set(written)) == len(written)
+    cache, written = engine.new_cache(2, 16), [[5, 6, 7], [8, 9]]
+    sampling = SamplingRows([Sampling(temp=0, repetition_penalty=penalty) for penalty in (100.0, 1.0)])
+
+    def decode():
+        for _ in range(10):
+            sampled = engine.read(engine.step(cache, sampling, np.zeros(2)))
+            for row, token in enumerate(sampled.tokens):
+                written[row].append(int(token))
+
+    for row, text in enumerate(written):
+        engine.prefill(cache, row, np.array(text))
+    decode()
+    assert len(set(written[0])) == len(written[0])
+    assert len(set(written[1])) < len(written[1])  # the other row may repeat itself
+    whole = written[0][:]
+    cache.trim(0, 10)  # and what was trimmed is no repetition
+    engine.prefill(cache, 0, np.array(whole[3:4]))
+    cache.copy(0, 1)
+    written[0] = whole[:4]
+    sampling = SamplingRows([Sampling(temp=0, repetition_penalty=100.0)] * 2)
+    decode()
+    assert written[0][:13] == whole
+
+
+def test_rows_are_sampled_by_settings_of_their_own(twins):
+    config = config_of({"n_kv_head": 2})
+    params = dict(initialise(config, 1))
+    tokens, _ = batch(config, 4, 9)
+    settings = [GREEDY, Sampling(temp=1.0, top_p=0.5), Sampling(top_k=3, repetition_penalty=2.0), Sampling(min_p=0.2)]
+    prompts = [tokens[row, : 3 + 2 * row] for row in range(4)]
+    u = np.random.default_rng(0).random((6, 4))
+    texts = []
+    for engines in twins:
+        engine = engines.InferenceEngine(config, params.items(), cpu(engines))
+        together, alone = engine.new_cache(4, 4), [engine.new_cache(1, 4) for _ in settings]
+        for row, prompt in enumerate(prompts):
+            engine.prefill(together, row, prompt)
+            engine.prefill(alone[row], 0, prompt)
+        for drawn in u:
+            both = engine.read(engine.step(together, SamplingRows(settings), drawn)).tokens.tolist()
+            each = [
+                engine.read(engine.step(alone[row], SamplingRows([settings[row]]), drawn[row : row + 1])).tokens[0]
+                for row in range(4)
+            ]
+            assert both == each
+            texts.append(both)
+    assert texts[:6] == texts[6:]
 
 
 def test_one_adamw_step_from_the_same_gradients(twins):
@@ -347,23 +444,20 @@ def test_a_cache_grows_as_it_fills(twins):
     tokens, _ = batch(config, 2, 520)
     for engines in twins:
         engine = engines.InferenceEngine(config, params.items(), cpu(engines))
-        engine.prefill(tokens[:, :1])
-        rooms = {engine.cache.keys[0].shape[2]}
-        handle, text = engine.prefill(tokens[:, :254]), tokens[:, :254]
-        for _ in range(6):  # past the room that it begins with
-            handle = engine.step(handle, GREEDY, np.zeros(2))
-            text = np.concatenate([text, engine.read(handle)[:, None]], axis=1)
-            rooms.add(engine.cache.keys[0].shape[2])
-            assert relative(engine.logits(handle), engine.forward(text)[:, -1]) <= 1e-5, engines.NAME
-        assert relative(engine.logits(engine.prefill(tokens)), engine.forward(tokens)[:, -1]) <= 1e-5
-        assert len(rooms) > 1
+        cache = engine.new_cache(2, 8)
+        for start, end in ((0, 3), (3, 200), (200, 520)):
+            for row in range(2):
+                handle = engine.prefill(cache, row, tokens[row, start:end])
+            assert relative(engine.logits(handle), engine.forward(tokens[1:, :end])[:, -1]) <= 1e-5, engines.NAME
+        assert cache.keys[0].shape[2] == 520
 
 
 def test_a_long_context_takes_no_memory_before_it_is_filled(engines):
     config = config_of({"block_size": 2**20})
     engine = engines.InferenceEngine(config, initialise(config, 0), cpu(engines))
-    engine.prefill(np.array([[5, 6, 7]]))
-    assert engine.cache.keys[0].shape[2] < 1000
+    cache = engine.new_cache(1, 16)
+    engine.prefill(cache, 0, np.array([5, 6, 7]))
+    assert cache.keys[0].shape[2] == 16
 
 
 @pytest.mark.parametrize("switches", ["qwen3", "untied", "logit softcap", "nano"])

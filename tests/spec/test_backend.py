@@ -148,6 +148,8 @@ def test_every_engine_checks_its_tokens(engines):
 
     config = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32)
     engine = engines.InferenceEngine(config, initialise(config, 0), cpu(engines))
-    for call in (engine.forward, engine.prefill):
+    cache = engine.new_cache(1, 16)
+    for call in (lambda: engine.forward(np.array([[97]])), lambda: engine.prefill(cache, 0, np.array([97]))):
         with pytest.raises(UserError, match="Token id 97"):
-            call(np.array([[97]]))
+            call()
+    assert cache.lengths.tolist() == [0]

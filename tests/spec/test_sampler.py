@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from tests.conftest import cpu
 from twingpt.core import rng
 from twingpt.core.errors import UserError
-from twingpt.core.sampler import Sampling, sample
+from twingpt.core.sampler import Sampling, SamplingRows, sample
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2]))
 PLAIN = {"temp": 1.0, "top_p": 1.0}
@@ -76,13 +77,17 @@ def test_impossible_settings(settings):
         Sampling(**settings)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"temp": 0.0}, {"temp": 0.7, "top_k": 5}, {"top_p": 0.3}, {"min_p": 0.1}, {"top_k": 1000},
-     {"temp": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.02}, {"repetition_penalty": 1.5, "temp": 0.8}],
-)  # fmt: skip
+SETTINGS = [
+    {}, {"temp": 0.0}, {"temp": 0.7, "top_k": 5}, {"top_p": 0.3}, {"min_p": 0.1}, {"top_k": 1000},
+    {"temp": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.02}, {"repetition_penalty": 1.5, "temp": 0.8},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_device_sampler_equals_the_spec(engines, settings):
-    sampling = Sampling(**{**PLAIN, **settings})
+    rows = [Sampling(**{**PLAIN, **settings})] * 64
+    if not settings:  # each row has settings of its own
+        rows = [Sampling(**{**PLAIN, **chosen}) for chosen in SETTINGS for _ in range(8)]
     random = np.random.default_rng(0)
     logits = random.normal(0, 3, (64, 300)).astype(np.float32)
     u = random.random(64, np.float32)
@@ -90,16 +95,21 @@ def test_device_sampler_equals_the_spec(engines, settings):
     if engines.NAME == "torch":
         import torch as framework
 
-        from twingpt.backends.torch.inference import sample as device_sample
+        from twingpt.backends.torch import sampler
 
-        array = framework.from_numpy
+        array, device = framework.from_numpy, [cpu(engines)]
     else:
+        from twingpt.backends.mlx import sampler
         from twingpt.backends.mlx.device import to_device as array
-        from twingpt.backends.mlx.inference import sample as device_sample
-    penalise = sampling.repetition_penalty != 1
-    tokens = device_sample(array(logits), sampling, array(u), array(seen) if penalise else None)
-    expected = [sample(logits[i], sampling, float(u[i]), seen[i]) for i in range(64)]
-    assert tokens.tolist() == expected
+
+        device = []
+    batch = SamplingRows(rows)
+    penalise = (batch.repetition_penalty != 1).any()
+    tokens = sampler.sample(array(logits), batch, u, array(seen) if penalise else None, *device)
+    assert tokens.tolist() == [sample(logits[i], rows[i], float(u[i]), seen[i]) for i in range(64)]
+    log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    expected = [log_p[row, token] for row, token in enumerate(tokens.tolist())]
+    np.testing.assert_allclose(sampler.log_prob(array(logits), tokens).tolist(), expected, atol=1e-5)
 
 
 def test_uniforms_are_keyed_and_even():

@@ -15,7 +15,8 @@ import numpy as np
 
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.sampler import Sampling
+from twingpt.core.kv_cache import KVCache
+from twingpt.core.sampler import SamplingRows
 from twingpt.core.schedule import Hyper
 
 Array = np.ndarray
@@ -60,10 +61,20 @@ class LogProbs:
     top_ids: Any
 
 
-class InferenceEngine(Protocol):
-    """Prefill and decode with one set of parameters and one KV cache, whose B rows advance together.
+@dataclass(frozen=True)
+class Sampled:
+    """What a step sampled in each of its rows: ids (B,), and their log-probabilities by the raw logits, (B,)."""
 
-    Raises UserError for tokens that `check_tokens` refuses.
+    tokens: Any
+    log_probs: Any
+
+
+class InferenceEngine(Protocol):
+    """Prefill and decode with one set of parameters; what differs from text to text is in the caches.
+
+    Texts may take turns, each with rows or a cache of its own, and threads may, each with a cache of its own. Raises
+    UserError for tokens that `check_tokens` refuses, for more than block_size positions a row, and for a step from a
+    row without logits.
     """
 
     config: GPTConfig
@@ -77,20 +88,23 @@ class InferenceEngine(Protocol):
         Reads as LogProbs. Goes by chunks of positions: the (B, T, V) logits are never in memory.
         """
 
-    def prefill(self, tokens: Array) -> Handle:
-        """Run (B, T) ids into a new KV cache; the handle holds the last position's logits, (B, V). Enqueues only."""
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty KV cache of so many rows, with room for `capacity` positions a row, which doubles as it fills."""
 
-    def step(self, previous: Handle, sampling: Sampling, u: Array) -> Handle:
-        """Decode one token a row: sample it from `previous` with the uniforms `u` (B,), run it. Enqueues only."""
+    def prefill(self, cache: Any, row: int, tokens: Array) -> Handle:
+        """Run (T,) ids of a prompt, or of a part of it, behind what a row holds. Enqueues only."""
 
-    def trim(self, n: int) -> None:
-        """Forget the last `n` positions of the KV cache."""
+    def step(self, cache: Any, sampling: SamplingRows, u: Array) -> Handle:
+        """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
+
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled.
+        """
 
     def logits(self, handle: Handle) -> Array:
-        """(B, V) float32 logits after a handle's tokens; waits."""
+        """(B, V) float32 logits after the last positions of a handle's rows; waits."""
 
     def read(self, handle: Handle) -> Any:
-        """(B,) ids that a step sampled, or what `log_probs` is to give, as NumPy arrays; waits."""
+        """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
 
 
 class TrainEngine(Protocol):

@@ -1,8 +1,9 @@
-"""The sampler in NumPy: the spec of the ones that run on the devices (`sample` in `backends/*/inference.py`)."""
+"""The sampler in NumPy: the spec of the ones that run on the devices (`backends/*/sampler.py`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -36,6 +37,14 @@ class Sampling:
         for fine, name, rule in checks:
             if not fine:
                 raise UserError(f"{name} must be {rule}, and is {getattr(self, name)}.")
+
+
+class SamplingRows:
+    """Sampling settings of a batch's rows: (rows,) float32 arrays under the names of `Sampling`."""
+
+    def __init__(self, settings: Sequence[Sampling]) -> None:
+        numbers = np.array([astuple(setting) for setting in settings], np.float32).T
+        self.temp, self.top_k, self.top_p, self.min_p, self.repetition_penalty = numbers
 
 
 def sample(logits: Array, sampling: Sampling, u: float, seen: Array | None = None) -> int:

@@ -8,13 +8,15 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from twingpt.core import rng
-from twingpt.core.backend import Handle, InferenceEngine
+from twingpt.core.backend import InferenceEngine
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.sampler import Sampling
+from twingpt.core.sampler import Sampling, SamplingRows
 from twingpt.core.tokenizer import Tokenizer
 
 Array = np.ndarray
+
+ROOM = 256  # positions beyond the prompt that a KV cache begins with; it grows as it fills
 
 
 def generate_tokens(
@@ -28,24 +30,24 @@ def generate_tokens(
     block_size = engine.config.block_size
     text = [int(token) for token in prompt]
     context = text[-block_size:]
-    handle: Handle = engine.prefill(np.array([context]))
-    filled, unread = len(context), None
+    cache = engine.new_cache(1, len(context) + min(max_tokens, ROOM))
+    engine.prefill(cache, 0, np.array(context))
+    settings, unread = SamplingRows([sampling]), None
     for position in range(len(text), len(text) + max_tokens):
-        if filled == block_size:
+        if cache.lengths[0] == block_size:
             if unread is not None:
-                text.append(int(engine.read(unread)[0]))
+                text.append(int(engine.read(unread).tokens[0]))
                 unread = None
                 yield text[-1]
-            context = text[-max(1, block_size // 2) :]
-            handle, filled = engine.prefill(np.array([context])), len(context)
-        handle = engine.step(handle, sampling, np.array([rng.uniform(seed, position)]))
-        filled += 1
+            cache.trim(0, block_size)
+            engine.prefill(cache, 0, np.array(text[-max(1, block_size // 2) :]))
+        handle = engine.step(cache, settings, np.array([rng.uniform(seed, position)]))
         if unread is not None:
-            text.append(int(engine.read(unread)[0]))
+            text.append(int(engine.read(unread).tokens[0]))
             yield text[-1]
         unread = handle
     if unread is not None:
-        yield int(engine.read(unread)[0])
+        yield int(engine.read(unread).tokens[0])
 
 
 class Completion:

@@ -12,9 +12,11 @@ import numpy as np
 
 from twingpt.backends.mlx import model
 from twingpt.backends.mlx.device import DTYPES, on_device, to_device, to_numpy, wire_memory
-from twingpt.core.backend import Device, LogProbs, check_tokens
+from twingpt.backends.mlx.kv_cache import CacheSlots, KVCache
+from twingpt.backends.mlx.sampler import log_prob, sample
+from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
-from twingpt.core.sampler import Sampling
+from twingpt.core.sampler import SamplingRows
 
 Array = mx.array
 
@@ -23,30 +25,14 @@ PREFILL_CHUNK = 512  # positions of a prompt that are run at once: bounds the me
 
 @dataclass(frozen=True)
 class Step:
-    """Handle of a prefill or step, on the device: the last tokens that ran, (B,), and the logits after them, (B, V)."""
+    """Handle of a prefill or step of B rows, on the device: the logits after it, (B, V) float32, and what was sampled.
 
-    tokens: Array
+    A step's `tokens` and `log_probs` are (B,); a prefill samples nothing and has None.
+    """
+
     logits: Array
-
-
-def sample(logits: Array, sampling: Sampling, u: Array, seen: Array | None) -> Array:
-    """`core.sampler.sample` without leaving the device: (B, V) logits, `u` (B,), `seen` (B, V) booleans -> (B,) ids."""
-    if seen is not None:
-        penalty = sampling.repetition_penalty
-        logits = mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.temp == 0:
-        return mx.argmax(logits, axis=-1)
-    order = mx.argsort(-logits, axis=-1)
-    ranked = mx.take_along_axis(logits, order, axis=-1) / sampling.temp
-    if sampling.top_k:
-        ranked[:, sampling.top_k :] = -mx.inf
-    p = mx.softmax(ranked, axis=-1)
-    keep = mx.cumsum(p, axis=-1) - p < sampling.top_p
-    keep = keep & (p >= sampling.min_p * p[:, :1])
-    cumulative = mx.cumsum(mx.where(keep, p, 0.0), axis=-1)
-    index = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(axis=-1)
-    index = mx.minimum(index, keep.sum(axis=-1) - 1)  # rounding may carry u past the last token kept
-    return mx.take_along_axis(order, index[:, None], axis=-1)[:, 0]
+    tokens: Array | None = None
+    log_probs: Array | None = None
 
 
 class InferenceEngine:
@@ -63,8 +49,6 @@ class InferenceEngine:
         self.config, self.device, self.dtype = config, device, DTYPES[dtype]
         wire_memory(device)
         self._load(tensors)
-        self.cache: model.KVCache
-        self.seen: Array  # (B, V) booleans: the ids of the prompt and, under a repetition penalty, those sampled
 
     @on_device
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
@@ -97,44 +81,54 @@ class InferenceEngine:
         return handle
 
     @on_device
-    def prefill(self, tokens: np.ndarray) -> Step:
-        """Run (B, T) ids into a new KV cache; the handle holds the last position's logits, (B, V). Enqueues only."""
-        ids = to_device(check_tokens(tokens, self.config))
-        self.cache = model.KVCache(self.config, len(ids), self.dtype)
-        self.seen = mx.zeros((len(ids), self.config.vocab_size), mx.bool_)
-        self.seen = mx.put_along_axis(self.seen, ids, mx.array(1, mx.bool_), axis=1)
-        for chunk in mx.split(ids, range(PREFILL_CHUNK, ids.shape[1], PREFILL_CHUNK), axis=1):
-            x = model.hidden_states(self.params, chunk, self.config, self.rope, self.cache)
-            mx.async_eval(x, self.cache.keys, self.cache.values)
-        return Step(ids[:, -1], model.logits(x[:, -1:], self.params, self.config)[:, 0])
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty KV cache of so many rows, with room for `capacity` positions a row, which doubles as it fills."""
+        return KVCache(self.config, rows, capacity, self.dtype, self.device)
 
     @on_device
-    def step(self, previous: Step, sampling: Sampling, u: np.ndarray) -> Step:
-        """Decode one token a row: sample it from `previous` with the uniforms `u` (B,), run it. Enqueues only."""
-        uniforms = to_device(u.astype(np.float32))
-        penalise = sampling.repetition_penalty != 1
-        ids = sample(previous.logits, sampling, uniforms, self.seen if penalise else None)
-        if penalise:
-            self.seen = mx.put_along_axis(self.seen, ids[:, None], mx.array(1, mx.bool_), axis=1)
-        x = model.hidden_states(self.params, ids[:, None], self.config, self.rope, self.cache)
-        step = Step(ids, model.logits(x, self.params, self.config)[:, 0])
-        mx.async_eval(step.tokens, step.logits)
-        return step
+    def prefill(self, cache: KVCache, row: int, tokens: np.ndarray) -> Step:
+        """Run (T,) ids of a prompt, or of a part of it, behind what a row holds. Enqueues only."""
+        ids, rows = to_device(check_tokens(tokens[None], self.config)), slice(row, row + 1)
+        cache.check_room(rows, len(tokens))
+        for chunk in mx.split(ids, range(PREFILL_CHUNK, ids.shape[1], PREFILL_CHUNK), axis=1):
+            x = model.hidden_states(self.params, chunk, self.config, self.rope, CacheSlots(cache, rows, chunk))
+            mx.async_eval(x, cache.keys, cache.values)
+        logits = model.logits(x[:, -1:], self.params, self.config)[:, 0]
+        cache.set_logits(rows, logits)
+        mx.async_eval(logits)
+        cache.async_eval()
+        return Step(logits)
 
-    def trim(self, n: int) -> None:
-        """Forget the last `n` positions of the KV cache."""
-        self.cache.offset -= n
+    @on_device
+    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray) -> Step:
+        """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
+
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled.
+        """
+        rows = slice(0, len(u))
+        cache.check_logits(rows)
+        logits = cache.logits[rows]
+        seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
+        tokens = sample(logits, sampling, u, seen)
+        log_probs = log_prob(logits, tokens)
+        slots = CacheSlots(cache, rows, tokens[:, None])
+        x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
+        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, log_probs)
+        cache.set_logits(rows, step.logits)
+        mx.async_eval(step.logits, tokens, log_probs)
+        cache.async_eval()
+        return step
 
     @on_device
     def logits(self, handle: Step) -> np.ndarray:
-        """(B, V) float32 logits after a handle's tokens; waits."""
+        """(B, V) float32 logits after the last positions of a handle's rows; waits."""
         return to_numpy(handle.logits)
 
     @on_device
     def read(self, handle: Step | LogProbs) -> Any:
-        """(B,) ids that a step sampled, or what `log_probs` is to give, as NumPy arrays; waits."""
+        """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
-            return np.array(handle.tokens)
+            return Sampled(np.array(handle.tokens), np.array(handle.log_probs))
         return LogProbs(*(None if array is None else np.array(array) for array in vars(handle).values()))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from twingpt.backends.mlx.kv_cache import CacheSlots
 from twingpt.backends.mlx.quantized import dequantize, quantized_matmul
 from twingpt.core.backend import LogProbs
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
@@ -22,7 +23,6 @@ Array = mx.array
 Parameters = dict[str, mx.array]
 
 EMBEDDINGS = ("model.embed_tokens.weight", "model.embed_positions.weight")
-CACHE_CAPACITY = 256  # positions of a new KV cache; it grows as it fills
 
 
 class Rope:
@@ -41,44 +41,13 @@ class Rope:
         periods, factor = rope_periods(self.config, local=local)
         return mx.array(periods), factor
 
-    def __call__(self, x: Array, offset: int, *, local: bool) -> Array:
-        """Rotate (B, H, T, d) at the positions `offset` to `offset + T - 1`."""
+    def __call__(self, x: Array, offset: int | Array, *, local: bool) -> Array:
+        """Rotate (B, H, T, d) at the T positions of each row from `offset` on."""
         dim, (periods, factor) = self.config.rope_dim, self.tables[local]
         if factor != 1:
             x = mx.concatenate([x[..., :dim] * factor, x[..., dim:]], axis=-1)
         # MLX's `freqs` are periods: its kernel takes their reciprocal, as rope_frequencies does.
         return mx.fast.rope(x, dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
-
-
-class KVCache:
-    """KV cache: keys and values (B, K, capacity, d) a layer, and the ids of the first `offset` positions.
-
-    The capacity doubles as it fills, up to block_size.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, dtype: mx.Dtype) -> None:
-        shape = (batch, config.n_kv_head, min(CACHE_CAPACITY, config.block_size), config.head_dim)
-        self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
-        self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
-        n_tokens = config.block_size if config.smear else 0  # only smear reads the ids of earlier positions
-        self.tokens = mx.zeros((batch, n_tokens), mx.int32)
-        self.block_size, self.offset = config.block_size, 0
-
-    def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Append (B, K, T, d) keys and values to a layer; returns those of all positions, (B, K, offset + T, d)."""
-        end = self.offset + k.shape[2]
-        if end > self.keys[layer].shape[2]:
-            self._grow(layer, end)
-        self.keys[layer][:, :, self.offset : end] = k
-        self.values[layer][:, :, self.offset : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def _grow(self, layer: int, end: int) -> None:
-        B, K, T, d = self.keys[layer].shape
-        capacity = min(self.block_size, max(end, 2 * T))
-        for buffers in (self.keys, self.values):
-            empty = mx.zeros((B, K, capacity - T, d), buffers[layer].dtype)
-            buffers[layer] = mx.concatenate([buffers[layer], empty], axis=2)
 
 
 class Dropout:
@@ -170,19 +139,29 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * mx.tanh(x / cap) if cap else x
 
 
-def attention_mask(n_query: int, n_key: int, window: int) -> str | Array | None:
-    """The causal mask as the fused kernel takes it: None for one query, "causal", or (n_query, n_key) booleans.
+def positions(offset: int | Array, n: int) -> slice | Array:
+    """The positions of `n` tokens a row, as an index: a slice for an `offset` that all rows have, (B, n) for a (B,)."""
+    if isinstance(offset, int):
+        return slice(offset, offset + n)
+    return offset[:, None] + mx.arange(n)
 
-    The queries stand at the last of the keys' positions. A window that is not full needs the booleans.
+
+def attention_mask(offset: int | Array, n_query: int, n_key: int, window: int) -> str | Array | None:
+    """The causal mask as the fused kernel takes it, for queries at the positions from `offset` on.
+
+    None for one query that sees all keys, or "causal"; else booleans, (n_query, n_key), or (B, 1, n_query, n_key) where
+    rows have offsets of their own. A window that is not full needs the booleans.
     """
     windowed = 0 < window < n_key
-    if n_query == 1 and not windowed:
-        return None
-    if not windowed:
-        return "causal"
+    if isinstance(offset, int) and not windowed:
+        return None if n_query == 1 else "causal"
     key = mx.arange(n_key)
-    query = key[n_key - n_query :, None]
-    return (key <= query) & (query - key < window)
+    if isinstance(offset, int):
+        query = key[offset : offset + n_query, None]
+    else:
+        query = (offset[:, None] + key[:n_query])[:, None, :, None]
+    mask = key <= query
+    return mask & (query - key < window) if windowed else mask
 
 
 def softcapped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
@@ -193,11 +172,11 @@ def softcapped_attention(q: Array, k: Array, v: Array, mask: str | Array | None,
     if isinstance(mask, str):
         mask = mx.arange(k.shape[2]) <= mx.arange(k.shape[2] - T, k.shape[2])[:, None]
     if mask is not None:
-        scores = mx.where(mask, scores, -mx.inf)
+        scores = mx.where(mask[..., None, :, :], scores, -mx.inf)
     return (mx.softmax(scores, axis=-1).astype(v.dtype) @ v[:, :, None]).reshape(B, H, T, d)
 
 
-def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: KVCache | None) -> Array:
+def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: CacheSlots | None) -> Array:
     """Grouped-query causal self-attention, (B, T, D) -> (B, T, D); appends to `cache` where there is one."""
     name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
     offset = cache.offset if cache else 0
@@ -215,7 +194,7 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
         q, k = rope(q, offset, local=local), rope(k, offset, local=local)
     if cache:
         k, v = cache.update(layer, k, v)
-    mask = attention_mask(T, k.shape[2], config.window(layer))
+    mask = attention_mask(offset, T, k.shape[2], config.window(layer))
     if config.attn_softcap:
         y = softcapped_attention(q, k, v, mask, config)
     else:
@@ -296,7 +275,7 @@ def block(
     layer: int,
     config: GPTConfig,
     rope: Rope,
-    cache: KVCache | None,
+    cache: CacheSlots | None,
     dropout: Callable[[Array, int], Array],
 ) -> Array:
     """Transformer block: attention and MLP, each added to the residual stream, (B, T, D) -> (B, T, D)."""
@@ -339,11 +318,11 @@ def head(p: Parameters, config: GPTConfig) -> str:
     return "model.embed_tokens" if config.tie_embeddings and "lm_head.weight" not in p else "lm_head"
 
 
-def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
+def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int | Array) -> Array:
     """Token, position and norm of the embedding: (B, T) ids at the positions from `offset` on -> (B, T, D)."""
     x = scale(embedding_lookup(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
     if config.position == "learned":
-        x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
+        x = x + p["model.embed_positions.weight"][positions(offset, tokens.shape[1])]
     x = x.astype(p["model.norm.weight"].dtype)  # that of the blocks
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
 
@@ -358,23 +337,20 @@ def hidden_states(
     tokens: Array,
     config: GPTConfig,
     rope: Rope,
-    cache: KVCache | None = None,
+    cache: CacheSlots | None = None,
     *,
     dropout: Callable[[Array, int], Array] = no_dropout,
     gradient_checkpointing: bool = False,
 ) -> Array:
     """All but the head: (B, T) ids -> (B, T, D) hidden states after the final norm; `logits` takes them on.
 
-    With a `cache` the ids stand at the positions from its offset on, and the offset advances by T.
+    With a `cache` the ids go where it says, and attention sees what its rows hold.
     """
-    T, offset = tokens.shape[1], cache.offset if cache else 0
+    offset = cache.offset if cache else 0
     x = embed(p, tokens, config, offset)
     if config.smear:
-        previous = mx.zeros_like(x[:, :1])
-        if cache:
-            cache.tokens[:, offset : offset + T] = tokens
-            if offset:
-                previous = embed(p, cache.tokens[:, offset - 1 : offset], config, offset - 1)
+        before = cache.previous_tokens() if cache else None
+        previous = mx.zeros_like(x[:, :1]) if before is None else embed(p, before, config, offset - 1)
         x = smear(x, previous, p)
     x = dropout(x, 0)
     for layer in range(config.n_layer):
@@ -383,7 +359,7 @@ def hidden_states(
         else:
             x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
-        cache.offset += T
+        cache.advance()
     return scale(norm(x, p, "model.norm", config), 1 / config.logit_divisor)
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from twingpt.backends.torch import model, quantized
 from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
-from twingpt.core.backend import Device, LogProbs, check_tokens
+from twingpt.backends.torch.kv_cache import CacheSlots, KVCache
+from twingpt.backends.torch.sampler import log_prob, sample
+from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
-from twingpt.core.sampler import Sampling
+from twingpt.core.sampler import SamplingRows
 
 Array = Tensor
 
@@ -24,30 +26,14 @@ ROPE_POSITIONS = 4096  # of the first RoPE tables, which grow: a block_size may 
 
 @dataclass(frozen=True)
 class Step:
-    """Handle of a prefill or step, on the device: the last tokens that ran, (B,), and the logits after them, (B, V)."""
+    """Handle of a prefill or step of B rows, on the device: the logits after it, (B, V) float32, and what was sampled.
 
-    tokens: Array
+    A step's `tokens` and `log_probs` are (B,); a prefill samples nothing and has None.
+    """
+
     logits: Array
-
-
-def sample(logits: Array, sampling: Sampling, u: Array, seen: Array | None) -> Array:
-    """`core.sampler.sample` without leaving the device: (B, V) logits, `u` (B,), `seen` (B, V) booleans -> (B,) ids."""
-    if seen is not None:
-        penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.temp == 0:
-        return logits.argmax(-1)
-    ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    ranked = ranked / sampling.temp
-    if sampling.top_k:
-        ranked[:, sampling.top_k :] = -torch.inf
-    p = torch.softmax(ranked, dim=-1)
-    keep = p.cumsum(-1) - p < sampling.top_p
-    keep &= p >= sampling.min_p * p[:, :1]
-    cumulative = torch.where(keep, p, 0.0).cumsum(-1)
-    index = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1)
-    index = torch.minimum(index, keep.sum(-1) - 1)  # rounding may carry u past the last token kept
-    return order.gather(-1, index[:, None])[:, 0]
+    tokens: Array | None = None
+    log_probs: Array | None = None
 
 
 class InferenceEngine:
@@ -63,8 +49,6 @@ class InferenceEngine:
     ) -> None:
         self.config, self.device, self.dtype = config, device, DTYPES[dtype]
         self._load(tensors)
-        self.cache: model.KVCache
-        self.seen: Array  # (B, V) booleans: the ids of the prompt and, under a repetition penalty, those sampled
 
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
         self.params = {name: self._cast(value) for name, value in tensors}
@@ -96,39 +80,48 @@ class InferenceEngine:
         return model.log_probs(x, self.params, to_device(targets.astype(np.int64), self.device), self.config, top_k)
 
     @torch.inference_mode()
-    def prefill(self, tokens: np.ndarray) -> Step:
-        """Run (B, T) ids into a new KV cache; the handle holds the last position's logits, (B, V). Enqueues only."""
-        ids = to_device(check_tokens(tokens, self.config).astype(np.int64), self.device)
-        self.cache = model.KVCache(self.config, len(ids), self.dtype, ids.device)
-        self.seen = torch.zeros(len(ids), self.config.vocab_size, dtype=torch.bool, device=ids.device)
-        self.seen.scatter_(1, ids, value=True)
-        for chunk in ids.split(PREFILL_CHUNK, dim=1):
-            x = model.hidden_states(self.params, chunk, self.config, self.rope, self.cache)
-        return Step(ids[:, -1], model.logits(x[:, -1:], self.params, self.config)[:, 0])
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty KV cache of so many rows, with room for `capacity` positions a row, which doubles as it fills."""
+        return KVCache(self.config, rows, capacity, self.dtype, torch.device(self.device.name))
 
     @torch.inference_mode()
-    def step(self, previous: Step, sampling: Sampling, u: np.ndarray) -> Step:
-        """Decode one token a row: sample it from `previous` with the uniforms `u` (B,), run it. Enqueues only."""
-        uniforms = to_device(u.astype(np.float32), self.device)
-        penalise = sampling.repetition_penalty != 1
-        ids = sample(previous.logits, sampling, uniforms, self.seen if penalise else None)
-        if penalise:
-            self.seen.scatter_(1, ids[:, None], value=True)
-        x = model.hidden_states(self.params, ids[:, None], self.config, self.rope, self.cache)
-        return Step(ids, model.logits(x, self.params, self.config)[:, 0])
+    def prefill(self, cache: KVCache, row: int, tokens: np.ndarray) -> Step:
+        """Run (T,) ids of a prompt, or of a part of it, behind what a row holds. Enqueues only."""
+        ids, rows = to_device(check_tokens(tokens[None], self.config), self.device).long(), slice(row, row + 1)
+        cache.check_room(rows, len(tokens))
+        for chunk in ids.split(PREFILL_CHUNK, dim=1):
+            x = model.hidden_states(self.params, chunk, self.config, self.rope, CacheSlots(cache, rows, chunk))
+        logits = model.logits(x[:, -1:], self.params, self.config)[:, 0]
+        cache.set_logits(rows, logits)
+        return Step(logits)
 
-    def trim(self, n: int) -> None:
-        """Forget the last `n` positions of the KV cache."""
-        self.cache.offset -= n
+    @torch.inference_mode()
+    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray) -> Step:
+        """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
+
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled.
+        """
+        rows = slice(0, len(u))
+        cache.check_logits(rows)
+        logits = cache.logits[rows]
+        seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
+        tokens = sample(logits, sampling, u, seen, self.device)
+        log_probs = log_prob(logits, tokens)
+        slots = CacheSlots(cache, rows, tokens[:, None])
+        x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
+        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, log_probs)
+        cache.set_logits(rows, step.logits)
+        return step
 
     def logits(self, handle: Step) -> np.ndarray:
-        """(B, V) float32 logits after a handle's tokens; waits."""
+        """(B, V) float32 logits after the last positions of a handle's rows; waits."""
         return to_numpy(handle.logits)
 
     def read(self, handle: Step | LogProbs) -> Any:
-        """(B,) ids that a step sampled, or what `log_probs` is to give, as NumPy arrays; waits."""
+        """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
-            return handle.tokens.cpu().numpy()
+            assert handle.tokens is not None and handle.log_probs is not None, "a prefill samples nothing"
+            return Sampled(handle.tokens.cpu().numpy(), handle.log_probs.cpu().numpy())
         return LogProbs(*(None if array is None else array.cpu().numpy() for array in vars(handle).values()))
 
 

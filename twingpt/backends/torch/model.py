@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from twingpt.backends.torch.kv_cache import CacheSlots
 from twingpt.backends.torch.quantized import dequantize, packed_matmul, quantized_matmul
 from twingpt.core.backend import LogProbs
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
@@ -25,7 +26,6 @@ Array = Tensor
 Parameters = dict[str, Tensor]
 
 EMBEDDINGS = ("model.embed_tokens.weight", "model.embed_positions.weight")
-CACHE_CAPACITY = 256  # positions of a new KV cache; it grows as it fills
 
 
 class Rope:
@@ -37,65 +37,36 @@ class Rope:
 
     def __init__(self, config: GPTConfig, device: torch.device, length: int = 0) -> None:
         self.config, self.device = config, device
+        self.length, self.tables = 0, dict[bool, tuple[Array, Array]]()
         self.extend(length or config.block_size)
 
     def extend(self, length: int) -> None:
-        """Make the tables for `length` positions, at most block_size."""
+        """Have tables for `length` positions, at most block_size; more than that many, so that it happens seldom."""
+        if length <= self.length:
+            return
         kinds = (False, True)[: 1 + (self.config.local_rope_theta > 0)]
-        self.length = min(length, self.config.block_size)
-        self.tables = {local: self.table(local=local) for local in kinds}
+        length = min(max(length, 2 * self.length), self.config.block_size)
+        self.tables = {local: self.table(length, local=local) for local in kinds}
+        self.length = length  # last: another thread may be decoding by the tables of before
 
-    def table(self, *, local: bool) -> tuple[Array, Array]:
+    def table(self, length: int, *, local: bool) -> tuple[Array, Array]:
         """cos and signed sin of every position: sin is negated in the first half, for the roll of `__call__`."""
         frequencies, factor = rope_frequencies(self.config, local=local)
-        angles = np.arange(self.length, dtype=np.float32)[:, None] * frequencies
+        angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
         # cos and sin of the float32 angle, in float64 on the host: a device's own may be off in the last bits.
         cos, sin = (f(angles, dtype=np.float64) * factor for f in (np.cos, np.sin))
         pairs = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
         cos, sin = (torch.from_numpy(pair.astype(np.float32)).to(self.device) for pair in pairs)
         return cos, sin
 
-    def __call__(self, x: Array, offset: int, *, local: bool) -> Array:
-        """Rotate (B, H, T, d) at the positions `offset` to `offset + T - 1`."""
-        end = offset + x.shape[2]
-        if end > self.length:
-            self.extend(2 * end)
-        cos, sin = (table[offset:end] for table in self.tables[local])
+    def __call__(self, x: Array, offset: int | Array, *, local: bool) -> Array:
+        """Rotate (B, H, T, d) at the T positions of each row from `offset` on."""
+        index = positions(offset, x.shape[2])
+        cos, sin = (table[index].unsqueeze(-3) for table in self.tables[local])  # the same for every head
         dim, x32 = self.config.rope_dim, x.float()
         rotary, rest = x32[..., :dim], x32[..., dim:]
         y = rotary * cos + rotary.roll(dim // 2, -1) * sin  # the roll swaps the halves
         return (torch.cat([y, rest], dim=-1) if rest.shape[-1] else y).to(x.dtype)
-
-
-class KVCache:
-    """KV cache: keys and values (B, K, capacity, d) a layer, and the ids of the first `offset` positions.
-
-    The capacity doubles as it fills, up to block_size.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (batch, config.n_kv_head, min(CACHE_CAPACITY, config.block_size), config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        n_tokens = config.block_size if config.smear else 0  # only smear reads the ids of earlier positions
-        self.tokens = torch.zeros(batch, n_tokens, dtype=torch.int64, device=device)
-        self.block_size, self.offset = config.block_size, 0
-
-    def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Append (B, K, T, d) keys and values to a layer; returns those of all positions, (B, K, offset + T, d)."""
-        end = self.offset + k.shape[2]
-        if end > self.keys[layer].shape[2]:
-            self._grow(layer, end)
-        self.keys[layer][:, :, self.offset : end] = k
-        self.values[layer][:, :, self.offset : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def _grow(self, layer: int, end: int) -> None:
-        B, K, T, d = self.keys[layer].shape
-        capacity = min(self.block_size, max(end, 2 * T))
-        for buffers in (self.keys, self.values):
-            empty = buffers[layer].new_zeros(B, K, capacity - T, d)
-            buffers[layer] = torch.cat([buffers[layer], empty], dim=2)
 
 
 class Dropout:
@@ -195,19 +166,30 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * torch.tanh(x / cap) if cap else x
 
 
-def attention_mask(n_query: int, n_key: int, window: int, device: torch.device) -> str | Array | None:
-    """The causal mask as the fused kernel takes it: None for one query, "causal", or (n_query, n_key) booleans.
+def positions(offset: int | Array, n: int) -> slice | Array:
+    """The positions of `n` tokens a row, as an index: a slice for an `offset` that all rows have, (B, n) for a (B,)."""
+    if isinstance(offset, int):
+        return slice(offset, offset + n)
+    return offset[:, None] + torch.arange(n, device=offset.device)
 
-    The queries stand at the last of the keys' positions; torch's is_causal aligns them with the first, so that
-    "causal" is right for n_query = n_key alone. A window that is not full needs the booleans.
+
+def attention_mask(
+    offset: int | Array, n_query: int, n_key: int, window: int, device: torch.device
+) -> str | Array | None:
+    """The causal mask as the fused kernel takes it, for queries at the positions from `offset` on.
+
+    None for one query that sees all keys, or "causal"; else booleans, (n_query, n_key), or (B, 1, n_query, n_key) where
+    rows have offsets of their own. torch's is_causal aligns the first query with the first key, so that "causal" is
+    right for n_query = n_key alone. A window that is not full needs the booleans.
     """
     windowed = 0 < window < n_key
-    if n_query == 1 and not windowed:
-        return None
-    if n_query == n_key and not windowed:
-        return "causal"
+    if isinstance(offset, int) and not windowed and n_query in (1, n_key):
+        return None if n_query == 1 else "causal"
     key = torch.arange(n_key, device=device)
-    query = key[n_key - n_query :, None]
+    if isinstance(offset, int):
+        query = key[offset : offset + n_query, None]
+    else:
+        query = (offset[:, None] + key[:n_query])[:, None, :, None]
     return (key <= query) & (query - key < window if windowed else True)
 
 
@@ -219,11 +201,11 @@ def softcapped_attention(q: Array, k: Array, v: Array, mask: str | Array | None,
     if isinstance(mask, str):
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask[..., None, :, :], -torch.inf)
     return (torch.softmax(scores, dim=-1).to(v.dtype) @ v[:, :, None]).reshape(B, H, T, d)
 
 
-def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: KVCache | None) -> Array:
+def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: CacheSlots | None) -> Array:
     """Grouped-query causal self-attention, (B, T, D) -> (B, T, D); appends to `cache` where there is one."""
     name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
     offset = cache.offset if cache else 0
@@ -243,7 +225,7 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
         k, v = cache.update(layer, k, v)
     if x.is_mps:  # its kernel misreads permuted inputs (pytorch#181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    mask = attention_mask(T, k.shape[2], config.window(layer), x.device)
+    mask = attention_mask(offset, T, k.shape[2], config.window(layer), x.device)
     if config.attn_softcap:
         y = softcapped_attention(q, k, v, mask, config)
     else:
@@ -283,7 +265,7 @@ def block(
     layer: int,
     config: GPTConfig,
     rope: Rope,
-    cache: KVCache | None,
+    cache: CacheSlots | None,
     dropout: Callable[[Array, int], Array],
 ) -> Array:
     """Transformer block: attention and MLP, each added to the residual stream, (B, T, D) -> (B, T, D)."""
@@ -321,11 +303,11 @@ def head(p: Parameters, config: GPTConfig) -> str:
     return "model.embed_tokens" if config.tie_embeddings and "lm_head.weight" not in p else "lm_head"
 
 
-def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int) -> Array:
+def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int | Array) -> Array:
     """Token, position and norm of the embedding: (B, T) ids at the positions from `offset` on -> (B, T, D)."""
     x = scale(embedding_lookup(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
     if config.position == "learned":
-        x = x + p["model.embed_positions.weight"][offset : offset + tokens.shape[1]]
+        x = x + p["model.embed_positions.weight"][positions(offset, tokens.shape[1])]
     x = x.to(p["model.norm.weight"].dtype)  # that of the blocks
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
 
@@ -340,23 +322,21 @@ def hidden_states(
     tokens: Array,
     config: GPTConfig,
     rope: Rope,
-    cache: KVCache | None = None,
+    cache: CacheSlots | None = None,
     *,
     dropout: Callable[[Array, int], Array] = no_dropout,
     gradient_checkpointing: bool = False,
 ) -> Array:
     """All but the head: (B, T) ids -> (B, T, D) hidden states after the final norm; `logits` takes them on.
 
-    With a `cache` the ids stand at the positions from its offset on, and the offset advances by T.
+    With a `cache` the ids go where it says, and attention sees what its rows hold.
     """
-    T, offset = tokens.shape[1], cache.offset if cache else 0
+    offset = cache.offset if cache else 0
+    rope.extend(cache.end if cache else tokens.shape[1])
     x = embed(p, tokens, config, offset)
     if config.smear:
-        previous = torch.zeros_like(x[:, :1])
-        if cache:
-            cache.tokens[:, offset : offset + T] = tokens
-            if offset:
-                previous = embed(p, cache.tokens[:, offset - 1 : offset], config, offset - 1)
+        before = cache.previous_tokens() if cache else None
+        previous = torch.zeros_like(x[:, :1]) if before is None else embed(p, before, config, offset - 1)
         x = smear(x, previous, p)
     x = dropout(x, 0)
     for layer in range(config.n_layer):
@@ -365,7 +345,7 @@ def hidden_states(
         else:
             x = block(x, p, layer, config, rope, cache, dropout)
     if cache:
-        cache.offset += T
+        cache.advance()
     return scale(norm(x, p, "model.norm", config), 1 / config.logit_divisor)
 
 

@@ -1,0 +1,110 @@
+"""The KV cache in MLX: the twin of `backends/torch/kv_cache.py`."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from twingpt.backends.mlx.device import on_device
+from twingpt.core import kv_cache
+from twingpt.core.backend import Device
+from twingpt.core.config import GPTConfig
+
+Array = mx.array
+
+
+class KVCache(kv_cache.KVCache):
+    """Implements `core.kv_cache.KVCache`: keys and values (rows, K, capacity, d) a layer, token ids (rows, capacity).
+
+    `logits` (rows, V) float32 are those after each row's last position. The capacity doubles as it fills, up to
+    block_size.
+    """
+
+    def __init__(self, config: GPTConfig, rows: int, capacity: int, dtype: mx.Dtype, device: Device) -> None:
+        super().__init__(rows, config.block_size)
+        self.device = device
+        shape = (rows, config.n_kv_head, min(capacity, config.block_size), config.head_dim)
+        self.keys = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
+        self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
+        self.tokens = mx.zeros((rows, shape[2]), mx.int32)
+        self.logits = mx.zeros((rows, config.vocab_size))
+
+    @on_device
+    def copy(self, source: int, row: int) -> None:
+        """Make `row` what `source` is: its positions, and the logits after them. Enqueues only."""
+        length = self.lengths[source]
+        for buffer in (*self.keys, *self.values):
+            buffer[row, :, :length] = buffer[source, :, :length]
+        self.tokens[row, :length] = self.tokens[source, :length]
+        self.logits[row] = self.logits[source]
+        self.lengths[row], self.has_logits[row] = length, self.has_logits[source]
+        self.async_eval()
+
+    def set_logits(self, rows: slice, logits: Array) -> None:
+        """Keep the logits (B, V) after the last positions of `rows`."""
+        if len(logits) == len(self.logits):
+            self.logits = logits
+        else:
+            self.logits[rows] = logits
+        self.has_logits[rows] = True
+
+    def seen(self, rows: slice) -> Array:
+        """Which ids stand among the positions of `rows`, (B, V) booleans."""
+        vocab_size, end = self.logits.shape[1], int(self.lengths[rows].max())
+        held = mx.arange(end) < mx.array(self.lengths[rows])[:, None]
+        ids = mx.where(held, self.tokens[rows, :end], vocab_size)  # what a row doesn't hold: beyond the last id
+        seen = mx.zeros((len(ids), vocab_size + 1), mx.bool_)
+        return mx.put_along_axis(seen, ids, mx.array(1, mx.bool_), axis=1)[:, :vocab_size]
+
+    def reserve(self, end: int) -> None:
+        """Have room for `end` positions a row."""
+        capacity = self.tokens.shape[1]
+        if end > capacity:
+            more = min(self.block_size, max(end, 2 * capacity)) - capacity
+            for buffers in (self.keys, self.values):
+                for layer, x in enumerate(buffers):
+                    empty = mx.zeros((*x.shape[:2], more, x.shape[3]), x.dtype)
+                    buffers[layer] = mx.concatenate([x, empty], axis=2)
+            self.tokens = mx.concatenate([self.tokens, mx.zeros((len(self.tokens), more), mx.int32)], axis=1)
+
+    def async_eval(self) -> None:
+        """Start to compute what is still lazy, in this thread: no other one could."""
+        mx.async_eval(self.keys, self.values, self.tokens, self.logits)
+
+
+class CacheSlots:
+    """Where the (B, T) `tokens` of one call of the model go: behind the positions that some rows of a cache hold.
+
+    `offset` is the position of each row's first token: one int where all rows have the same, else (B,). `end` is the
+    number of positions that the longest row then has.
+    """
+
+    def __init__(self, cache: KVCache, rows: slice, tokens: Array) -> None:
+        T, lengths = tokens.shape[1], cache.lengths[rows]
+        cache.check_room(rows, T)
+        self.cache, self.rows, self.n_new, self.end = cache, rows, T, int(lengths.max()) + T
+        cache.reserve(self.end)
+        self.even = bool((lengths == lengths[0]).all())
+        self.offset: int | Array = self.end - T
+        self.index: tuple[slice | Array, slice | Array] = (rows, slice(self.end - T, self.end))
+        if not self.even:
+            self.offset = mx.array(lengths.astype("int32"))
+            row = mx.arange(rows.start, rows.stop)[:, None]
+            self.index = row, self.offset[:, None] + mx.arange(T)
+        cache.tokens[self.index] = tokens
+
+    def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Append (B, K, T, d) keys and values to a layer; returns those of all positions, (B, K, end, d)."""
+        (row, position), keys, values = self.index, self.cache.keys[layer], self.cache.values[layer]
+        keys[row, :, position] = k if self.even else k.swapaxes(1, 2)  # two index arrays come first: (B, T, K, d)
+        values[row, :, position] = v if self.even else v.swapaxes(1, 2)
+        return keys[self.rows, :, : self.end], values[self.rows, :, : self.end]
+
+    def previous_tokens(self) -> Array | None:
+        """The ids before the first tokens, (B, 1); None where nothing stands there. Rows of a batch have all some."""
+        if isinstance(self.offset, int):
+            return self.cache.tokens[self.rows, self.offset - 1 : self.offset] if self.offset else None
+        return self.cache.tokens[self.index[0], self.offset[:, None] - 1]
+
+    def advance(self) -> None:
+        """Count the new positions as held."""
+        self.cache.advance(self.rows, self.n_new)
