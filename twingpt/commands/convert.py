@@ -48,6 +48,9 @@ def convert(
         str | None, typer.Option(help="With --q-bits: measure the held-out loss before and after on these data.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is at DST.")] = False,
+    ignore_manifest: Annotated[
+        bool, typer.Option("--ignore-manifest", help="Read SRC as it is, after another tool saved it in place.")
+    ] = False,
     inspect: Annotated[bool, typer.Option("--inspect", help="Print what SRC is, and write nothing.")] = False,
     backend: Backend = "auto",
     device: Device = None,
@@ -57,7 +60,7 @@ def convert(
     from twingpt.weights import convert as conversion
     from twingpt.weights.formats import describe, open_model
 
-    opened = open_model(model)
+    opened = open_model(model, ignore_manifest=ignore_manifest)
     if inspect:
         _print_model(describe(opened), json_)
         return

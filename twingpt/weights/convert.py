@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.config_json import GENERATION, generation_settings
+from twingpt.core.checkpoint.config_json import GENERATION, generation_settings, token_ids
 from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig, unknown_choice
@@ -86,7 +86,7 @@ def _export(opened: OpenedModel, to: str, quantization: Quantization | None, pro
         tokenizer=tokenizer,
         quantization=quantization,
         quantized=quantized,
-        ids=_ids(settings, tokenizer),
+        ids=_ids(model, settings, tokenizer),
         texts=_settings_text(model, settings) | {"README.md": card(opened, to, quantization)},
     )
 
@@ -156,10 +156,16 @@ def _settings_text(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:
     return {GENERATION: json.dumps(settings, indent=2)} if settings else {}
 
 
-def _ids(settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """bos_token_id and eos_token_id for config.json: those of the settings, else the tokenizer's end of text."""
-    end = tokenizer.end_of_text if tokenizer else None
-    return {key: settings.get(key, end) for key in ("bos_token_id", "eos_token_id")}
+def _ids(model: Model, settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The ids of special tokens for config.json: of the settings for generation, of the model's config.json, or usual.
+
+    An id that was null, for none, stays null.
+    """
+    there = (model.folder / "config.json").is_file()
+    config = model.directory.json_object("config.json") if there else {}
+    named = {**config, **{key: settings[key] for key in ("bos_token_id", "eos_token_id") if key in settings}}
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return token_ids(tokenizer) | {key: named[key] for key in kept if key in named}
 
 
 def _size(path: Path) -> int:

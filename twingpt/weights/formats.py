@@ -31,7 +31,7 @@ from twingpt.weights.twingpt import TwinGPT
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "chat_template.jinja", "model_*.pt", "meta_*.json",
+    "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "model_*.pt", "meta_*.json",
 ]  # fmt: skip
 
 
@@ -92,21 +92,31 @@ class OpenedModel:
         return self.model.family
 
 
-def open_model(name: str | Path) -> OpenedModel:
+def open_model(name: str | Path, *, ignore_manifest: bool = False) -> OpenedModel:
     """Find out what `name` is, and open it: a checkpoint or run of ours, a folder or file of another's, a hub id.
 
-    Raises UserError for what is none of these, or is damaged, and where the hub can't be reached.
+    With `ignore_manifest` a checkpoint is read as the directory that it is. Raises UserError for what is none
+    of these, or is damaged, and where the hub can't be reached.
     """
     path = expand(name)
     if not path.exists() and _is_hub_id(str(name)):
         path = _download(str(name))
-    directory = ModelDirectory(path)
+    if (opened := _open(ModelDirectory(path, ignore_manifest=ignore_manifest))) is not None:
+        return opened
+    if path.exists() and not (path / "run.json").exists():
+        raise UserError(_no_model(path))
+    directory = ModelDirectory(resolve(name), ignore_manifest=ignore_manifest)
+    if (opened := _open(directory)) is None:  # it has neither of the files that say what it is
+        raise UserError(f"{directory.path} is not a whole checkpoint: config.json is missing.")
+    return opened
+
+
+def _open(directory: ModelDirectory) -> OpenedModel | None:
+    """The model in the first format that claims it, if one does."""
     for format in READABLE:
         if format.detect(directory):
             return OpenedModel(format.name, format.open(directory))
-    if path.exists() and not (path / "run.json").exists():
-        raise UserError(_no_model(path))
-    return OpenedModel(TwinGPT.name, TwinGPT().open(ModelDirectory(resolve(name))))
+    return None
 
 
 def _no_model(path: Path) -> str:

@@ -91,11 +91,15 @@ class HuggingFaceModel(Model):
 
 
 def is_huggingface(directory: ModelDirectory) -> bool:
-    """Whether it is a model directory of someone else's: a config.json, and nothing of ours in or beside it."""
-    if not (directory.path / "config.json").is_file() or (directory.path / "manifest.json").exists():
+    """Whether it is a model directory of someone else's: no manifest, and a config.json whose fields say all of it.
+
+    Ours is one too, after another tool saved it or fetched it without its manifest: the fields go before our section.
+    """
+    if not (directory.path / "config.json").is_file() or directory.has_manifest:
         return False
     try:
-        return "twingpt" not in directory.json_object("config.json")
+        content = directory.json_object("config.json")
+        return "twingpt" not in content or content.get("model_type") != "twingpt"
     except UserError:  # the one who opens it says what is wrong
         return True
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from twingpt.core.checkpoint.config_json import end_ids
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization, dequantize, from_config, quantize
 from twingpt.core.checkpoint.safetensors_file import TensorFile
@@ -133,6 +134,10 @@ class MLXModel(HuggingFaceModel):
     ) -> None:
         super().__init__(directory, architecture, config)
         self.source = source
+
+    def end_ids(self) -> list[int]:
+        """The ids that end its text, as mlx-lm resolves them."""
+        return end_ids(self.directory, mlx_lm=True)
 
     @cached_property
     def quantization(self) -> Quantization | None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class TorchState:
 
     def write(self, folder: Path, export: Export) -> dict[str, str]:
         """Write model.pt and the files beside it."""
-        write(folder, export.config, export.tensors, export.tokenizer, export.texts)
+        write(folder, export.config, export.tensors, export.tokenizer, export.texts, export.ids)
         return {}
 
 
@@ -84,18 +85,20 @@ def write(
     tensors: Iterable[tuple[str, Array]],
     tokenizer: Tokenizer | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
+    ids: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write model.pt, config.json and the tokenizer's files, in one atomic step, holding one tensor at a time.
 
     `tensors` are float32 parameters in the order of the parameter table, whose names they keep; `texts` are
-    further files, by name. A folder that is there is replaced. Raises UserError where it can't be written.
+    further files, by name, `ids` those of special tokens. A folder that is there is replaced. Raises UserError
+    where it can't be written.
     """
     torch = torch_files(folder / FILE)
     shapes = {name: row.shape for name, row in parameter_table(config).items()}
     try:
         with new_folder(folder) as temporary:
             torch.write_state_dict(temporary / FILE, shapes, tensors)
-            for name, text in {**model_texts(config, tokenizer, None), **texts}.items():
+            for name, text in {**model_texts(config, tokenizer, None, ids), **texts}.items():
                 write_synced(temporary / name, text.encode())
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}.") from error

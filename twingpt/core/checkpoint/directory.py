@@ -24,8 +24,9 @@ class ModelDirectory:
     file that can't be read is tried again by the next who asks, who then says what is wrong with it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, ignore_manifest: bool = False) -> None:
         self.path = path
+        self.has_manifest = not ignore_manifest and (path / "manifest.json").exists()
         self._contents: dict[Path, tuple[Any, Any]] = {}  # what was read of each file, and which state of it
 
     def read_once(self, path: Path, reader: Callable[[Path], T]) -> T:
@@ -69,7 +70,8 @@ class ModelDirectory:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of tokenizer.json; UserError where that is missing or broken."""
-        return load_tokenizer(self.path)
+        there = (self.path / "config.json").is_file()
+        return load_tokenizer(self.path, self.json_object("config.json") if there else {})
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
