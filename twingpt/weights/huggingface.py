@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -25,8 +26,8 @@ from twingpt.weights.families import Family, family_of, require_family
 Array = np.ndarray
 
 INDEX = f"{MODEL}.index.json"
-FLOATS = ("F32", "F16", "BF16")
-HEAD = "lm_head.weight"
+FLOATS = ("F32", "F16", "BF16", "F64")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Layout = Mapping[str, tuple[str, ...]]  # a tensor of theirs -> those of ours that it holds
 Places = dict[str, tuple[TensorFile, str]]  # a tensor of theirs -> where it is, and its name there
@@ -58,6 +59,23 @@ class HuggingFaceModel(Model):
     def __init__(self, directory: ModelDirectory, architecture: Family, config: GPTConfig) -> None:
         super().__init__(directory, config)
         self.architecture = architecture
+        self.config = self._with_head(config)
+
+    def _with_head(self, config: GPTConfig) -> GPTConfig:
+        """The configuration, untied where a head of other numbers lies beside the embedding, as transformers has it."""
+        places = self._embedding_and_head() if config.tie_embeddings else ()
+        if len(places) < 2 or _shape(*places[0]) != _shape(*places[1]) or _equal(*places[0], *places[1]):
+            return config
+        return dataclasses.replace(config, tie_embeddings=False)
+
+    def _embedding_and_head(self) -> list[tuple[TensorFile, str]]:
+        """Where they are, by whichever names the files have; none where the files can't be read."""
+        names = [self.architecture.rename(name) for name in (EMBEDDING, HEAD)]
+        try:
+            places = _by_canonical_name(self.files, self.architecture, dict.fromkeys(names, ()))
+        except UserError:  # whoever reads the tensors says what is wrong
+            return []
+        return [places[name] for name in names if name in places]
 
     @property
     def family(self) -> str:
@@ -147,19 +165,23 @@ def _by_canonical_name(files: Iterable[TensorFile], family: Family, layout: Layo
     return places
 
 
+def _shape(file: TensorFile, name: str) -> tuple[int, ...]:
+    return file.entries[name].shape
+
+
 def _equal(file: TensorFile, name: str, other_file: TensorFile, other: str) -> bool:
-    """Whether two tensors have the same numbers; holds a piece of each."""
-    if file.entries[name].shape != other_file.entries[other].shape:
-        return False
+    """Whether two tensors of one shape have the same numbers; holds a piece of each."""
     return all(np.array_equal(a, b) for a, b in zip(file.pieces(name), other_file.pieces(other), strict=True))
 
 
 def _check(places: Places, family: Family, layout: Layout, config: GPTConfig, folder: Path) -> None:
     """Names, shapes and dtypes against the parameter table; takes a tied head that is there out of `places`."""
     table = parameter_table(config)
-    head = family.rename(HEAD)
-    if config.tie_embeddings and head in places and not _equal(*places.pop(head), *places[next(iter(layout))]):
-        raise UserError(f"{folder} has a tensor {head} beside the embedding that config.json says it is tied to.")
+    embedding, head = family.rename(EMBEDDING), family.rename(HEAD)
+    if config.tie_embeddings and head in places:  # of the same numbers, or the model would not be tied
+        place = places.pop(head)
+        if _shape(*place) != _shape(*places.setdefault(embedding, place)):
+            raise UserError(f"{folder} has a tensor {head} beside the embedding that config.json says it is tied to.")
     for name in layout:
         if name not in places:
             raise UserError(f"The tensor {name} is missing from {folder}.")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.checkpoint.directory import ModelDirectory
-from twingpt.core.checkpoint.safetensors_file import TensorFile
+from twingpt.core.checkpoint.safetensors_file import TensorFile, finite
 from twingpt.core.checkpoint.schema import Model, check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
@@ -150,7 +150,7 @@ class NanochatModel(Model):
             if theirs is None:
                 yield name, np.ones(row.shape, np.float32)
                 continue
-            array = self.state[theirs].read(slice(row.shape[0]))
+            array = finite(self.state[theirs].read(slice(row.shape[0])), theirs, self.folder)
             yield name, _halves_exchanged(array, self.config.head_dim) if part in ROTATED else array
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.checkpoint.directory import ModelDirectory
+from twingpt.core.checkpoint.safetensors_file import finite
 from twingpt.core.checkpoint.schema import Model, check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
@@ -121,7 +122,7 @@ class NanoGPTModel(Model):
         for name, row in parameter_table(self.config).items():
             theirs, third = _source(name)
             rows = slice(None) if third is None else slice(third * row.shape[0], (third + 1) * row.shape[0])
-            yield name, self.state[theirs].read(rows)
+            yield name, finite(self.state[theirs].read(rows), theirs, self.folder)
 
 
 def _file(path: Path) -> Path:

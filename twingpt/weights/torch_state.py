@@ -12,6 +12,7 @@ import numpy as np
 
 from twingpt.core.checkpoint.config_json import model_type
 from twingpt.core.checkpoint.directory import ModelDirectory
+from twingpt.core.checkpoint.safetensors_file import finite
 from twingpt.core.checkpoint.schema import Model, check_layers, model_texts
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
@@ -72,7 +73,7 @@ class TorchStateModel(Model):
         shapes = {name: row.shape for name, row in parameter_table(self.config).items()}
         check_state(state, shapes, path)
         for name in shapes:
-            yield name, state[name].read()
+            yield name, finite(state[name].read(), name, path)
 
     def _state(self) -> State:
         path = self.folder / FILE

@@ -68,8 +68,9 @@ class TensorFile:
             raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
 
     def read(self, name: str) -> Array:
-        """The tensor called `name` as it is stored; bfloat16 as uint16."""
-        return self._read(name, self.entries[name])
+        """The tensor called `name` as it is stored; bfloat16 as uint16. UserError for numbers that are not finite."""
+        array = self._read(name, self.entries[name])
+        return finite(array, name, self.path) if array.dtype.kind == "f" else array
 
     def _read(self, name: str, entry: Entry) -> Array:
         array = np.fromfile(self.path, DTYPES[entry.dtype], entry.size, offset=entry.offset)
@@ -81,7 +82,7 @@ class TensorFile:
         """The tensor called `name`, of a floating-point dtype, in float32."""
         entry = self.entries[name]
         if entry.dtype in ("F32", "F64"):
-            return self._in_float32(self.read(name), name, entry)
+            return self._in_float32(self._read(name, entry), name, entry)
         whole, done = np.empty(entry.size, np.float32), 0
         for piece in self.pieces(name):
             whole[done : done + piece.size] = piece
@@ -100,10 +101,26 @@ class TensorFile:
         if entry.dtype == "BF16":
             bits = array.astype(np.uint32)
             bits <<= 16  # in place: a piece is in memory twice as it is
-            return bits.view(np.float32)
+            return finite(bits.view(np.float32), name, self.path)
         if entry.dtype not in ("F64", "F32", "F16"):
             raise UserError(f"The tensor {name} in {self.path} is {entry.dtype}, and must be of floating point.")
-        return array.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            return finite(array.astype(np.float32, copy=False), name, self.path)
+
+
+def finite(array: Array, name: str, path: Path) -> Array:
+    """`array`, the tensor called `name` in the file at `path`; UserError where it has NaN or infinities.
+
+    Its sum tells, as one such number makes that one too: it is read once, and nothing of its size is made.
+    """
+    with np.errstate(all="ignore"):
+        sound = np.isfinite(array.sum()) or np.isfinite(array).all()  # a sum may also be too large
+    if not sound:
+        raise UserError(
+            f"The tensor {name} in {path} has numbers that are not finite (NaN or infinity): the model is broken, "
+            "as after training that diverged; take an earlier checkpoint, or fetch it again."
+        )
+    return array
 
 
 def _entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +64,7 @@ CARRIED = (
     "mask_token", "add_bos_token", "add_eos_token", "padding_side", "truncation_side", "split_special_tokens",
     "clean_up_tokenization_spaces", "spaces_between_special_tokens", "chat_template_type", "tool_parser_type",
 )  # fmt: skip
+CONTEXT = 8  # tokens of a prompt that are decoded with a continuation: a character is of at most 4 bytes, each a token
 MOST_GAPS = 4  # ids per token: tables have a row for every id, and must not be far larger than the file
 
 
@@ -222,18 +223,18 @@ class HuggingFaceTokenizer(Tokenizer):
         with refuse("The tokenizer has no text for these ids"):
             return str(self._library.decode([self._check_id(int(token)) for token in ids]))
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Streaming decode: a text for each id, empty while a character is incomplete; at last the rest."""
+    def stream(self, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """As of any tokenizer: a token's text depends on the tokens before it, and the first loses a leading space."""
         if self.byte_level:
-            yield from super().stream(ids)
+            yield from super().stream(ids, before)
             return
-        seen: list[int] = []
-        start = shown = 0  # a token's text depends on the tokens before it: decode those since `start`
+        seen = list(before)
+        start, shown = max(0, len(seen) - CONTEXT), len(seen)  # what was shown is decoded again from `start` on
         for token in ids:
             seen.append(int(token))
-            before, now = self.decode(seen[start:shown]), self.decode(seen[start:])
-            whole = len(now) > len(before) and not now.endswith("\ufffd")
-            yield now[len(before) :] if whole else ""
+            old, now = self.decode(seen[start:shown]), self.decode(seen[start:])
+            whole = len(now) > len(old) and not now.endswith("\ufffd")
+            yield now[len(old) :] if whole else ""
             if whole:
                 start, shown = shown, len(seen)
         yield self.decode(seen[start:])[len(self.decode(seen[start:shown])) :]
