@@ -146,7 +146,8 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
         console.print(f"[dim]{name:<12}[/]{value}", soft_wrap=True)
     table = Table("tensor", "shape", box=box.SIMPLE_HEAD)
     for name, shape in description["tensors"].items():
-        if ".layers." not in name or ".layers.0." in name:
+        layer = re.search(r"\b(?:layers|h)\.(\d+)\.", name)
+        if layer is None or layer[1] == "0":
             table.add_row(name, " × ".join(map(str, shape)))
     console.print(table)
     if config["n_layer"] > 1:

@@ -16,12 +16,12 @@ from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.parameters import parameter_count, parameter_table
+from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
 from twingpt.runs.folder import RUNS, resolve
 from twingpt.weights.export import Export
 from twingpt.weights.gguf import GGUF
-from twingpt.weights.huggingface import HuggingFace
+from twingpt.weights.huggingface import HuggingFace, instead
 from twingpt.weights.mlx_lm import MLXLM
 from twingpt.weights.nanochat import Nanochat
 from twingpt.weights.nanogpt import NanoGPT
@@ -122,7 +122,8 @@ def _open(directory: ModelDirectory) -> OpenedModel | None:
 def _no_model(path: Path) -> str:
     """Why something that is there is no model."""
     if path.is_dir():
-        return f"{path} holds no model that is known: it has no config.json, and isn't a run."
+        usual = "it has no config.json, and isn't a run"
+        return f"{path} holds no model that is known: {instead(path) or usual}."
     if path.suffix == ".gguf":
         return f"{path} can't be read: GGUF files are only written. Give the model that it was made from."
     if (path.parent / "config.json").is_file():
@@ -162,7 +163,7 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
         spoken: str | None = f"{tokenizer.kind}, {tokenizer.vocab_size} ids"
     except UserError as error:
         spoken = f"broken: {error}" if (model.folder / "tokenizer.json").exists() else None
-    table = parameter_table(model.config)
+    model.parameters()  # which checks names and shapes, where the format can without reading tensors
     quantization = model.quantization
     return {
         "source_format": opened.format,
@@ -173,5 +174,5 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
         "quantization": quantization.to_json() if quantization else None,
         "tokenizer": spoken,
         "config": model.config.to_dict(),
-        "tensors": {name: list(row.shape) for name, row in table.items()},
+        "tensors": {name: list(shape) for name, (_, shape) in model.tensors().items()},
     }

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.checkpoint.directory import ModelDirectory
-from twingpt.core.checkpoint.safetensors_file import TensorFile
-from twingpt.core.checkpoint.schema import MODEL, Model, check_layers, model_texts, write_model
+from twingpt.core.checkpoint.safetensors_file import TensorFile, finite
+from twingpt.core.checkpoint.schema import MODEL, Model, check_layers, described, model_texts, write_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
@@ -28,6 +28,18 @@ Array = np.ndarray
 INDEX = f"{MODEL}.index.json"
 FLOATS = ("F32", "F16", "BF16", "F64")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# What people take for a model's folder -> what it is.
+INSTEAD = {
+    "adapter*.safetensors": "{} are adapters to another model; merge them into that one (peft: merge_and_unload, "
+    "mlx-lm: mlx_lm.fuse), and give the result",
+    "*.gguf": "{} is GGUF, which is only written; give the model that it was made from",
+    "*.bin": "{} is a pickle, which could run code; save it as safetensors first",
+    "consolidated*": "{} is as Meta and Mistral name theirs; fetch the files that transformers reads",
+    "*.safetensors": "{} has not the name that transformers reads",
+    "snapshots/*/config.json": "it is of the hub's cache; give the folder of {}",
+    "*/config.json": "a model is inside; give the folder of {}",
+}
 
 Layout = Mapping[str, tuple[str, ...]]  # a tensor of theirs -> those of ours that it holds
 Places = dict[str, tuple[TensorFile, str]]  # a tensor of theirs -> where it is, and its name there
@@ -88,6 +100,10 @@ class HuggingFaceModel(Model):
             raise UserError(f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text.")
         return self.directory.tokenizer
 
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor, as the files have them."""
+        return described(tensor_files(self.directory))
+
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter.
 
@@ -139,9 +155,11 @@ def tensor_files(directory: ModelDirectory) -> list[TensorFile]:
     if (folder / MODEL).exists():
         return [directory.tensor_file(MODEL)]
     if not (folder / INDEX).exists():
-        found = next((path.name for path in folder.glob("*.bin")), None)
-        hint = f": {found} is a pickle, which could run code; save it as safetensors first." if found else "."
-        raise UserError(f"{folder} has no {MODEL}{hint}")
+        if shards := sorted(folder.glob("model-?????-of-?????.safetensors")):  # as mlx-lm reads them
+            count = shards[0].stem[-5:]
+            return [directory.tensor_file(f"model-{i + 1:05d}-of-{count}.safetensors") for i in range(int(count))]
+        found = instead(folder)
+        raise UserError(f"{folder} has no {MODEL}{f': {found}' if found else ''}.")
     places = directory.json_object(INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise UserError(f"{folder / INDEX} has no weight_map from tensors to files.")
@@ -150,6 +168,14 @@ def tensor_files(directory: ModelDirectory) -> list[TensorFile]:
         if tensor not in files[place].entries:
             raise UserError(f"The tensor {tensor[:80]} is missing from {folder / place}, where the index has it.")
     return list(files.values())
+
+
+def instead(folder: Path) -> str | None:
+    """What is in a folder in place of a model's tensors, and what to do about it, in a clause."""
+    for pattern, what in INSTEAD.items():
+        if found := next(iter(sorted(folder.glob(pattern))), None):
+            return what.format(found.relative_to(folder))
+    return None
 
 
 def _by_canonical_name(files: Iterable[TensorFile], family: Family, layout: Layout) -> Places:
@@ -202,7 +228,7 @@ def _read(places: Places, family: Family, layout: Layout, config: GPTConfig) -> 
         theirs, i = homes[ours]
         if i == 0:
             file, stored = places[theirs]
-            whole[theirs] = file.read_float(stored)
+            whole[theirs] = finite(file.read_float(stored), stored, file.path)
         count = len(layout[theirs])
         yield ours, np.ascontiguousarray(family.part(whole[theirs], theirs, i, count, config))
         if i == count - 1:

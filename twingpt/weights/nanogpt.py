@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,9 +111,9 @@ class NanoGPTModel(Model):
             raise no_tokenizer(self.folder)
         return tiktoken_gpt2()
 
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors are stored in each dtype, by the names of safetensors."""
-        return dict(Counter(tensor.dtype for tensor in self.state.values()))
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor, as the file has them."""
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.state.items()}
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -61,9 +60,9 @@ class TorchStateModel(Model):
         """The tokenizer that was written along."""
         return tokenizer_of(self.directory, self.folder)
 
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors are stored in each dtype, by the names of safetensors."""
-        return dict(Counter(tensor.dtype for tensor in self._state().values()))
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor, as the file has them."""
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self._state().items()}
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter; UserError where the tensors don't fit the model."""

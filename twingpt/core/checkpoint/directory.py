@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -61,11 +60,6 @@ class ModelDirectory:
     def tensor_file(self, name: str) -> TensorFile:
         """A safetensors file of the folder; UserError where it is missing, or not whole and sound."""
         return self.read_once(inside(self.path, name), TensorFile)
-
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors of model*.safetensors are stored in each dtype."""
-        files = [self.tensor_file(path.name) for path in sorted(self.path.glob("model*.safetensors"))]
-        return dict(Counter(entry.dtype for file in files for entry in file.entries.values()))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

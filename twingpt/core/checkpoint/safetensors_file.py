@@ -68,9 +68,8 @@ class TensorFile:
             raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
 
     def read(self, name: str) -> Array:
-        """The tensor called `name` as it is stored; bfloat16 as uint16. UserError for numbers that are not finite."""
-        array = self._read(name, self.entries[name])
-        return finite(array, name, self.path) if array.dtype.kind == "f" else array
+        """The tensor called `name` as it is stored; bfloat16 as uint16."""
+        return self._read(name, self.entries[name])
 
     def _read(self, name: str, entry: Entry) -> Array:
         array = np.fromfile(self.path, DTYPES[entry.dtype], entry.size, offset=entry.offset)
@@ -82,7 +81,7 @@ class TensorFile:
         """The tensor called `name`, of a floating-point dtype, in float32."""
         entry = self.entries[name]
         if entry.dtype in ("F32", "F64"):
-            return self._in_float32(self._read(name, entry), name, entry)
+            return self._in_float32(self.read(name), name, entry)
         whole, done = np.empty(entry.size, np.float32), 0
         for piece in self.pieces(name):
             whole[done : done + piece.size] = piece
@@ -101,11 +100,11 @@ class TensorFile:
         if entry.dtype == "BF16":
             bits = array.astype(np.uint32)
             bits <<= 16  # in place: a piece is in memory twice as it is
-            return finite(bits.view(np.float32), name, self.path)
+            return bits.view(np.float32)
         if entry.dtype not in ("F64", "F32", "F16"):
             raise UserError(f"The tensor {name} in {self.path} is {entry.dtype}, and must be of floating point.")
-        with np.errstate(over="ignore"):
-            return finite(array.astype(np.float32, copy=False), name, self.path)
+        with np.errstate(over="ignore"):  # of float64
+            return array.astype(np.float32, copy=False)
 
 
 def finite(array: Array, name: str, path: Path) -> Array:

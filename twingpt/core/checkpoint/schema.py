@@ -10,6 +10,7 @@ import math
 import re
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,7 @@ import numpy as np
 from twingpt.core.checkpoint.config_json import end_ids, model_type, portable_config, token_ids
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization, dequantized, from_config, stored_shapes
-from twingpt.core.checkpoint.safetensors_file import DTYPES, Entry, Shapes, TensorFile, write_safetensors
+from twingpt.core.checkpoint.safetensors_file import DTYPES, Entry, Shapes, TensorFile, finite, write_safetensors
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table, state_table
@@ -195,9 +196,13 @@ class Model(ABC):
         """The ids that end its text by its settings for generation; UserError where they are none."""
         return end_ids(self.directory)
 
+    @abstractmethod
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, by the names of safetensors, and shape) of every tensor, as its files have them."""
+
     def dtypes(self) -> dict[str, int]:
-        """How many of its tensors are stored in each dtype, by the names of safetensors."""
-        return self.directory.dtypes()
+        """How many of its tensors are stored in each dtype."""
+        return dict(Counter(dtype for dtype, _ in self.tensors().values()))
 
     @abstractmethod
     def parameters(self) -> Iterator[tuple[str, Array]]:
@@ -246,10 +251,17 @@ class Checkpoint(Model):
         """Yield (name, float32 array) of every parameter, dequantized where need be."""
         return dequantized(self.stored(), self.config)
 
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor of the model, as its files have them."""
+        return described(self._model_files())
+
+    def _model_files(self) -> list[TensorFile]:
+        names = [name for name in self.files if name.startswith("model") and name.endswith(".safetensors")]
+        return [self.directory.tensor_file(name) for name in names]
+
     def stored(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) of every tensor of the model as it is stored (see `Quantization`)."""
-        names = [name for name in self.files if name.startswith("model") and name.endswith(".safetensors")]
-        files = [self.directory.tensor_file(name) for name in names]
+        files = self._model_files()
         check_layers(self.config.n_layer, sum(len(file.entries) for file in files), self.folder)
         yield from read_tensors(files, *stored_shapes(self.config, self.quantization))
 
@@ -258,6 +270,11 @@ class Checkpoint(Model):
         train = self.training()["train"]
         table = state_table(self.config, train["optimizer"], train["dtype"])
         yield from read_tensors([self.directory.tensor_file(OPTIMIZER)], table)
+
+
+def described(files: Iterable[TensorFile]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor of `files`."""
+    return {name: (entry.dtype, entry.shape) for file in files for name, entry in file.entries.items()}
 
 
 def check_layers(n_layer: int, n_tensors: int, path: Path) -> None:
@@ -300,7 +317,7 @@ def read_tensors(
         if name not in homes:
             raise UserError(f"The tensor {name} is missing from {', '.join(file.path.name for file in files)}.")
     for name in table:
-        yield name, homes[name].read(name)
+        yield name, finite(homes[name].read(name), name, homes[name].path)
 
 
 def _check_tensor(name: str, entry: Entry, table: Shapes, dtype: str, path: Path) -> None:
