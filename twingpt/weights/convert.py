@@ -34,15 +34,17 @@ def convert(
     to: str | None = None,
     quantization: Quantization | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Write a model in the format `to` at `folder`, atomically; what was written, as `gpt convert --json` prints it.
 
     Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
-    Hugging Face directory, and any other one of ours. `progress` is told the bytes of each parameter as it
-    passes. Raises UserError, before anything is written, for a format that can't hold the model, and for a
-    `folder` that exists, unless it holds a model and `force` is given.
+    Hugging Face directory, and any other one of ours. A `tokenizer` takes the place of the model's own.
+    `progress` is told the bytes of each parameter as it passes. Raises UserError, before anything is written,
+    for a format that can't hold the model, a tokenizer of more ids than it has, and for a `folder` that exists,
+    unless it holds a model and `force` is given.
     """
     model = opened.model
     usual = HuggingFace.target if opened.format == TwinGPT.name and not quantization else TwinGPT.target
@@ -54,7 +56,11 @@ def convert(
     folder = expand(folder)
     check_place(folder, model.folder, force=force)
     place = folder.resolve() if folder.is_symlink() else folder  # the link stays
-    export = _export(opened, to, quantization, progress)
+    if tokenizer and tokenizer.byte_lengths[model.config.vocab_size :].any():  # special tokens may be beyond
+        size = model.config.vocab_size
+        raise UserError(f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {size}.")
+    tokenizer = tokenizer or tokenizer_of(model)
+    export = _export(opened, to, quantization, tokenizer, progress)
     try:
         kept = WRITABLE[to].write(place, export)
     except OSError as error:
@@ -68,15 +74,18 @@ def convert(
         "bytes": _size(folder),
         "quantization": export.quantization.to_json() if export.quantization else None,
         "unquantized": kept,
+        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size} ids" if tokenizer else None,
         "source": str(model.folder),
         "target": str(folder),
     }
 
 
-def _export(opened: OpenedModel, to: str, quantization: Quantization | None, progress: Progress) -> Export:
+def _export(
+    opened: OpenedModel, to: str, quantization: Quantization | None, tokenizer: Tokenizer | None, progress: Progress
+) -> Export:
     """What is written: the model's tensors, as they are stored where a quantized model is to stay as it is."""
     model = opened.model
-    tokenizer, quantized = _tokenizer(model), _keeps_quantized(model, to, quantization)
+    quantized = _keeps_quantized(model, to, quantization)
     quantization = model.quantization if quantized else quantization
     settings = generation_settings(model.directory)
     return Export(
@@ -139,7 +148,7 @@ def _with_progress(
             progress(array.nbytes)
 
 
-def _tokenizer(model: Model) -> Tokenizer | None:
+def tokenizer_of(model: Model) -> Tokenizer | None:
     """The model's tokenizer, or None where it has none; UserError where it has one that can't be read."""
     try:
         return model.tokenizer()

@@ -19,7 +19,7 @@ from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import new_folder, write_synced
-from twingpt.core.tokenizer import Tokenizer
+from twingpt.core.tokenizer import GIVE_ONE, Tokenizer
 from twingpt.weights.export import Export
 from twingpt.weights.families import Family, family_of, require_family
 
@@ -97,7 +97,9 @@ class HuggingFaceModel(Model):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in tokenizer.json."""
         if not (self.folder / "tokenizer.json").exists():
-            raise UserError(f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text.")
+            raise UserError(
+                f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text until {GIVE_ONE}."
+            )
         return self.directory.tokenizer
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -104,9 +104,9 @@ class NanoGPTModel(Model):
         size = self.checkpoint["model_args"].get("vocab_size")
         for place in _places(_file(self.folder), self.checkpoint.get("config")):
             if place.is_file():
-                characters = self.directory.read_once(place, _characters)
-                if len(characters) == size:
-                    return CharTokenizer(characters)
+                letters = self.directory.read_once(place, characters)
+                if len(letters) == size:
+                    return CharTokenizer(letters)
         if size not in GPT2_VOCABULARIES:
             raise no_tokenizer(self.folder)
         return tiktoken_gpt2()
@@ -192,12 +192,12 @@ def _places(file: Path, settings: Any) -> list[Path]:
     return places
 
 
-def _characters(file: Path) -> list[str]:
+def characters(file: Path) -> list[str]:
     """The characters of a meta.pkl, which are in code point order, as nanoGPT sorts them."""
     content = read_plain_pickle(file)
     table = content.get("itos") if isinstance(content, dict) else None
     if isinstance(table, dict) and table:
-        characters = [c for c in map(table.get, range(len(table))) if isinstance(c, str) and len(c) == 1]
-        if len(characters) == len(table) and characters == sorted(set(characters)):
-            return characters
+        letters = [c for c in map(table.get, range(len(table))) if isinstance(c, str) and len(c) == 1]
+        if len(letters) == len(table) and letters == sorted(set(letters)):
+            return letters
     raise UserError(f"{file} is not a table of characters in order, as nanoGPT's prepare.py writes.")

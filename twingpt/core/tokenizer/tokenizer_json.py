@@ -22,6 +22,7 @@ from twingpt.core.tokenizer.huggingface import MODEL_CLASSES, ONLY_CLASSES, Hugg
 LEARNED = ("bpe", "char")
 TOKENIZERS = (*LEARNED, "byte", *TIKTOKEN_PATTERNS)
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+GIVE_ONE = "gpt convert --tokenizer gives it one"  # of a model without
 MAX_FILE = 2**26  # bytes: twice the largest that a known model has
 
 
@@ -43,7 +44,7 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
     Raises UserError where it is missing or broken, or where twingpt wrote it and it has been altered since.
     """
     if not (folder / FILE).exists():
-        raise UserError(f"{folder} has no {FILE}, so its tokens have no text.")
+        raise UserError(f"{folder} has no {FILE}, so its tokens have no text until {GIVE_ONE}.")
     for name in (FILE, SETTINGS, "special_tokens_map.json"):
         if (folder / name).exists():
             inside(folder, name)
