@@ -133,7 +133,8 @@ def measure(
     """Compare every pair of implementations on every model: {"ok", "tolerance", "pairs", "skipped"}.
 
     `ok` is whether each pair's `max_rel_diff` is finite and at most `tolerance`; `skipped` has the models
-    that one of `others` does not compute. Raises UserError for a dtype without a tolerance.
+    that one of `others` does not compute. Raises UserError for a dtype without a tolerance, and for logits that
+    are not finite.
     """
     if dtype not in TOLERANCES:
         raise UserError(f"Parity is measured in {' or '.join(TOLERANCES)}, not in {dtype}.")
@@ -150,6 +151,9 @@ def measure(
                 results.append((other.name, other.device, other.forward(config, params, tokens)))
             else:
                 skipped.append({"model": model, "against": other.name})
+        for name, device, logits in results:
+            if not np.isfinite(logits).all():
+                raise UserError(f"The logits of {model} by {name} ({device}) in {dtype} are not finite: none agree.")
         pairs += [compare(model, a, b, dtype) for a, b in itertools.combinations(results, 2)]
     return {
         "ok": all(pair.max_rel_diff <= limit for pair in pairs),

@@ -1,6 +1,7 @@
 """gpt convert: models between formats, and what a model is."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from twingpt.core.errors import UserError
 
 if TYPE_CHECKING:
     from twingpt.core.config import GPTConfig
+    from twingpt.core.tokenizer import Tokenizer
 
 app = typer.Typer()
 
@@ -23,7 +25,7 @@ app = typer.Typer()
     "gpt convert runs/novel novel-hf\n\n"
     "gpt convert runs/novel@best novel-4bit --q-bits 4\n\n"
     "gpt convert path/to/Llama-3.2-1B llama --q-bits 4 --data tinystories\n\n"
-    "gpt convert nanoGPT/out/ckpt.pt shakespeare\n\n"
+    "gpt convert nanoGPT/out/ckpt.pt shakespeare --tokenizer nanoGPT/data/shakespeare_char/meta.pkl\n\n"
     "gpt convert runs/novel novel.gguf\n\n"
     "gpt convert path/to/Qwen3-0.6B --inspect\n"
 )
@@ -47,7 +49,14 @@ def convert(
     data: Annotated[
         str | None, typer.Option(help="With --q-bits: measure the held-out loss before and after on these data.")
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Give a model without one its tokenizer: gpt2 …, a tokenizer.json, its folder, a meta.pkl."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is at DST.")] = False,
+    ignore_manifest: Annotated[
+        bool, typer.Option("--ignore-manifest", help="Read SRC as it is, after another tool saved it in place.")
+    ] = False,
     inspect: Annotated[bool, typer.Option("--inspect", help="Print what SRC is, and write nothing.")] = False,
     backend: Backend = "auto",
     device: Device = None,
@@ -57,7 +66,7 @@ def convert(
     from twingpt.weights import convert as conversion
     from twingpt.weights.formats import describe, open_model
 
-    opened = open_model(model)
+    opened = open_model(model, ignore_manifest=ignore_manifest)
     if inspect:
         _print_model(describe(opened), json_)
         return
@@ -70,8 +79,12 @@ def convert(
 
     quantization = Quantization(q_bits, q_group_size) if q_bits is not None else None
     held_out = HeldOut.of(opened.model, data, backend, device) if data else None
+    given = _find_tokenizer(tokenizer) if tokenizer else None
+    if given is None and conversion.tokenizer_of(opened.model) is None:
+        hint = "the result takes no text; give it one by --tokenizer, of nanoGPT the meta.pkl of its data."
+        print(f"gpt: {model} has no tokenizer: {hint}", file=sys.stderr)
     with _conversion_bar(opened.model.config, json_) as progress:
-        result = conversion.convert(opened, folder, to, quantization, force=force, progress=progress)
+        result = conversion.convert(opened, folder, to, quantization, tokenizer=given, force=force, progress=progress)
     if held_out:
         before, after = (held_out.loss(model) for model in (opened.model, open_model(folder).model))
         result |= {"val_loss": before, "val_loss_quantized": after}
@@ -79,6 +92,17 @@ def convert(
         print_json(result)
     else:
         _print_conversion(result)
+
+
+def _find_tokenizer(name: str) -> "Tokenizer":
+    """The tokenizer that --tokenizer names; UserError where there is none."""
+    from twingpt.core.paths import expand
+    from twingpt.core.tokenizer import CharTokenizer
+    from twingpt.data.tokenizers import find
+    from twingpt.weights.nanogpt import characters
+
+    path = expand(name)
+    return CharTokenizer(characters(path)) if path.suffix == ".pkl" else find(name)
 
 
 @contextmanager
@@ -143,7 +167,8 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
         console.print(f"[dim]{name:<12}[/]{value}", soft_wrap=True)
     table = Table("tensor", "shape", box=box.SIMPLE_HEAD)
     for name, shape in description["tensors"].items():
-        if ".layers." not in name or ".layers.0." in name:
+        layer = re.search(r"\b(?:layers|h)\.(\d+)\.", name)
+        if layer is None or layer[1] == "0":
             table.add_row(name, " × ".join(map(str, shape)))
     console.print(table)
     if config["n_layer"] > 1:

@@ -34,7 +34,7 @@ def inside(folder: Path, name: str, whole: str = "model directory") -> Path:
         raise UserError(f"{folder} is not a whole {whole}: {name} is missing.")
     if path.is_symlink():
         base, real = folder.resolve(), path.resolve()
-        hub = base.parent.name == "snapshots" and real.parent == base.parent.parent / "blobs"  # of huggingface_hub
+        hub = real.parent.name == "blobs" and real.parent.parent / "snapshots" in base.parents  # of huggingface_hub
         if real.parent != base and not hub:
             raise UserError(f"{path} is a link to {real}, out of its directory: it is not opened.")
     return path

@@ -76,7 +76,7 @@ class Completion:
 
     def __iter__(self) -> Iterator[str]:
         start = time.perf_counter()
-        for piece in self._tokenizer.stream(self._until_the_end()):
+        for piece in self._tokenizer.stream(self._until_the_end(), self.prompt_tokens):
             self.text += piece
             self.seconds = time.perf_counter() - start
             if piece:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from twingpt.backends import registry
-from twingpt.core.checkpoint.config_json import end_ids
 from twingpt.core.checkpoint.schema import Model
 from twingpt.inference.generator import LanguageModel
 from twingpt.weights.formats import open_model
@@ -25,4 +24,4 @@ def language_model(model: Model, backend: str, device: str | None, dtype: str | 
     target = registry.find_device(engines, device)
     compute = registry.find_dtype(target, dtype or "float32")
     engine = engines.InferenceEngine(model.config, model.stored(), target, dtype=compute)
-    return LanguageModel(model.config, model.tokenizer(), engine, end_ids(model.directory))
+    return LanguageModel(model.config, model.tokenizer(), engine, model.end_ids())

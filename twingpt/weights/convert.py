@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.config_json import GENERATION, generation_settings
+from twingpt.core.checkpoint.config_json import GENERATION, generation_settings, token_ids
 from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig, unknown_choice
@@ -34,15 +34,17 @@ def convert(
     to: str | None = None,
     quantization: Quantization | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Write a model in the format `to` at `folder`, atomically; what was written, as `gpt convert --json` prints it.
 
     Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
-    Hugging Face directory, and any other one of ours. `progress` is told the bytes of each parameter as it
-    passes. Raises UserError, before anything is written, for a format that can't hold the model, and for a
-    `folder` that exists, unless it holds a model and `force` is given.
+    Hugging Face directory, and any other one of ours. A `tokenizer` takes the place of the model's own.
+    `progress` is told the bytes of each parameter as it passes. Raises UserError, before anything is written,
+    for a format that can't hold the model, a tokenizer of more ids than it has, and for a `folder` that exists,
+    unless it holds a model and `force` is given.
     """
     model = opened.model
     usual = HuggingFace.target if opened.format == TwinGPT.name and not quantization else TwinGPT.target
@@ -54,7 +56,11 @@ def convert(
     folder = expand(folder)
     check_place(folder, model.folder, force=force)
     place = folder.resolve() if folder.is_symlink() else folder  # the link stays
-    export = _export(opened, to, quantization, progress)
+    if tokenizer and tokenizer.byte_lengths[model.config.vocab_size :].any():  # special tokens may be beyond
+        size = model.config.vocab_size
+        raise UserError(f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {size}.")
+    tokenizer = tokenizer or tokenizer_of(model)
+    export = _export(opened, to, quantization, tokenizer, progress)
     try:
         kept = WRITABLE[to].write(place, export)
     except OSError as error:
@@ -68,15 +74,18 @@ def convert(
         "bytes": _size(folder),
         "quantization": export.quantization.to_json() if export.quantization else None,
         "unquantized": kept,
+        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size} ids" if tokenizer else None,
         "source": str(model.folder),
         "target": str(folder),
     }
 
 
-def _export(opened: OpenedModel, to: str, quantization: Quantization | None, progress: Progress) -> Export:
+def _export(
+    opened: OpenedModel, to: str, quantization: Quantization | None, tokenizer: Tokenizer | None, progress: Progress
+) -> Export:
     """What is written: the model's tensors, as they are stored where a quantized model is to stay as it is."""
     model = opened.model
-    tokenizer, quantized = _tokenizer(model), _keeps_quantized(model, to, quantization)
+    quantized = _keeps_quantized(model, to, quantization)
     quantization = model.quantization if quantized else quantization
     settings = generation_settings(model.directory)
     return Export(
@@ -86,7 +95,7 @@ def _export(opened: OpenedModel, to: str, quantization: Quantization | None, pro
         tokenizer=tokenizer,
         quantization=quantization,
         quantized=quantized,
-        ids=_ids(settings, tokenizer),
+        ids=_ids(model, settings, tokenizer),
         texts=_settings_text(model, settings) | {"README.md": card(opened, to, quantization)},
     )
 
@@ -139,7 +148,7 @@ def _with_progress(
             progress(array.nbytes)
 
 
-def _tokenizer(model: Model) -> Tokenizer | None:
+def tokenizer_of(model: Model) -> Tokenizer | None:
     """The model's tokenizer, or None where it has none; UserError where it has one that can't be read."""
     try:
         return model.tokenizer()
@@ -156,10 +165,16 @@ def _settings_text(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:
     return {GENERATION: json.dumps(settings, indent=2)} if settings else {}
 
 
-def _ids(settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """bos_token_id and eos_token_id for config.json: those of the settings, else the tokenizer's end of text."""
-    end = tokenizer.end_of_text if tokenizer else None
-    return {key: settings.get(key, end) for key in ("bos_token_id", "eos_token_id")}
+def _ids(model: Model, settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The ids of special tokens for config.json: of the settings for generation, of the model's config.json, or usual.
+
+    An id that was null, for none, stays null.
+    """
+    there = (model.folder / "config.json").is_file()
+    config = model.directory.json_object("config.json") if there else {}
+    named = {**config, **{key: settings[key] for key in ("bos_token_id", "eos_token_id") if key in settings}}
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return token_ids(tokenizer) | {key: named[key] for key in kept if key in named}
 
 
 def _size(path: Path) -> int:

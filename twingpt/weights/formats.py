@@ -16,12 +16,12 @@ from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.parameters import parameter_count, parameter_table
+from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
 from twingpt.runs.folder import RUNS, resolve
 from twingpt.weights.export import Export
 from twingpt.weights.gguf import GGUF
-from twingpt.weights.huggingface import HuggingFace
+from twingpt.weights.huggingface import HuggingFace, instead
 from twingpt.weights.mlx_lm import MLXLM
 from twingpt.weights.nanochat import Nanochat
 from twingpt.weights.nanogpt import NanoGPT
@@ -31,7 +31,7 @@ from twingpt.weights.twingpt import TwinGPT
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "chat_template.jinja", "model_*.pt", "meta_*.json",
+    "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "model_*.pt", "meta_*.json",
 ]  # fmt: skip
 
 
@@ -92,27 +92,38 @@ class OpenedModel:
         return self.model.family
 
 
-def open_model(name: str | Path) -> OpenedModel:
+def open_model(name: str | Path, *, ignore_manifest: bool = False) -> OpenedModel:
     """Find out what `name` is, and open it: a checkpoint or run of ours, a folder or file of another's, a hub id.
 
-    Raises UserError for what is none of these, or is damaged, and where the hub can't be reached.
+    With `ignore_manifest` a checkpoint is read as the directory that it is. Raises UserError for what is none
+    of these, or is damaged, and where the hub can't be reached.
     """
     path = expand(name)
     if not path.exists() and _is_hub_id(str(name)):
         path = _download(str(name))
-    directory = ModelDirectory(path)
+    if (opened := _open(ModelDirectory(path, ignore_manifest=ignore_manifest))) is not None:
+        return opened
+    if path.exists() and not (path / "run.json").exists():
+        raise UserError(_no_model(path))
+    directory = ModelDirectory(resolve(name), ignore_manifest=ignore_manifest)
+    if (opened := _open(directory)) is None:  # it has neither of the files that say what it is
+        raise UserError(f"{directory.path} is not a whole checkpoint: config.json is missing.")
+    return opened
+
+
+def _open(directory: ModelDirectory) -> OpenedModel | None:
+    """The model in the first format that claims it, if one does."""
     for format in READABLE:
         if format.detect(directory):
             return OpenedModel(format.name, format.open(directory))
-    if path.exists() and not (path / "run.json").exists():
-        raise UserError(_no_model(path))
-    return OpenedModel(TwinGPT.name, TwinGPT().open(ModelDirectory(resolve(name))))
+    return None
 
 
 def _no_model(path: Path) -> str:
     """Why something that is there is no model."""
     if path.is_dir():
-        return f"{path} holds no model that is known: it has no config.json, and isn't a run."
+        usual = "it has no config.json, and isn't a run"
+        return f"{path} holds no model that is known: {instead(path) or usual}."
     if path.suffix == ".gguf":
         return f"{path} can't be read: GGUF files are only written. Give the model that it was made from."
     if (path.parent / "config.json").is_file():
@@ -152,7 +163,7 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
         spoken: str | None = f"{tokenizer.kind}, {tokenizer.vocab_size} ids"
     except UserError as error:
         spoken = f"broken: {error}" if (model.folder / "tokenizer.json").exists() else None
-    table = parameter_table(model.config)
+    model.parameters()  # which checks names and shapes, where the format can without reading tensors
     quantization = model.quantization
     return {
         "source_format": opened.format,
@@ -163,5 +174,5 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
         "quantization": quantization.to_json() if quantization else None,
         "tokenizer": spoken,
         "config": model.config.to_dict(),
-        "tensors": {name: list(row.shape) for name, row in table.items()},
+        "tensors": {name: list(shape) for name, (_, shape) in model.tensors().items()},
     }

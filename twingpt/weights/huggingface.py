@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -12,21 +13,33 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.checkpoint.directory import ModelDirectory
-from twingpt.core.checkpoint.safetensors_file import TensorFile
-from twingpt.core.checkpoint.schema import MODEL, Model, check_layers, model_texts, write_model
+from twingpt.core.checkpoint.safetensors_file import TensorFile, finite
+from twingpt.core.checkpoint.schema import MODEL, Model, check_layers, described, model_texts, write_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import new_folder, write_synced
-from twingpt.core.tokenizer import Tokenizer
+from twingpt.core.tokenizer import GIVE_ONE, Tokenizer
 from twingpt.weights.export import Export
 from twingpt.weights.families import Family, family_of, require_family
 
 Array = np.ndarray
 
 INDEX = f"{MODEL}.index.json"
-FLOATS = ("F32", "F16", "BF16")
-HEAD = "lm_head.weight"
+FLOATS = ("F32", "F16", "BF16", "F64")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# What people take for a model's folder -> what it is.
+INSTEAD = {
+    "adapter*.safetensors": "{} are adapters to another model; merge them into that one (peft: merge_and_unload, "
+    "mlx-lm: mlx_lm.fuse), and give the result",
+    "*.gguf": "{} is GGUF, which is only written; give the model that it was made from",
+    "*.bin": "{} is a pickle, which could run code; save it as safetensors first",
+    "consolidated*": "{} is as Meta and Mistral name theirs; fetch the files that transformers reads",
+    "*.safetensors": "{} has not the name that transformers reads",
+    "snapshots/*/config.json": "it is of the hub's cache; give the folder of {}",
+    "*/config.json": "a model is inside; give the folder of {}",
+}
 
 Layout = Mapping[str, tuple[str, ...]]  # a tensor of theirs -> those of ours that it holds
 Places = dict[str, tuple[TensorFile, str]]  # a tensor of theirs -> where it is, and its name there
@@ -58,6 +71,23 @@ class HuggingFaceModel(Model):
     def __init__(self, directory: ModelDirectory, architecture: Family, config: GPTConfig) -> None:
         super().__init__(directory, config)
         self.architecture = architecture
+        self.config = self._with_head(config)
+
+    def _with_head(self, config: GPTConfig) -> GPTConfig:
+        """The configuration, untied where a head of other numbers lies beside the embedding, as transformers has it."""
+        places = self._embedding_and_head() if config.tie_embeddings else ()
+        if len(places) < 2 or _shape(*places[0]) != _shape(*places[1]) or _equal(*places[0], *places[1]):
+            return config
+        return dataclasses.replace(config, tie_embeddings=False)
+
+    def _embedding_and_head(self) -> list[tuple[TensorFile, str]]:
+        """Where they are, by whichever names the files have; none where the files can't be read."""
+        names = [self.architecture.rename(name) for name in (EMBEDDING, HEAD)]
+        try:
+            places = _by_canonical_name(self.files, self.architecture, dict.fromkeys(names, ()))
+        except UserError:  # whoever reads the tensors says what is wrong
+            return []
+        return [places[name] for name in names if name in places]
 
     @property
     def family(self) -> str:
@@ -67,8 +97,14 @@ class HuggingFaceModel(Model):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in tokenizer.json."""
         if not (self.folder / "tokenizer.json").exists():
-            raise UserError(f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text.")
+            raise UserError(
+                f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text until {GIVE_ONE}."
+            )
         return self.directory.tokenizer
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor, as the files have them."""
+        return described(tensor_files(self.directory))
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter.
@@ -91,11 +127,15 @@ class HuggingFaceModel(Model):
 
 
 def is_huggingface(directory: ModelDirectory) -> bool:
-    """Whether it is a model directory of someone else's: a config.json, and nothing of ours in or beside it."""
-    if not (directory.path / "config.json").is_file() or (directory.path / "manifest.json").exists():
+    """Whether it is a model directory of someone else's: no manifest, and a config.json whose fields say all of it.
+
+    Ours is one too, after another tool saved it or fetched it without its manifest: the fields go before our section.
+    """
+    if not (directory.path / "config.json").is_file() or directory.has_manifest:
         return False
     try:
-        return "twingpt" not in directory.json_object("config.json")
+        content = directory.json_object("config.json")
+        return "twingpt" not in content or content.get("model_type") != "twingpt"
     except UserError:  # the one who opens it says what is wrong
         return True
 
@@ -117,9 +157,11 @@ def tensor_files(directory: ModelDirectory) -> list[TensorFile]:
     if (folder / MODEL).exists():
         return [directory.tensor_file(MODEL)]
     if not (folder / INDEX).exists():
-        found = next((path.name for path in folder.glob("*.bin")), None)
-        hint = f": {found} is a pickle, which could run code; save it as safetensors first." if found else "."
-        raise UserError(f"{folder} has no {MODEL}{hint}")
+        if shards := sorted(folder.glob("model-?????-of-?????.safetensors")):  # as mlx-lm reads them
+            count = shards[0].stem[-5:]
+            return [directory.tensor_file(f"model-{i + 1:05d}-of-{count}.safetensors") for i in range(int(count))]
+        found = instead(folder)
+        raise UserError(f"{folder} has no {MODEL}{f': {found}' if found else ''}.")
     places = directory.json_object(INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
         raise UserError(f"{folder / INDEX} has no weight_map from tensors to files.")
@@ -128,6 +170,14 @@ def tensor_files(directory: ModelDirectory) -> list[TensorFile]:
         if tensor not in files[place].entries:
             raise UserError(f"The tensor {tensor[:80]} is missing from {folder / place}, where the index has it.")
     return list(files.values())
+
+
+def instead(folder: Path) -> str | None:
+    """What is in a folder in place of a model's tensors, and what to do about it, in a clause."""
+    for pattern, what in INSTEAD.items():
+        if found := next(iter(sorted(folder.glob(pattern))), None):
+            return what.format(found.relative_to(folder))
+    return None
 
 
 def _by_canonical_name(files: Iterable[TensorFile], family: Family, layout: Layout) -> Places:
@@ -143,19 +193,23 @@ def _by_canonical_name(files: Iterable[TensorFile], family: Family, layout: Layo
     return places
 
 
+def _shape(file: TensorFile, name: str) -> tuple[int, ...]:
+    return file.entries[name].shape
+
+
 def _equal(file: TensorFile, name: str, other_file: TensorFile, other: str) -> bool:
-    """Whether two tensors have the same numbers; holds a piece of each."""
-    if file.entries[name].shape != other_file.entries[other].shape:
-        return False
+    """Whether two tensors of one shape have the same numbers; holds a piece of each."""
     return all(np.array_equal(a, b) for a, b in zip(file.pieces(name), other_file.pieces(other), strict=True))
 
 
 def _check(places: Places, family: Family, layout: Layout, config: GPTConfig, folder: Path) -> None:
     """Names, shapes and dtypes against the parameter table; takes a tied head that is there out of `places`."""
     table = parameter_table(config)
-    head = family.rename(HEAD)
-    if config.tie_embeddings and head in places and not _equal(*places.pop(head), *places[next(iter(layout))]):
-        raise UserError(f"{folder} has a tensor {head} beside the embedding that config.json says it is tied to.")
+    embedding, head = family.rename(EMBEDDING), family.rename(HEAD)
+    if config.tie_embeddings and head in places:  # of the same numbers, or the model would not be tied
+        place = places.pop(head)
+        if _shape(*place) != _shape(*places.setdefault(embedding, place)):
+            raise UserError(f"{folder} has a tensor {head} beside the embedding that config.json says it is tied to.")
     for name in layout:
         if name not in places:
             raise UserError(f"The tensor {name} is missing from {folder}.")
@@ -176,7 +230,7 @@ def _read(places: Places, family: Family, layout: Layout, config: GPTConfig) -> 
         theirs, i = homes[ours]
         if i == 0:
             file, stored = places[theirs]
-            whole[theirs] = file.read_float(stored)
+            whole[theirs] = finite(file.read_float(stored), stored, file.path)
         count = len(layout[theirs])
         yield ours, np.ascontiguousarray(family.part(whole[theirs], theirs, i, count, config))
         if i == count - 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from twingpt.core.checkpoint.config_json import end_ids
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization, dequantize, from_config, quantize
 from twingpt.core.checkpoint.safetensors_file import TensorFile
@@ -102,7 +103,7 @@ class MLXLM:
         path, content = directory.path / "config.json", directory.json_object("config.json")
         quantization = from_config(content, path)
         plain = {key: value for key, value in content.items() if key not in QUANTIZATION}
-        family, config = family_and_config(plain, path)
+        family, config = family_and_config(_with_defaults(plain), path)
         if _is_marked(directory):  # saved from its models, which transpose when they load
             prefix = "model." if family.transposed else family.prefix  # of the one such family, GPT-2
             family = dataclasses.replace(family, transposed=False, prefix=prefix)
@@ -131,8 +132,18 @@ class MLXModel(HuggingFaceModel):
     def __init__(
         self, directory: ModelDirectory, architecture: Family, config: GPTConfig, source: Quantization | None
     ) -> None:
-        super().__init__(directory, architecture, config)
         self.source = source
+        super().__init__(directory, architecture, config)
+
+    def _with_head(self, config: GPTConfig) -> GPTConfig:
+        """The configuration, which mlx-lm takes at its word but for Gemma, whose head is tied where there is none."""
+        if self.family != "gemma3_text":
+            return config
+        return dataclasses.replace(config, tie_embeddings=len(self._embedding_and_head()) < 2)
+
+    def end_ids(self) -> list[int]:
+        """The ids that end its text, as mlx-lm resolves them."""
+        return end_ids(self.directory, mlx_lm=True)
 
     @cached_property
     def quantization(self) -> Quantization | None:
@@ -174,6 +185,14 @@ class MLXModel(HuggingFaceModel):
                     raise UserError(f"{file.path} has a tensor {name}, which this model has not.")
                 homes[layout[canonical][0].removesuffix(".weight")] = file, name
         return homes
+
+
+def _with_defaults(content: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with what mlx-lm takes for tie_word_embeddings, which is not what transformers does."""
+    known = {"gpt2": True, "gpt_neox": False}.get(str(content.get("model_type")))
+    if known is not None:
+        return {**content, "tie_word_embeddings": known}
+    return {"tie_word_embeddings": True, **content}
 
 
 def _is_marked(directory: ModelDirectory) -> bool:

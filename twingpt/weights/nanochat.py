@@ -11,7 +11,6 @@ by the name of the first tensor that has no place here.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.checkpoint.directory import ModelDirectory
-from twingpt.core.checkpoint.safetensors_file import TensorFile
+from twingpt.core.checkpoint.safetensors_file import TensorFile, finite
 from twingpt.core.checkpoint.schema import Model, check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
@@ -138,9 +137,9 @@ class NanochatModel(Model):
         """The tokenizer.json beside the checkpoint, if there is one: nanochat's own, tokenizer.pkl, is code."""
         return tokenizer_of(self.beside, self.folder)
 
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors are stored in each dtype, by the names of safetensors."""
-        return dict(Counter(tensor.dtype for tensor in self.state.values()))
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor, as the file has them."""
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.state.items()}
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter."""
@@ -150,7 +149,7 @@ class NanochatModel(Model):
             if theirs is None:
                 yield name, np.ones(row.shape, np.float32)
                 continue
-            array = self.state[theirs].read(slice(row.shape[0]))
+            array = finite(self.state[theirs].read(slice(row.shape[0])), theirs, self.folder)
             yield name, _halves_exchanged(array, self.config.head_dim) if part in ROTATED else array
 
 

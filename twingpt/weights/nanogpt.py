@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.checkpoint.directory import ModelDirectory
+from twingpt.core.checkpoint.safetensors_file import finite
 from twingpt.core.checkpoint.schema import Model, check_layers
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
@@ -104,16 +104,16 @@ class NanoGPTModel(Model):
         size = self.checkpoint["model_args"].get("vocab_size")
         for place in _places(_file(self.folder), self.checkpoint.get("config")):
             if place.is_file():
-                characters = self.directory.read_once(place, _characters)
-                if len(characters) == size:
-                    return CharTokenizer(characters)
+                letters = self.directory.read_once(place, characters)
+                if len(letters) == size:
+                    return CharTokenizer(letters)
         if size not in GPT2_VOCABULARIES:
             raise no_tokenizer(self.folder)
         return tiktoken_gpt2()
 
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors are stored in each dtype, by the names of safetensors."""
-        return dict(Counter(tensor.dtype for tensor in self.state.values()))
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor, as the file has them."""
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.state.items()}
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter."""
@@ -121,7 +121,7 @@ class NanoGPTModel(Model):
         for name, row in parameter_table(self.config).items():
             theirs, third = _source(name)
             rows = slice(None) if third is None else slice(third * row.shape[0], (third + 1) * row.shape[0])
-            yield name, self.state[theirs].read(rows)
+            yield name, finite(self.state[theirs].read(rows), theirs, self.folder)
 
 
 def _file(path: Path) -> Path:
@@ -192,12 +192,12 @@ def _places(file: Path, settings: Any) -> list[Path]:
     return places
 
 
-def _characters(file: Path) -> list[str]:
+def characters(file: Path) -> list[str]:
     """The characters of a meta.pkl, which are in code point order, as nanoGPT sorts them."""
     content = read_plain_pickle(file)
     table = content.get("itos") if isinstance(content, dict) else None
     if isinstance(table, dict) and table:
-        characters = [c for c in map(table.get, range(len(table))) if isinstance(c, str) and len(c) == 1]
-        if len(characters) == len(table) and characters == sorted(set(characters)):
-            return characters
+        letters = [c for c in map(table.get, range(len(table))) if isinstance(c, str) and len(c) == 1]
+        if len(letters) == len(table) and letters == sorted(set(letters)):
+            return letters
     raise UserError(f"{file} is not a table of characters in order, as nanoGPT's prepare.py writes.")

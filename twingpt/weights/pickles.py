@@ -13,7 +13,7 @@ import numpy as np
 from twingpt.backends.registry import how_to_install, installed
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer import Tokenizer
+from twingpt.core.tokenizer import GIVE_ONE, Tokenizer
 
 Array = np.ndarray
 
@@ -104,7 +104,7 @@ def tokenizer_of(directory: ModelDirectory, model: Path) -> Tokenizer:
 
 def no_tokenizer(path: Path) -> UserError:
     """The error that says that the model at `path` has no tokenizer."""
-    return UserError(f"{path} has no tokenizer: the model can be converted, but takes no text.")
+    return UserError(f"{path} has no tokenizer: the model can be converted, but takes no text until {GIVE_ONE}.")
 
 
 def read_plain_pickle(path: Path) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from twingpt.core.checkpoint.config_json import model_type
 from twingpt.core.checkpoint.directory import ModelDirectory
+from twingpt.core.checkpoint.safetensors_file import finite
 from twingpt.core.checkpoint.schema import Model, check_layers, model_texts
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
@@ -43,7 +44,7 @@ class TorchState:
 
     def write(self, folder: Path, export: Export) -> dict[str, str]:
         """Write model.pt and the files beside it."""
-        write(folder, export.config, export.tensors, export.tokenizer, export.texts)
+        write(folder, export.config, export.tensors, export.tokenizer, export.texts, export.ids)
         return {}
 
 
@@ -59,9 +60,9 @@ class TorchStateModel(Model):
         """The tokenizer that was written along."""
         return tokenizer_of(self.directory, self.folder)
 
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors are stored in each dtype, by the names of safetensors."""
-        return dict(Counter(tensor.dtype for tensor in self._state().values()))
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor, as the file has them."""
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self._state().items()}
 
     def parameters(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, float32 array) of every parameter; UserError where the tensors don't fit the model."""
@@ -71,7 +72,7 @@ class TorchStateModel(Model):
         shapes = {name: row.shape for name, row in parameter_table(self.config).items()}
         check_state(state, shapes, path)
         for name in shapes:
-            yield name, state[name].read()
+            yield name, finite(state[name].read(), name, path)
 
     def _state(self) -> State:
         path = self.folder / FILE
@@ -84,18 +85,20 @@ def write(
     tensors: Iterable[tuple[str, Array]],
     tokenizer: Tokenizer | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
+    ids: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write model.pt, config.json and the tokenizer's files, in one atomic step, holding one tensor at a time.
 
     `tensors` are float32 parameters in the order of the parameter table, whose names they keep; `texts` are
-    further files, by name. A folder that is there is replaced. Raises UserError where it can't be written.
+    further files, by name, `ids` those of special tokens. A folder that is there is replaced. Raises UserError
+    where it can't be written.
     """
     torch = torch_files(folder / FILE)
     shapes = {name: row.shape for name, row in parameter_table(config).items()}
     try:
         with new_folder(folder) as temporary:
             torch.write_state_dict(temporary / FILE, shapes, tensors)
-            for name, text in {**model_texts(config, tokenizer, None), **texts}.items():
+            for name, text in {**model_texts(config, tokenizer, None, ids), **texts}.items():
                 write_synced(temporary / name, text.encode())
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}.") from error

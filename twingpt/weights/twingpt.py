@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from twingpt.core.checkpoint.directory import ModelDirectory
-from twingpt.core.checkpoint.schema import Checkpoint, read_checkpoint, save_model
+from twingpt.core.checkpoint.schema import Checkpoint, own_config, read_checkpoint, save_model
 from twingpt.core.config import GPTConfig
 from twingpt.weights.export import Export
+from twingpt.weights.families.llama import SIZES
+from twingpt.weights.huggingface import tensor_files
 
 
 class TwinGPT:
@@ -20,8 +22,14 @@ class TwinGPT:
         return any((directory.path / name).exists() for name in ("config.json", "manifest.json"))
 
     def open(self, directory: ModelDirectory) -> Checkpoint:
-        """Read and verify it."""
-        return read_checkpoint(directory)
+        """Read and verify it; one without a manifest, as other tools leave it, is read as it is."""
+        if directory.has_manifest:
+            return read_checkpoint(directory)
+        content = directory.json_object("config.json")
+        config, quantization = own_config(directory)
+        fields = {str(ours): content[theirs] for theirs, ours in SIZES.items() if theirs in content}
+        config = GPTConfig.from_dict(config.to_dict() | fields)  # others change the fields that they know
+        return Checkpoint(directory, config, quantization, [file.path.name for file in tensor_files(directory)])
 
     def keeps_quantized(self, config: GPTConfig) -> bool:
         """Always: the words are those of `Quantization.table`."""
@@ -31,6 +39,13 @@ class TwinGPT:
         """Write a checkpoint of the model alone; the matrices that quantization leaves in float32, and why."""
         config, quantization = export.config, export.quantization
         save_model(
-            folder, config, export.tokenizer, export.tensors, quantization, export.texts, quantized=export.quantized
+            folder,
+            config,
+            export.tokenizer,
+            export.tensors,
+            quantization,
+            export.texts,
+            export.ids,
+            quantized=export.quantized,
         )
         return quantization.kept(config) if quantization else {}

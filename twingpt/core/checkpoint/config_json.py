@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.reading import parse_json, short
+from twingpt.core.tokenizer import Tokenizer
 
 GENERATION = "generation_config.json"
 
@@ -29,8 +31,8 @@ def model_type(config: GPTConfig) -> str:
     return "llama" if plain and not config.qk_norm else "twingpt"
 
 
-def portable_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
-    """config.json: transformers' fields, and our own configuration under "twingpt"."""
+def portable_config(config: GPTConfig, ids: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json: transformers' fields with the `ids` of special tokens, and our own configuration under "twingpt"."""
     family = model_type(config)
     architecture = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}.get(family, "TwinGPT")
     return {
@@ -53,8 +55,7 @@ def portable_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any
         "use_sliding_window": False,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        **ids,
         "dtype": "float32",
         "torch_dtype": "float32",
         "twingpt": config.to_dict(),
@@ -89,23 +90,37 @@ def _portable_rope_scaling(config: GPTConfig) -> dict[str, Any] | None:
     return fields
 
 
+def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """bos_token_id and eos_token_id for a config.json: the tokenizer's, and its end of text where it has no EOS."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    eos = tokenizer.roles.get("eos", tokenizer.end_of_text)
+    return {"bos_token_id": tokenizer.roles.get("bos"), "eos_token_id": eos}
+
+
 def generation_settings(directory: ModelDirectory) -> dict[str, Any]:
-    """Settings for generation: generation_config.json, and for the ids that it leaves out, config.json.
+    """Settings for generation, as transformers resolves them: generation_config.json, or without it config.json's ids.
 
     Nothing for what is no folder, or has neither file; UserError where one of them can't be read.
     """
-    config = directory.json_object("config.json") if (directory.path / "config.json").is_file() else {}
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
     path = directory.path / GENERATION
-    own = parse_json(directory.text(GENERATION), path) if path.is_file() else {}
-    if not isinstance(own, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return ids | {key: value for key, value in own.items() if value is not None}
+    if path.is_file():
+        own = parse_json(directory.text(GENERATION), path)
+        if not isinstance(own, dict):
+            raise UserError(f"{path} is not a JSON object.")
+        return own
+    config = directory.json_object("config.json") if (directory.path / "config.json").is_file() else {}
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
 
 
-def end_ids(directory: ModelDirectory) -> list[int]:
-    """The ids that end a model's text by its settings for generation; UserError where they are none."""
+def end_ids(directory: ModelDirectory, *, mlx_lm: bool = False) -> list[int]:
+    """The ids that end a model's text by its settings for generation; UserError where they are none.
+
+    As transformers resolves them; with `mlx_lm` as that does, which asks config.json where the settings name none.
+    """
     ids = generation_settings(directory).get("eos_token_id")
+    if mlx_lm and not ids:
+        ids = directory.json_object("config.json").get("eos_token_id")
     listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int for token in listed):
         raise UserError(

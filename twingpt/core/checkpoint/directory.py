@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +23,9 @@ class ModelDirectory:
     file that can't be read is tried again by the next who asks, who then says what is wrong with it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, ignore_manifest: bool = False) -> None:
         self.path = path
+        self.has_manifest = not ignore_manifest and (path / "manifest.json").exists()
         self._contents: dict[Path, tuple[Any, Any]] = {}  # what was read of each file, and which state of it
 
     def read_once(self, path: Path, reader: Callable[[Path], T]) -> T:
@@ -61,15 +61,11 @@ class ModelDirectory:
         """A safetensors file of the folder; UserError where it is missing, or not whole and sound."""
         return self.read_once(inside(self.path, name), TensorFile)
 
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors of model*.safetensors are stored in each dtype."""
-        files = [self.tensor_file(path.name) for path in sorted(self.path.glob("model*.safetensors"))]
-        return dict(Counter(entry.dtype for file in files for entry in file.entries.values()))
-
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of tokenizer.json; UserError where that is missing or broken."""
-        return load_tokenizer(self.path)
+        there = (self.path / "config.json").is_file()
+        return load_tokenizer(self.path, self.json_object("config.json") if there else {})
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

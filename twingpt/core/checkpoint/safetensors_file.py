@@ -103,7 +103,23 @@ class TensorFile:
             return bits.view(np.float32)
         if entry.dtype not in ("F64", "F32", "F16"):
             raise UserError(f"The tensor {name} in {self.path} is {entry.dtype}, and must be of floating point.")
-        return array.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # of float64
+            return array.astype(np.float32, copy=False)
+
+
+def finite(array: Array, name: str, path: Path) -> Array:
+    """`array`, the tensor called `name` in the file at `path`; UserError where it has NaN or infinities.
+
+    Its sum tells, as one such number makes that one too: it is read once, and nothing of its size is made.
+    """
+    with np.errstate(all="ignore"):
+        sound = np.isfinite(array.sum()) or np.isfinite(array).all()  # a sum may also be too large
+    if not sound:
+        raise UserError(
+            f"The tensor {name} in {path} has numbers that are not finite (NaN or infinity): the model is broken, "
+            "as after training that diverged; take an earlier checkpoint, or fetch it again."
+        )
+    return array
 
 
 def _entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

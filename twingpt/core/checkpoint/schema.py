@@ -7,19 +7,21 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.config_json import model_type, portable_config
+from twingpt.core.checkpoint.config_json import end_ids, model_type, portable_config, token_ids
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization, dequantized, from_config, stored_shapes
-from twingpt.core.checkpoint.safetensors_file import DTYPES, Entry, Shapes, TensorFile, write_safetensors
+from twingpt.core.checkpoint.safetensors_file import DTYPES, Entry, Shapes, TensorFile, finite, write_safetensors
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table, state_table
@@ -31,7 +33,9 @@ Array = np.ndarray
 
 SCHEMA = 1
 SHARD_BYTES = 5 * 10**9
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
+BESIDE = re.compile(r"\.\w.*|(README|LICENSE|NOTICE)(\..*)?")  # no part of a model: people and git put them there
+BY_ANOTHER = f"if another tool saved it, remove {MANIFEST} or use gpt convert --ignore-manifest"
 
 
 def _shards(shapes: Shapes, dtypes: Mapping[str, str]) -> list[dict[str, tuple[int, ...]]]:
@@ -113,32 +117,40 @@ def save_model(
     tensors: Iterable[tuple[str, Array]],
     quantization: Quantization | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
+    ids: Mapping[str, Any] = MappingProxyType({}),
     *,
     quantized: bool = False,
 ) -> None:
     """Write a model that isn't trained on here, in one atomic step, holding one tensor at a time.
 
     `tensors` are float32 parameters in the order of the parameter table, or with `quantized` those of
-    `Quantization.table`; `texts` are further files, by name. Raises OSError where it can't be written;
-    nothing half-written stays.
+    `Quantization.table`; `texts` are further files, by name, `ids` those of special tokens. Raises
+    OSError where it can't be written; nothing half-written stays.
     """
     shapes, dtypes = stored_shapes(config, quantization)
     with new_folder(folder) as temporary:
         if quantization and not quantized:
             tensors = quantization.apply(tensors, config)
         entries = write_model(temporary, shapes, tensors, dtypes)
-        write_texts(temporary, model_texts(config, tokenizer, quantization) | dict(texts), entries)
+        write_texts(temporary, model_texts(config, tokenizer, quantization, ids) | dict(texts), entries)
 
 
-def model_texts(config: GPTConfig, tokenizer: Tokenizer | None, quantization: Quantization | None) -> dict[str, str]:
-    """The files of a model directory beside its tensors, by name."""
-    content = portable_config(config, tokenizer.end_of_text if tokenizer else None)
+def model_texts(
+    config: GPTConfig,
+    tokenizer: Tokenizer | None,
+    quantization: Quantization | None,
+    ids: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, str]:
+    """The files of a model directory beside its tensors, by name; `ids` go before those of the tokenizer."""
+    usual = token_ids(tokenizer)
+    content = portable_config(config, {**usual, **ids})
     if quantization:  # MLX reads the first, transformers the second
         content |= {"quantization": quantization.to_json(), "quantization_config": quantization.to_json()}
     texts = {"config.json": json.dumps(content, indent=2)}
     if tokenizer:
-        ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-        texts["generation_config.json"] = json.dumps(ids, indent=2)
+        ends = [*dict.fromkeys((usual["eos_token_id"], tokenizer.end_of_text))]
+        settings = {**usual, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+        texts["generation_config.json"] = json.dumps(settings, indent=2)
         texts |= files(tokenizer, config.block_size)
     return texts
 
@@ -151,7 +163,7 @@ def write_texts(folder: Path, texts: Mapping[str, str], entries: Mapping[str, An
     for path in folder.iterdir():
         described.setdefault(path.name, {"size": path.stat().st_size, "sha256": _sha256(path)})
     manifest = {"schema": SCHEMA, "files": dict(sorted(described.items()))}
-    write_synced(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
+    write_synced(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
 class Model(ABC):
@@ -180,9 +192,17 @@ class Model(ABC):
         """What its ids mean; UserError where that isn't known."""
         return self.directory.tokenizer
 
+    def end_ids(self) -> list[int]:
+        """The ids that end its text by its settings for generation; UserError where they are none."""
+        return end_ids(self.directory)
+
+    @abstractmethod
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, by the names of safetensors, and shape) of every tensor, as its files have them."""
+
     def dtypes(self) -> dict[str, int]:
-        """How many of its tensors are stored in each dtype, by the names of safetensors."""
-        return self.directory.dtypes()
+        """How many of its tensors are stored in each dtype."""
+        return dict(Counter(dtype for dtype, _ in self.tensors().values()))
 
     @abstractmethod
     def parameters(self) -> Iterator[tuple[str, Array]]:
@@ -194,17 +214,16 @@ class Model(ABC):
 
 
 class Checkpoint(Model):
-    """A checkpoint on disk whose files are there and match its manifest; tensors are read when asked for."""
+    """A checkpoint on disk: `files` are those that its manifest vouches for, or those of a model without one.
+
+    Tensors are read when asked for.
+    """
 
     def __init__(
-        self,
-        directory: ModelDirectory,
-        config: GPTConfig,
-        manifest: Mapping[str, Any],
-        quantization: Quantization | None = None,
+        self, directory: ModelDirectory, config: GPTConfig, quantization: Quantization | None, files: Collection[str]
     ) -> None:
         super().__init__(directory, config)
-        self.manifest = manifest
+        self.files = files
         self._quantization = quantization
 
     @property
@@ -219,7 +238,7 @@ class Checkpoint(Model):
 
     def training(self) -> dict[str, Any]:
         """training_state.json, or UserError where the checkpoint holds only a model."""
-        if "training_state.json" not in self.manifest["files"]:
+        if "training_state.json" not in self.files:
             raise UserError(f"{self.folder} holds a model without its training state: it can't be resumed.")
         state = self.directory.json("training_state.json", "checkpoint")
         if not _is_training_state(state):
@@ -232,10 +251,17 @@ class Checkpoint(Model):
         """Yield (name, float32 array) of every parameter, dequantized where need be."""
         return dequantized(self.stored(), self.config)
 
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor of the model, as its files have them."""
+        return described(self._model_files())
+
+    def _model_files(self) -> list[TensorFile]:
+        names = [name for name in self.files if name.startswith("model") and name.endswith(".safetensors")]
+        return [self.directory.tensor_file(name) for name in names]
+
     def stored(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) of every tensor of the model as it is stored (see `Quantization`)."""
-        names = [name for name in self.manifest["files"] if name.startswith("model") and name.endswith(".safetensors")]
-        files = [self.directory.tensor_file(name) for name in names]
+        files = self._model_files()
         check_layers(self.config.n_layer, sum(len(file.entries) for file in files), self.folder)
         yield from read_tensors(files, *stored_shapes(self.config, self.quantization))
 
@@ -244,6 +270,11 @@ class Checkpoint(Model):
         train = self.training()["train"]
         table = state_table(self.config, train["optimizer"], train["dtype"])
         yield from read_tensors([self.directory.tensor_file(OPTIMIZER)], table)
+
+
+def described(files: Iterable[TensorFile]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor of `files`."""
+    return {name: (entry.dtype, entry.shape) for file in files for name, entry in file.entries.items()}
 
 
 def check_layers(n_layer: int, n_tensors: int, path: Path) -> None:
@@ -286,7 +317,7 @@ def read_tensors(
         if name not in homes:
             raise UserError(f"The tensor {name} is missing from {', '.join(file.path.name for file in files)}.")
     for name in table:
-        yield name, homes[name].read(name)
+        yield name, finite(homes[name].read(name), name, homes[name].path)
 
 
 def _check_tensor(name: str, entry: Entry, table: Shapes, dtype: str, path: Path) -> None:
@@ -323,22 +354,30 @@ def _damaged_tensor(path: Path, checks: Mapping[str, str]) -> str | None:
 
 
 def verify(folder: Path, files: Mapping[str, Any]) -> None:
-    """Raise UserError unless every file of the manifest is there, of its size and of its SHA-256."""
+    """Raise UserError unless every file of the manifest is there, of its size and of its SHA-256, and no other.
+
+    What is `BESIDE` the model may be missing, altered or new.
+    """
     for name, entry in files.items():
+        if BESIDE.fullmatch(name):
+            continue
         path = inside(folder, name, "checkpoint")
         size = path.stat().st_size
         if size != entry["size"]:
             raise UserError(
-                f"{path} has {size} bytes, and its manifest says {short(entry['size'])}: it was cut or altered."
+                f"{path} has {size} bytes, and its manifest says {short(entry['size'])}: it was cut or altered; "
+                f"{BY_ANOTHER}."
             )
         if _sha256(path) != entry["sha256"]:
             tensor = _damaged_tensor(path, entry.get("crc32", {}))
             where = f"the tensor {tensor} in {path}" if tensor else str(path)
-            raise UserError(f"The bytes of {where} do not match the manifest's SHA-256: the file is damaged.")
-    known = {*files, "manifest.json", ".DS_Store"}
-    extra = sorted(path.name for path in folder.iterdir() if path.name not in known)
+            raise UserError(
+                f"The bytes of {where} do not match the manifest's SHA-256: the file is damaged; {BY_ANOTHER}."
+            )
+    known = {*files, MANIFEST}
+    extra = sorted(path.name for path in folder.iterdir() if path.name not in known and not BESIDE.fullmatch(path.name))
     if extra:
-        raise UserError(f"{folder} has a file {extra[0]} that its manifest does not list: remove it.")
+        raise UserError(f"{folder} has a file {extra[0]} that its manifest does not list: remove it; {BY_ANOTHER}.")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -348,9 +387,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def read_checkpoint(directory: ModelDirectory) -> Checkpoint:
     """As `open_checkpoint`, of a directory of which something may have been read."""
-    folder, manifest = directory.path, directory.json("manifest.json", "checkpoint")
+    folder, manifest = directory.path, directory.json(MANIFEST, "checkpoint")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise UserError(f"{folder / 'manifest.json'} is not a manifest.")
+        raise UserError(f"{folder / MANIFEST} is not a manifest.")
     if manifest.get("schema") != SCHEMA:
         raise UserError(
             f"{folder} has checkpoint schema {short(manifest.get('schema'))}, and this version reads {SCHEMA}."
@@ -358,9 +397,13 @@ def read_checkpoint(directory: ModelDirectory) -> Checkpoint:
     try:
         verify(folder, manifest["files"])
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'manifest.json'} is not a manifest.") from None
+        raise UserError(f"{folder / MANIFEST} is not a manifest.") from None
+    return Checkpoint(directory, *own_config(directory), manifest["files"])
+
+
+def own_config(directory: ModelDirectory) -> tuple[GPTConfig, Quantization | None]:
+    """The configuration and the quantization in a config.json of ours; UserError where it is none."""
     content = directory.json("config.json", "checkpoint")
     if not isinstance(content, dict) or not isinstance(content.get("twingpt"), dict):
-        raise UserError(f"{folder / 'config.json'} has no twingpt section.")
-    quantization = from_config(content, folder / "config.json")
-    return Checkpoint(directory, GPTConfig.from_dict(content["twingpt"]), manifest, quantization)
+        raise UserError(f"{directory.path / 'config.json'} has no twingpt section.")
+    return GPTConfig.from_dict(content["twingpt"]), from_config(content, directory.path / "config.json")

@@ -14,11 +14,12 @@ from twingpt.core.tokenizer.bpe import (
 )
 from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer.huggingface import HuggingFaceTokenizer
-from twingpt.core.tokenizer.tokenizer_json import LEARNED, TOKENIZERS, files, load
+from twingpt.core.tokenizer.tokenizer_json import GIVE_ONE, LEARNED, TOKENIZERS, files, load
 
 __all__ = [
     "CHAT",
     "END_OF_TEXT",
+    "GIVE_ONE",
     "LEARNED",
     "LONGEST_TOKEN",
     "PATTERNS",

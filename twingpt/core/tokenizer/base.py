@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -92,8 +92,11 @@ class Tokenizer(ABC):
         """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
         return b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", errors="replace")
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Streaming decode: a text for each id, empty while a UTF-8 character is incomplete; at last the rest."""
+    def stream(self, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """Streaming decode: a text for each id, empty while a UTF-8 character is incomplete; at last the rest.
+
+        The ids `before` them, of a prompt, have no text here, but may decide on a space at the beginning.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in ids:
             yield decoder.decode(self.token_bytes(int(token)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,16 +31,40 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 
-# Spellings to look for where tokenizer_config.json names no token of a role. The end of a document is not always
-# EOS: chat models end a turn with that.
-DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+# How a document's end is spelled, among added special tokens. It is not always EOS: chat models end a turn with that.
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "[SEP]")
+# A role that no file names has the spelling that transformers' class for the tokenizer gives it (docs/resolution.md).
+CLASS_ROLES: Mapping[str, Mapping[str, str]] = {
+    "GPT2Tokenizer": dict.fromkeys(("bos", "eos", "unk"), END_OF_TEXT),
+    "GPTNeoXTokenizer": {**dict.fromkeys(("bos", "eos", "unk"), END_OF_TEXT), "pad": "<|padding|>"},
+    "Qwen2Tokenizer": dict.fromkeys(("eos", "pad", "unk"), END_OF_TEXT),
+    "GemmaTokenizer": {role: f"<{role}>" for role in ROLES},
+    "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+    "TokenizersBackend": {},
+    "PreTrainedTokenizer": {},
+}
+MODEL_CLASSES = {  # by model_type, where tokenizer_config.json names none
+    "gpt2": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer", "qwen3": "Qwen2Tokenizer", "gemma3_text": "GemmaTokenizer",
+    "llama": "TokenizersBackend", "smollm3": "TokenizersBackend",
+}  # fmt: skip
+ONLY_CLASSES = {  # whatever it names
+    "qwen2": "Qwen2Tokenizer",
+    **dict.fromkeys(("granite", "mistral", "olmo2"), "TokenizersBackend"),
+}
+# For any other class, and a tokenizer.json alone: spellings to look for among added special tokens.
 SPELLINGS = {
-    "bos": ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]", END_OF_TEXT),
+    "bos": ("<|begin_of_text|>", "<bos>", "<s>", "[CLS]", END_OF_TEXT),
     "eos": DOCUMENT_ENDS,
     "pad": ("<pad>", "[PAD]", "<|padding|>", "<|pad|>", "<|finetune_right_pad_id|>"),
     "unk": ("<unk>", "[UNK]"),
 }
-CHAT_SETTINGS = ("chat_template", "add_prefix_space")
+# What is written of a tokenizer_config.json as it was read, beside the roles.
+CARRIED = (
+    "chat_template", "add_prefix_space", "additional_special_tokens", "extra_special_tokens", "sep_token", "cls_token",
+    "mask_token", "add_bos_token", "add_eos_token", "padding_side", "truncation_side", "split_special_tokens",
+    "clean_up_tokenization_spaces", "spaces_between_special_tokens", "chat_template_type", "tool_parser_type",
+)  # fmt: skip
+CONTEXT = 8  # tokens of a prompt that are decoded with a continuation: a character is of at most 4 bytes, each a token
 MOST_GAPS = 4  # ids per token: tables have a row for every id, and must not be far larger than the file
 
 
@@ -100,26 +124,39 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: Json, settings: Json, name: str) -> None:
         self._content = content
         self._library = load_library(self._content, name)
-        named = {role: self._library.token_to_id(_spelling(settings.get(f"{role}_token"))) for role in ROLES}
-        ends = [self._library.token_to_id(spelling) for spelling in DOCUMENT_ENDS]
-        end = next((token for token in [*ends, named["eos"]] if token is not None), None)
-        if end is None:
-            self._content, end = add_end_of_text(self._content, self._library)
-            self._library = load_library(self._content, name)
-        self.end_of_text = end
-        self.roles = {}
-        for role in ROLES:
-            guesses = [named[role], *(self._library.token_to_id(spelling) for spelling in SPELLINGS[role])]
-            if (token := next((guess for guess in guesses if guess is not None), None)) is not None:
-                self.roles[role] = token
         added = self._library.get_added_tokens_decoder()
         self.specials = {added[token].content: token for token in sorted(added) if added[token].special}
-        self.specials |= {self._library.id_to_token(token) or "": token for token in (end, *self.roles.values())}
-        self._chat_settings = {key: settings[key] for key in CHAT_SETTINGS if key in settings}
+        self.roles = self._roles(settings)
+        eos = self.roles.get("eos")
+        ends = [token for spelling in DOCUMENT_ENDS if (token := self.specials.get(spelling)) is not None]
+        if eos is None and not ends:
+            self._content, eos = add_end_of_text(self._content, self._library)
+            self._library = load_library(self._content, name)
+            if "eos_token" not in settings:
+                self.roles["eos"] = eos
+        named = eos is not None and self._library.id_to_token(eos) in DOCUMENT_ENDS
+        self.end_of_text = eos if eos is not None and (named or not ends) else ends[0]
+        control = (self.end_of_text, *self.roles.values())
+        self.specials |= {self._library.id_to_token(token) or "": token for token in control}
+        self._carried = {key: settings[key] for key in CARRIED if key in settings}
         with refuse(f"{name} is not a tokenizer.json that can be read"):
             self._tiktoken = tiktoken_encoder(self._content, self._library, self.specials)
         # Some models, such as Unigram, find a special token's spelling in their vocabulary.
         self._control = np.array([token for token in self.specials.values() if token != self.roles.get("unk")])
+
+    def _roles(self, settings: Json) -> dict[str, int]:
+        """The id of each role: of the spelling in `settings`, where null is none, or of the one usual in its class."""
+        roles, usual = {}, CLASS_ROLES.get(str(settings.get("tokenizer_class")).removesuffix("Fast"))
+        for role in ROLES:
+            if (key := f"{role}_token") in settings:
+                token = self._library.token_to_id(_spelling(settings[key]))
+            elif usual is not None:
+                token = self._library.token_to_id(usual.get(role, ""))
+            else:
+                token = next((self.specials[guess] for guess in SPELLINGS[role] if guess in self.specials), None)
+            if token is not None:
+                roles[role] = token
+        return roles
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
@@ -186,18 +223,18 @@ class HuggingFaceTokenizer(Tokenizer):
         with refuse("The tokenizer has no text for these ids"):
             return str(self._library.decode([self._check_id(int(token)) for token in ids]))
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Streaming decode: a text for each id, empty while a character is incomplete; at last the rest."""
+    def stream(self, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """As of any tokenizer: a token's text depends on the tokens before it, and the first loses a leading space."""
         if self.byte_level:
-            yield from super().stream(ids)
+            yield from super().stream(ids, before)
             return
-        seen: list[int] = []
-        start = shown = 0  # a token's text depends on the tokens before it: decode those since `start`
+        seen = list(before)
+        start, shown = max(0, len(seen) - CONTEXT), len(seen)  # what was shown is decoded again from `start` on
         for token in ids:
             seen.append(int(token))
-            before, now = self.decode(seen[start:shown]), self.decode(seen[start:])
-            whole = len(now) > len(before) and not now.endswith("\ufffd")
-            yield now[len(before) :] if whole else ""
+            old, now = self.decode(seen[start:shown]), self.decode(seen[start:])
+            whole = len(now) > len(old) and not now.endswith("\ufffd")
+            yield now[len(old) :] if whole else ""
             if whole:
                 start, shown = shown, len(seen)
         yield self.decode(seen[start:])[len(self.decode(seen[start:shown])) :]
@@ -212,8 +249,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return hashlib.sha256(f"{super().digest}/{self.end_of_text}".encode()).hexdigest()
 
     def settings(self) -> dict[str, Any]:
-        """The roles, and the entries of the original tokenizer_config.json that chat needs."""
-        return super().settings() | self._chat_settings
+        """The roles, null where there is none, and the entries of the original tokenizer_config.json that are kept."""
+        return {f"{role}_token": None for role in ROLES} | super().settings() | self._carried
 
 
 def _spelling(value: Any) -> str:

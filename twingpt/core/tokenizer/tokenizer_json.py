@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from twingpt.core.errors import UserError
-from twingpt.core.reading import inside, read_json
+from twingpt.core.reading import inside, read_json, read_text
 from twingpt.core.tokenizer.base import END_OF_TEXT, Tokenizer
 from twingpt.core.tokenizer.bpe import (
     TIKTOKEN_PATTERNS,
@@ -16,11 +17,12 @@ from twingpt.core.tokenizer.bpe import (
     unprintable,
 )
 from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
-from twingpt.core.tokenizer.huggingface import HuggingFaceTokenizer, check, unreachable
+from twingpt.core.tokenizer.huggingface import MODEL_CLASSES, ONLY_CLASSES, HuggingFaceTokenizer, check, unreachable
 
 LEARNED = ("bpe", "char")
 TOKENIZERS = (*LEARNED, "byte", *TIKTOKEN_PATTERNS)
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+GIVE_ONE = "gpt convert --tokenizer gives it one"  # of a model without
 MAX_FILE = 2**26  # bytes: twice the largest that a known model has
 
 
@@ -28,36 +30,33 @@ def files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     """File name -> content of tokenizer.json and tokenizer_config.json."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **tokenizer.settings(),
         "clean_up_tokenization_spaces": False,
+        **tokenizer.settings(),
         "model_max_length": block_size,
         "twingpt": {"kind": tokenizer.kind},
     }
     return {FILE: json.dumps(tokenizer.to_json(), ensure_ascii=False), SETTINGS: json.dumps(settings, indent=2)}
 
 
-def load(folder: Path) -> Tokenizer:
-    """Read the tokenizer.json of `folder`, and the tokenizer_config.json beside it where there is one.
+def load(folder: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
+    """Read the tokenizer.json of `folder` and what is beside it, but for its config.json where `config` is given.
 
     Raises UserError where it is missing or broken, or where twingpt wrote it and it has been altered since.
     """
     if not (folder / FILE).exists():
-        raise UserError(f"{folder} has no {FILE}, so its tokens have no text.")
-    for name in (FILE, SETTINGS):
+        raise UserError(f"{folder} has no {FILE}, so its tokens have no text until {GIVE_ONE}.")
+    for name in (FILE, SETTINGS, "special_tokens_map.json"):
         if (folder / name).exists():
             inside(folder, name)
-    return load_file(folder / FILE)
+    return load_file(folder / FILE, config)
 
 
-def load_file(path: Path) -> Tokenizer:
+def load_file(path: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
     """`load` for a tokenizer.json under any name."""
-    content, beside = check(read_json(path, MAX_FILE), str(path)), path.with_name(SETTINGS)
-    settings = read_json(beside) if beside.exists() else {}
-    if not isinstance(settings, dict):
-        raise UserError(f"{beside} is not a tokenizer_config.json.")
-    template = path.with_name("chat_template.jinja")
-    if template.is_file() and "chat_template" not in settings:
-        settings["chat_template"] = template.read_text("utf-8", errors="replace")
+    content = check(read_json(path, MAX_FILE), str(path))
+    settings = _settings(
+        path.parent, content, _json_object(path.with_name("config.json")) if config is None else config
+    )
     written = settings.get("twingpt")
     kind = written.get("kind") if isinstance(written, dict) else None
     if kind not in TOKENIZERS:
@@ -66,6 +65,33 @@ def load_file(path: Path) -> Tokenizer:
         return _own(content, kind)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"The tokenizer {path} has been altered since twingpt wrote it.") from None
+
+
+def _settings(folder: Path, content: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `folder` says of its tokenizer, as transformers resolves it (docs/resolution.md)."""
+    settings = _json_object(folder / SETTINGS)
+    if "added_tokens_decoder" not in settings:  # older files, which special_tokens_map.json goes before
+        named = _json_object(folder / "special_tokens_map.json")
+        settings |= {key: value for key, value in named.items() if key.endswith("_token")}
+    places = [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    texts = {path.stem: read_text(inside(path.parent, path.name)) for path in places if path.exists()}
+    if texts:
+        default = texts.pop("chat_template", None)
+        several = [{"name": name, "template": text} for name, text in {"default": default, **texts}.items() if text]
+        settings["chat_template"] = several if texts else default
+    model, declared = str(config.get("model_type")), settings.get("tokenizer_class") or config.get("tokenizer_class")
+    if '"ByteLevel"' in json.dumps(content.get("decoder")) and str(declared).startswith("LlamaTokenizer"):
+        declared = "TokenizersBackend"  # as the class can't compute it
+    settings["tokenizer_class"] = ONLY_CLASSES.get(model) or declared or MODEL_CLASSES.get(model)
+    return settings
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file, empty where there is none; UserError for anything else."""
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return content
 
 
 def _own(content: Any, kind: str) -> Tokenizer:
