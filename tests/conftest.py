@@ -56,6 +56,15 @@ def needs(name: str):
     return pytest.mark.skipif(not registry.installed(name), reason=f"the {name} backend is not installed")
 
 
+def decoded(engine, prompt, n, *settings, seed=0):
+    """The ids of `n` steps from a prompt of ids, greedy but for given settings."""
+    from twingpt.core.sampler import Sampling
+    from twingpt.inference.decoding import Row, decode
+
+    row = Row([int(token) for token in prompt], *(settings or (Sampling(temp=0),)), n, seed)
+    return [token for _, token, _ in decode(engine, [row])]
+
+
 def dose(small, full) -> list:
     """Values of a parameter: a small one by default, and the full one under `pytest -m soak`."""
     several = full if isinstance(full, tuple) else (full,)

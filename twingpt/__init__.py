@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from twingpt.core.config import GPTConfig, TrainConfig
     from twingpt.core.errors import UserError
     from twingpt.core.presets import preset
-    from twingpt.inference.generator import LanguageModel
+    from twingpt.core.sampler import Sampling
+    from twingpt.core.tokenizer import Tokenizer
+    from twingpt.inference.language_model import LanguageModel, Response
     from twingpt.inference.load import load
 
 __version__ = "0.1.0"
@@ -19,11 +21,24 @@ _MODULES = {  # of the public names; imported on first use, so that `import twin
     "TrainConfig": "core.config",
     "preset": "core.presets",
     "UserError": "core.errors",
-    "LanguageModel": "inference.generator",
+    "Sampling": "core.sampler",
+    "Tokenizer": "core.tokenizer",
+    "LanguageModel": "inference.language_model",
+    "Response": "inference.language_model",
     "load": "inference.load",
 }
 
-__all__ = ["GPTConfig", "LanguageModel", "TrainConfig", "UserError", "load", "preset"]
+__all__ = [
+    "GPTConfig",
+    "LanguageModel",
+    "Response",
+    "Sampling",
+    "Tokenizer",
+    "TrainConfig",
+    "UserError",
+    "load",
+    "preset",
+]
 
 
 def __getattr__(name: str) -> Any:

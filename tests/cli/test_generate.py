@@ -9,17 +9,19 @@ import pytest
 
 import twingpt
 from tests.cli.test_train import SMALL
-from tests.conftest import BOTH, open_checkpoint
-from twingpt.core.backend import Sampled
+from tests.conftest import BOTH, ONE, decoded, open_checkpoint
+from twingpt.core.backend import Device, Sampled
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.kv_cache import KVCache
 from twingpt.core.parameters import initialise
 from twingpt.core.sampler import Sampling
 from twingpt.core.tokenizer import ByteTokenizer
-from twingpt.inference.generator import LanguageModel, generate_tokens
+from twingpt.inference.decoding import Row, decode
+from twingpt.inference.language_model import LanguageModel
+from twingpt.inference.load import stored_dtype
 
-both = pytest.mark.parametrize("backend", BOTH)
+both, one = pytest.mark.parametrize("backend", BOTH), pytest.mark.parametrize("backend", ONE)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +65,10 @@ def test_the_same_seed_gives_the_same_tokens_on_both_backends(decided, twins):
     for seed, prompt in enumerate(PROMPTS):
         texts = []
         for model in models:
-            completion = model.complete(prompt, 64, seed=seed, temp=0.9, top_k=100)
-            texts.append(("".join(completion), completion.tokens))
+            responses = list(model.stream(prompt, 64, seed=seed, temp=0.9, top_k=100))
+            texts.append([(response.text, response.token) for response in responses])
         assert texts[0] == texts[1]
-        assert len(texts[0][1]) == 64 or completion.finish_reason == "stop"
+        assert len(texts[0]) == 64 or responses[-1].finish_reason == "stop"
     greedy = [model.generate("The", 64, temp=0) for model in models]
     assert greedy[0] == greedy[1]
 
@@ -119,7 +121,7 @@ class Scripted:
         cache.check_room(slice(0, 1), 1)
         cache.advance(slice(0, 1), 1)
         self.steps += 1
-        return self.tokens[self.steps - 1]
+        return self.tokens[min(self.steps, len(self.tokens)) - 1]  # it is a step ahead
 
     def read(self, handle):
         return Sampled(np.array([handle]), np.array([-1.0]))
@@ -127,20 +129,48 @@ class Scripted:
 
 def test_it_stops_at_end_of_text():
     text = [*b"done", 256, *b"more"]
-    completion = LanguageModel(Scripted(text).config, ByteTokenizer(), Scripted(text)).complete("x", 9)
-    assert "".join(completion) == "done"
-    assert completion.finish_reason == "stop" and completion.tokens == [*b"done"]
+    responses = list(LanguageModel(Scripted(text).config, ByteTokenizer(), Scripted(text)).stream("x", 9))
+    assert [(r.text, r.token, r.finish_reason) for r in responses] == [
+        *((chr(byte), byte, None) for byte in b"done"), ("", 256, "stop")
+    ]  # fmt: skip
+    assert [r.generation_tokens for r in responses] == [1, 2, 3, 4, 5]
+    assert {(r.index, r.prompt_tokens, r.log_prob) for r in responses} == {(0, 1, -1.0)}
+    assert all(r.prompt_tps > 0 for r in responses) and responses[0].generation_tps == 0 < responses[1].generation_tps
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "n"),
+    [("\n\n", "one\ntwo ", 10), (["two", "one"], "", 3), ("o t", "one\ntwo \n\nthree", 16),
+     ("e\ntwx", "one\ntwo \n\nthree", 16),
+     (["thre", "three "], "one\ntwo \n\n", 14), ("ee", "one\ntwo \n\nthr", 15)],
+)  # fmt: skip
+def test_it_stops_before_a_stop_string(stop, text, n):
+    written = [*b"one\ntwo \n\nthree", 256]
+    engine = Scripted(written, block_size=64)
+    responses = list(LanguageModel(engine.config, ByteTokenizer(), engine).stream("x", 30, stop=stop))
+    assert "".join(r.text for r in responses) == text and len(responses) == n
+    assert [r.finish_reason for r in responses] == [None] * (n - 1) + ["stop"]
+
+
+def test_what_may_become_a_stop_string_is_held_back_and_given_in_the_end():
+    engine = Scripted([*b"a--b--"], block_size=64)
+    responses = list(LanguageModel(engine.config, ByteTokenizer(), engine).stream("x", 6, stop="--c"))
+    assert [r.text for r in responses] == ["a", "", "", "--b", "", "--"]
+    assert responses[-1].finish_reason == "length"
+    with pytest.raises(twingpt.UserError, match="A stop string can't be empty"):
+        LanguageModel(engine.config, ByteTokenizer(), engine).stream("x", stop=["a", ""])
 
 
 def test_characters_come_whole():
     text = [*"é東🙂!".encode()]
-    pieces = list(LanguageModel(Scripted(text).config, ByteTokenizer(), Scripted(text)).complete("x", len(text)))
-    assert pieces == ["é", "東", "🙂", "!"]
+    model = LanguageModel(Scripted(text).config, ByteTokenizer(), Scripted(text))
+    assert [r.text for r in model.stream("x", len(text))] == ["", "é", "", "", "東", "", "", "", "🙂", "!"]
+    assert LanguageModel(model.config, ByteTokenizer(), Scripted(text)).generate("x", 4) == "é東"[:1] + "\ufffd"
 
 
 def test_a_full_context_goes_on_from_its_last_half():
     engine = Scripted(list(range(100, 160)), block_size=16)
-    tokens = list(generate_tokens(engine, np.arange(10), Sampling(), 40, seed=0))
+    tokens = decoded(engine, range(10), 40)
     assert tokens == list(range(100, 140))
     whole = [*range(10), *range(100, 140)]
     assert engine.prefills[0] == whole[:10]
@@ -149,7 +179,7 @@ def test_a_full_context_goes_on_from_its_last_half():
 
 def test_a_prompt_longer_than_the_context_keeps_its_end():
     engine = Scripted(list(range(100, 160)), block_size=16)
-    assert list(generate_tokens(engine, np.arange(50), Sampling(), 5, seed=0)) == list(range(100, 105))
+    assert decoded(engine, range(50), 5) == list(range(100, 105))
     assert engine.prefills[0] == list(range(34, 50))
 
 
@@ -159,15 +189,14 @@ def test_completions_of_one_model_advance_side_by_side(trained, backend):
     prompts = {"The": {"temp": 0.9, "seed": 1}, "import os\nprint": {"temp": 0.0}, "a": {"repetition_penalty": 1.3}}
 
     def start(prompt):
-        return model.complete(prompt, 40, **prompts[prompt])
+        return (response.text for response in model.stream(prompt, 40, **prompts[prompt]))
 
     alone = ["".join(start(prompt)) for prompt in prompts]
     turns = zip_longest(*map(start, prompts), fillvalue="")
     assert ["".join(pieces) for pieces in zip(*turns, strict=True)] == alone
     with ThreadPoolExecutor(len(prompts)) as pool:
         assert list(pool.map(lambda prompt: "".join(start(prompt)), prompts)) == alone
-    completion = start("The")
-    begun = next(pieces := iter(completion))  # begun in one thread, gone on with in another
+    begun = next(pieces := start("The"))  # begun in one thread, gone on with in another
     with ThreadPoolExecutor(1) as pool:
         assert begun + pool.submit(lambda: "".join(pieces)).result() == alone[0]
 
@@ -175,26 +204,139 @@ def test_completions_of_one_model_advance_side_by_side(trained, backend):
 @both
 def test_generation_past_the_context(trained, backend):
     model = twingpt.load(trained, backend=backend)
-    completion = model.complete("The", 120)
-    text = "".join(completion)
-    assert len(completion.tokens) == 120 or completion.finish_reason == "stop"
-    assert text == completion.text
+    prompts = ["The", "A list is", "", "x = [1, 2"]
+    settings = {"temp": 0.9, "seed": 3}
+    alone = [list(model.stream(prompt, 120, **settings)) for prompt in prompts]
+    for responses in alone:
+        assert len(responses) == 120 or responses[-1].finish_reason == "stop"
+    # Side by side, each with the same text: rows that fill their context or end at different times.
+    beside = [[] for _ in prompts]
+    for response in model.stream(prompts, 120, **settings):
+        beside[response.index].append(response)
+    assert [[r.token for r in row] for row in beside] == [[r.token for r in row] for row in alone]
+    texts = ["".join(r.text for r in row) for row in alone]
+    assert model.generate(prompts, 120, **settings) == texts
+    ids = [model.encode(prompt) for prompt in prompts]
+    assert model.generate(ids, 120, **settings) == texts
+    assert model.generate(np.array(ids[0]), 120, **settings) == model.generate("The", 120, **settings) == texts[0]
+    np.testing.assert_allclose(
+        [r.log_prob for row in beside for r in row], [r.log_prob for row in alone for r in row], atol=1e-4
+    )
+
+
+@one
+def test_more_prompts_than_rows_wait_their_turn(trained, backend):
+    model = twingpt.load(trained, backend=backend)
+    rows = [Row(model.encode(prompt), Sampling(temp=0.9), 5 + n, n) for n, prompt in enumerate(["The", "a", "b"] * 3)]
+    texts = {row: [] for row in rows}
+    for row, token, _ in decode(model.engine, rows, max_rows=2):
+        texts[row].append(token)
+        row.done = row.done or len(texts[row]) == 3 * (row.seed % 2 + 1)
+    for row, tokens in texts.items():
+        assert len(tokens) == min(row.max_tokens, 3 * (row.seed % 2 + 1))
+        assert tokens == decoded(model.engine, row.tokens[: row.n_prompt], len(tokens), row.sampling, seed=row.seed)
+    assert list(decode(model.engine, [])) == []
+
+
+@one
+def test_a_response_has_the_log_probability_of_the_raw_model(trained, backend):
+    model = twingpt.load(trained, backend=backend)
+    prompt = model.encode("The value")
+    responses = list(model.stream(prompt, 12, temp=1.3, top_k=3, repetition_penalty=1.5))
+    text = [*prompt, *(r.token for r in responses)]
+    expected = model.log_probs([text]).targets[0, len(prompt) - 1 :]
+    np.testing.assert_allclose([r.log_prob for r in responses], expected, atol=1e-4)
+
+
+@one
+def test_log_probs(trained, backend):
+    model = twingpt.load(trained, backend=backend)
+    tokens = np.arange(24).reshape(2, 12)
+    logits = model.logits(tokens).astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    found = model.log_probs(tokens, top_k=3)
+    expected = np.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found.targets, expected, atol=1e-5)
+    np.testing.assert_allclose(found.top, -np.sort(-log_p[:, :-1], axis=-1)[..., :3], atol=1e-5)
+    assert not model.log_probs(tokens, np.full((2, 12), -1)).targets.any()
+    for arguments, message in [
+        ((tokens, tokens[:, 1:]), r"Targets must be integers of shape \(2, 12\)"),
+        ((tokens, np.full((2, 12), 10**6)), "Target 1000000 is outside the vocabulary"),
+        (([[1, 2], [3]],), "rows of one length"),
+        (([[1]],), "shape"),
+    ]:
+        with pytest.raises(twingpt.UserError, match=message):
+            model.log_probs(*arguments)
+    with pytest.raises(twingpt.UserError, match="top_k must be from 0 to"):
+        model.log_probs(tokens, top_k=10**6)
+
+
+@one
+def test_prompts_that_are_none(trained, backend):
+    model = twingpt.load(trained, backend=backend)
+    for prompt, message in [
+        ([10**6], "id outside the vocabulary"), ([-1], "id outside"), ([[1], 2], "must be a text or a list of ids"),
+        ([0.5], "must be a text or a list of ids"), (["a", None], "must be a text or a list of ids"),
+        ("a\udcff", "UTF-8"),
+    ]:  # fmt: skip
+        with pytest.raises(twingpt.UserError, match=message):
+            model.generate(prompt, 2)
+    assert model.generate(["a"], 3) == [model.generate("a", 3)]
+
+
+@one
+def test_a_model_without_a_tokenizer_takes_ids(trained, tmp_path, backend):
+    opened = open_checkpoint(trained)
+    checkpoint.save_model(tmp_path / "bare", opened.config, None, opened.parameters())
+    bare, whole = twingpt.load(tmp_path / "bare", backend=backend), twingpt.load(trained, backend=backend)
+    ids = whole.encode("The value")
+    assert bare.tokenizer is None and np.array_equal(bare.logits([ids]), whole.logits([ids]))
+    found, expected = list(bare.stream(ids, 9, seed=4)), list(whole.stream(ids, 9, seed=4))
+    assert [r.token for r in found][: len(expected)] == [r.token for r in expected]
+    assert not any(r.text for r in found)
+    for call in (lambda: bare.generate("a"), lambda: bare.encode("a"), lambda: bare.generate(ids)):
+        with pytest.raises(twingpt.UserError, match="has no tokenizer"):
+            call()
+    with pytest.raises(twingpt.UserError, match="no end of text to begin a document after"):
+        bare.stream([])
+
+
+@pytest.mark.parametrize("stored", ["F32", "BF16", "F16", "mixed"])
+def test_the_precision_is_that_of_the_stored_weights_where_the_device_is_fast_at_it(stored):
+    class Stored:
+        def dtypes(self):
+            return {"U32": 9, "BF16": 5, "F32": 2} if stored == "mixed" else {stored: 3}
+
+    both, slow = (Device("d", "cpu", "", ("float32", "bfloat16", "float16"), fast, "float32", None)
+                  for fast in (("float32", "bfloat16", "float16"), ("float32",)))  # fmt: skip
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "mixed": "bfloat16"}
+    assert stored_dtype(Stored(), both) == names[stored] and stored_dtype(Stored(), slow) == "float32"
+
+
+@one
+def test_it_says_where_and_in_what_precision_it_runs(gpt, trained, backend):
+    code, _, err = gpt("generate", trained, "-p", "a", "-m", 2, "--backend", backend, "--device", "cpu")
+    assert code == 0 and f"{backend} on cpu, in float32" in err
+    code, out, _ = gpt(
+        "generate", trained, "-p", "a", "-m", 9, "--backend", backend, "--dtype", "bfloat16", "--json", "--stop", "e"
+    )
+    found = json.loads(out)
+    assert code == 0 and found["dtype"] == "bfloat16" and found["backend"] == backend and "e" not in found["text"]
 
 
 @both
 def test_the_smallest_context(tmp_path, backend):
     config = GPTConfig(vocab_size=257, block_size=2, n_layer=1, n_embd=32, n_head=2)
     checkpoint.save(tmp_path / "small", config, ByteTokenizer(), dict(initialise(config, 0)))
-    completion = twingpt.load(tmp_path / "small", backend).complete("abc", 5)
-    list(completion)
-    assert len(completion.tokens) == 5 or completion.finish_reason == "stop"
+    responses = list(twingpt.load(tmp_path / "small", backend).stream("abc", 5))
+    assert len(responses) == 5 or responses[-1].finish_reason == "stop"
 
 
 @both
 def test_an_empty_prompt_begins_a_document(trained, backend):
     model = twingpt.load(trained, backend=backend)
-    assert model.complete("", 5).prompt_tokens == []
-    assert model.generate("", 20)
+    assert next(model.stream("", 5)).prompt_tokens == 0
+    assert model.generate("", 20) == model.generate([], 20) != ""
 
 
 @both

@@ -1,6 +1,7 @@
 """Models as they are published for chat: several ends, a BOS, a vocabulary of another size than the tokenizer's."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 
@@ -40,9 +41,20 @@ def published(tmp_path):
     return make
 
 
+@dataclass
+class Generated:
+    tokens: list[int]
+    prompt_tokens: list[int]
+    finish_reason: str
+
+
 def generated(folder, backend="auto", prompt="The cat", count=12):
-    completion = twingpt.load(folder, backend, "cpu").complete(prompt, count, **SAMPLED)
-    return "".join(completion), completion
+    """The text, and its ids without an end."""
+    model = twingpt.load(folder, backend, "cpu")
+    responses = list(model.stream(prompt, count, **SAMPLED))
+    tokens = [response.token for response in responses if response.token not in model.ends]
+    text = "".join(response.text for response in responses)
+    return text, Generated(tokens, model.encode(prompt), responses[-1].finish_reason)
 
 
 @both
@@ -79,6 +91,12 @@ def test_a_prompt_begins_as_the_models_texts_did(published, backend):
     for prompt in ("The cat", ""):
         _, completion = generated(folder, backend, prompt)
         assert completion.prompt_tokens == [begin, *tokenizer.encode(prompt)]
+    # A rendered chat prompt: its special tokens where that is asked for, and no second BOS.
+    model, rendered = twingpt.load(folder, backend, "cpu"), "<|begin_of_text|>The cat<|eot_id|>"
+    parsed = [begin, *tokenizer.encode("The cat"), tokenizer.specials["<|eot_id|>"]]
+    assert model.encode(rendered, special=True) == parsed == model.encode(parsed)
+    assert model.encode(rendered) == [begin, *tokenizer.encode(rendered)]
+    assert model.generate(rendered, 5, special=True, **SAMPLED) == model.generate(parsed, 5, **SAMPLED)
 
 
 def test_what_stands_before_a_text_by_scheme(tmp_path):

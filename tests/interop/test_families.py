@@ -5,14 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from tests.conftest import cpu, dose, needs
+from tests.conftest import cpu, decoded, dose, needs
 from twingpt.backends import registry
 from twingpt.core import reference
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.safetensors_file import TensorFile
 from twingpt.core.errors import UserError
-from twingpt.core.sampler import Sampling
-from twingpt.inference.generator import generate_tokens
 from twingpt.weights import huggingface, mlx_lm
 from twingpt.weights.families import FAMILIES, family_for
 
@@ -154,7 +152,7 @@ def test_it_computes_what_transformers_computes(variant, monkeypatch, length):
         assert relative(engine.forward(TOKENS), expected) <= 1e-5, name
         # The same greedy text: each token is the one that transformers, after those before it, takes.
         prompt = TOKENS[0, :8]
-        text = [*prompt, *generate_tokens(engine, prompt, Sampling(temp=0), length, seed=0)]
+        text = [*prompt, *decoded(engine, prompt, length)]
         scores = np.sort(their_logits(model, [text])[0], -1)
         assert (scores[7:-1, -1] - scores[7:-1, -2]).min() > 1e-4, "a tie: take other weights"
         assert their_logits(model, [text])[0].argmax(-1)[7:-1].tolist() == text[8:], name

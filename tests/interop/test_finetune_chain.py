@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from tests import foreign
-from tests.conftest import cpu, open_checkpoint
+from tests.conftest import cpu, decoded, open_checkpoint
 from twingpt.core import reference
-from twingpt.core.sampler import Sampling
-from twingpt.inference.generator import generate_tokens
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -62,7 +60,7 @@ def test_fine_tuned_on_torch_and_mlx_and_back_to_transformers(gpt, twins, gpt2, 
     for engines in twins:
         engine = engines.InferenceEngine(trained.config, trained.stored(), cpu(engines))
         assert np.abs(engine.forward(tokens) - logits).max() <= 1e-5 * np.abs(logits).max()
-        assert list(generate_tokens(engine, tokens[0, :n], Sampling(temp=0), 20, seed=0)) == tokens[0, n:].tolist()
+        assert decoded(engine, tokens[0, :n], 20) == tokens[0, n:].tolist()
 
 
 def theirs(folder):

@@ -139,7 +139,7 @@ def test_a_trained_run_opens_as_it_stands(tmp_path):
     theirs = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
     import twingpt
 
-    ours = twingpt.load(run, "torch").complete("The value of", 20, temp=0)
-    list(ours)
-    assert ours.prompt_tokens == ids[0].tolist() and ours.tokens == theirs.tolist()[: len(ours.tokens)]
+    loaded = twingpt.load(run, "torch")
+    ours = [response.token for response in loaded.stream("The value of", 20, temp=0)]
+    assert loaded.encode("The value of") == ids[0].tolist() and ours == theirs.tolist()[: len(ours)]
     assert model.config.eos_token_id == tokenizer.eos_token_id == open_checkpoint(folder).tokenizer().end_of_text

@@ -1,5 +1,7 @@
 """gpt generate: sample text from a model."""
 
+import sys
+import time
 from typing import Annotated
 
 import typer
@@ -28,15 +30,26 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text, on either backend.")] = 1337,
     backend: Backend = "auto",
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="Compute precision: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. (default: as stored, where the device is fast at it)"),
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None,
+    special: Annotated[
+        bool, typer.Option("--special", help="Spellings of special tokens in the prompt are those tokens.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Let a model go on from a prompt, streaming its text."""
+    from twingpt.backends import registry
     from twingpt.inference.load import load
 
-    text = read_stdin() if prompt == "-" else prompt
-    completion = load(model, backend, device, dtype).complete(
-        text,
+    start = read_stdin() if prompt == "-" else prompt
+    loaded = load(model, backend, device, dtype)
+    ids = loaded.encode(start, special=special)
+    name, engine = registry.choose(backend)[0], loaded.engine
+    responses = loaded.stream(
+        ids,
         max_tokens,
         temp=temp,
         top_k=top_k,
@@ -44,14 +57,30 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        stop=stop or (),
     )
     if not json_:
-        print(text, end="", flush=True)
-    for piece in completion:
+        print(f"{name} on {engine.device.name}, in {engine.dtype}", file=sys.stderr)
+        print(start, end="", flush=True)
+    text, tokens, finish_reason = "", list[int](), None
+    began = time.perf_counter()
+    for response in responses:
+        text, finish_reason = text + response.text, response.finish_reason
+        tokens += [response.token] * (response.token not in loaded.ends)
         if not json_:
-            print(piece, end="", flush=True)
+            print(response.text, end="", flush=True)
     if not json_:
         print()
         return
-    names = ("text", "tokens", "prompt_tokens", "finish_reason", "tokens_per_second")
-    print_json({name: getattr(completion, name) for name in names})
+    print_json(
+        {
+            "text": text,
+            "tokens": tokens,
+            "prompt_tokens": ids,
+            "finish_reason": finish_reason,
+            "tokens_per_second": len(tokens) / (time.perf_counter() - began),
+            "backend": name,
+            "device": engine.device.name,
+            "dtype": engine.dtype,
+        }
+    )

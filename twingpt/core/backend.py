@@ -78,6 +78,8 @@ class InferenceEngine(Protocol):
     """
 
     config: GPTConfig
+    device: Device
+    dtype: str
 
     def forward(self, tokens: Array) -> Array:
         """(B, T) ids -> (B, T, V) float32 logits, without the KV cache; waits."""

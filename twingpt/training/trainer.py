@@ -14,7 +14,7 @@ from twingpt.core.errors import OutOfMemoryError, UserError
 from twingpt.core.schedule import hyperparameters
 from twingpt.data.prefetch import Prefetcher
 from twingpt.evaluation.held_out import evaluate
-from twingpt.inference.generator import LanguageModel
+from twingpt.inference.language_model import LanguageModel
 from twingpt.runs import folder as runs
 from twingpt.runs.events import Evaluated, Reporter, RunEnded, Sampled
 from twingpt.runs.reporters import Reporters, folder_reporters

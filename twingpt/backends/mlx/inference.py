@@ -46,7 +46,7 @@ class InferenceEngine:
         *,
         dtype: str = "float32",
     ) -> None:
-        self.config, self.device, self.dtype = config, device, DTYPES[dtype]
+        self.config, self.device, self.dtype = config, device, dtype
         wire_memory(device)
         self._load(tensors)
 
@@ -59,7 +59,7 @@ class InferenceEngine:
     def _cast(self, value: np.ndarray | Array) -> Array:
         """A parameter on the device in the compute dtype; a quantized matrix stays uint32."""
         array = to_device(value)
-        return array if array.dtype == mx.uint32 else array.astype(self.dtype)
+        return array if array.dtype == mx.uint32 else array.astype(DTYPES[self.dtype])
 
     @on_device
     def forward(self, tokens: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ class InferenceEngine:
     @on_device
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KV cache of so many rows, with room for `capacity` positions a row, which doubles as it fills."""
-        return KVCache(self.config, rows, capacity, self.dtype, self.device)
+        return KVCache(self.config, rows, capacity, DTYPES[self.dtype], self.device)
 
     @on_device
     def prefill(self, cache: KVCache, row: int, tokens: np.ndarray) -> Step:

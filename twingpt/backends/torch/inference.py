@@ -47,12 +47,12 @@ class InferenceEngine:
         *,
         dtype: str = "float32",
     ) -> None:
-        self.config, self.device, self.dtype = config, device, DTYPES[dtype]
+        self.config, self.device, self.dtype = config, device, dtype
         self._load(tensors)
 
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
         self.params = {name: self._cast(value) for name, value in tensors}
-        if self.dtype == torch.bfloat16 and self.device.name == "cpu" and quantized.has_int4_kernel():
+        if self.dtype == "bfloat16" and self.device.name == "cpu" and quantized.has_int4_kernel():
             quantized.pack_int4_params(self.params, self.config)
         self.rope = model.Rope(self.config, torch.device(self.device.name), ROPE_POSITIONS)
 
@@ -60,7 +60,7 @@ class InferenceEngine:
         """A parameter on the device in the compute dtype; a quantized matrix becomes uint8."""
         if isinstance(value, np.ndarray) and value.dtype == np.uint32:
             return to_device(np.ascontiguousarray(value).view(np.uint8), self.device)
-        return to_device(value, self.device).to(self.dtype)
+        return to_device(value, self.device).to(DTYPES[self.dtype])
 
     @torch.inference_mode()
     def forward(self, tokens: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ class InferenceEngine:
     @torch.inference_mode()
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KV cache of so many rows, with room for `capacity` positions a row, which doubles as it fills."""
-        return KVCache(self.config, rows, capacity, self.dtype, torch.device(self.device.name))
+        return KVCache(self.config, rows, capacity, DTYPES[self.dtype], torch.device(self.device.name))
 
     @torch.inference_mode()
     def prefill(self, cache: KVCache, row: int, tokens: np.ndarray) -> Step:

@@ -1,0 +1,113 @@
+"""The decoding loop: it drives an inference engine, and reads each token while the next is being computed."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from twingpt.core import rng
+from twingpt.core.backend import Handle, InferenceEngine
+from twingpt.core.kv_cache import KVCache
+from twingpt.core.sampler import Sampling, SamplingRows
+
+MAX_ROWS = 16  # texts that are decoded side by side at most: each has a KV cache
+ROOM = 256  # positions beyond the prompt that a KV cache begins with; it grows as it fills
+
+
+@dataclass(eq=False)
+class Row:
+    """A text that is being decoded: `tokens` are its prompt and the ids read so far.
+
+    It leaves after `max_tokens`, or when whoever reads its tokens sets `done`. `n_sampled` ids are enqueued, and
+    `started` is the time of its prefill, in seconds.
+    """
+
+    tokens: list[int]
+    sampling: Sampling
+    max_tokens: int
+    seed: int
+    done: bool = False
+    n_sampled: int = 0
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.n_prompt = len(self.tokens)
+
+
+def decode(engine: InferenceEngine, rows: Iterable[Row], max_rows: int = MAX_ROWS) -> Iterator[tuple[Row, int, float]]:
+    """Decode texts side by side, at most `max_rows` at a time: yield (row, id, log-probability by the raw logits).
+
+    The id at position i of a text is sampled with the uniform keyed by (seed, i). When a row holds block_size
+    positions, the last half of its text is prefilled anew.
+    """
+    waiting, active = deque(rows), list[Row]()
+    if not waiting:
+        return
+    block_size = engine.config.block_size
+    longest = max(min(len(row.tokens), block_size) + min(row.max_tokens, ROOM) for row in waiting)
+    cache = engine.new_cache(min(max_rows, len(waiting)), longest)
+    settings: SamplingRows  # of the active rows
+    unread: tuple[Handle, list[Row]] | None = None
+    while True:
+        before = list(active)
+        _leave(cache, active)
+        while waiting and len(active) < len(cache.lengths):
+            _join(engine, cache, active, waiting.popleft())
+        if active and active != before:
+            settings = SamplingRows([row.sampling for row in active])
+        full = [number for number in range(len(active)) if cache.lengths[number] == block_size]
+        if full and unread:
+            yield from _read(engine, *unread)
+            unread = None
+            continue  # some may be done now
+        for number in full:
+            cache.trim(number, block_size)
+            engine.prefill(cache, number, np.array(active[number].tokens[-max(1, block_size // 2) :]))
+        ahead = _step(engine, cache, settings, active) if active else None
+        if unread:
+            yield from _read(engine, *unread)
+        if ahead is None:
+            return
+        unread = ahead
+
+
+def _leave(cache: KVCache, active: list[Row]) -> None:
+    """Take out the rows that need no further step: the last one moves into the place of each."""
+    for number in reversed(range(len(active))):
+        if active[number].done or active[number].n_sampled == active[number].max_tokens:
+            last = active.pop()
+            if number < len(active):
+                cache.copy(len(active), number)
+                active[number] = last
+            cache.trim(len(active), int(cache.lengths[len(active)]))
+
+
+def _join(engine: InferenceEngine, cache: KVCache, active: list[Row], row: Row) -> None:
+    """Prefill the end of a row's prompt, as much as the context holds, behind the active ones."""
+    row.started = time.perf_counter()
+    engine.prefill(cache, len(active), np.array(row.tokens[-engine.config.block_size :]))
+    active.append(row)
+
+
+def _step(
+    engine: InferenceEngine, cache: KVCache, settings: SamplingRows, active: list[Row]
+) -> tuple[Handle, list[Row]]:
+    """Enqueue one step of the active rows: its handle, and whose tokens it samples."""
+    u = [rng.uniform(row.seed, row.n_prompt + row.n_sampled) for row in active]
+    handle = engine.step(cache, settings, np.array(u))
+    for row in active:
+        row.n_sampled += 1
+    return handle, list(active)
+
+
+def _read(engine: InferenceEngine, handle: Handle, rows: list[Row]) -> Iterator[tuple[Row, int, float]]:
+    """What a step sampled for the rows that are not done."""
+    sampled = engine.read(handle)
+    for row, token, log_prob in zip(rows, sampled.tokens.tolist(), sampled.log_probs.tolist(), strict=True):
+        if not row.done:
+            row.tokens.append(token)
+            yield row, token, log_prob

@@ -1,0 +1,210 @@
+"""LanguageModel: a model that is ready to run, as the Python API has it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+from twingpt.core.backend import InferenceEngine, LogProbs, check_tokens
+from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
+from twingpt.core.sampler import Sampling
+from twingpt.core.tokenizer import Tokenizer
+from twingpt.inference.decoding import Row, decode
+from twingpt.inference.text import TextStream
+
+Array = np.ndarray
+Prompt = str | Sequence[int] | Array  # text, or ids
+
+
+@dataclass(frozen=True)
+class Response:
+    """One generated token: what `LanguageModel.stream` yields.
+
+    Attributes:
+        text: The text that has become certain, maybe empty: whole characters, nothing of a stop string or of an end
+            of text. Joined, the texts are the whole text. Empty without a tokenizer.
+        token: The id of the token; the last one may be an end of text.
+        log_prob: Its log-probability in nats by the model's raw logits, before temperature and the like.
+        index: Which of the prompts it goes on from; 0 where there is one.
+        prompt_tokens: Ids of the prompt.
+        generation_tokens: Ids generated so far, this one included.
+        prompt_tps: Prompt tokens per second, until the first token was there.
+        generation_tps: Generated tokens per second since the first; 0 for that.
+        finish_reason: None but for the last one of a prompt: "stop" for an end of text or a stop string, "length"
+            for max_tokens.
+    """
+
+    text: str
+    token: int
+    log_prob: float
+    index: int
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tps: float
+    generation_tps: float
+    finish_reason: str | None
+
+
+class LanguageModel:
+    """A model ready to run: text or ids in, text, log-probabilities or logits out.
+
+    Generation stops at the tokenizer's end of text, at its EOS, and at any id of `ends`. Texts may be generated side
+    by side, in turns or in threads. Without a tokenizer it takes ids alone.
+    """
+
+    def __init__(
+        self, config: GPTConfig, tokenizer: Tokenizer | None, engine: InferenceEngine, ends: Collection[int] = ()
+    ) -> None:
+        self.config, self.tokenizer, self.engine, self.ends = config, tokenizer, engine, set(ends)
+        if tokenizer is None:
+            return
+        # Special tokens beyond the model's vocabulary are allowed, an end of text too: it never samples them.
+        if tokenizer.byte_lengths[config.vocab_size :].any():
+            raise UserError(
+                f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {config.vocab_size}."
+            )
+        self.ends |= {tokenizer.end_of_text, tokenizer.roles.get("eos", tokenizer.end_of_text)}
+
+    def logits(self, tokens: Any) -> Array:
+        """(B, T) ids -> (B, T, V) float32 logits; UserError for an id or a length that the model can't take."""
+        return self.engine.forward(tokens)
+
+    def log_probs(self, tokens: Any, targets: Any = None, *, top_k: int = 0) -> LogProbs:
+        """Log-probabilities in nats of (B, T) targets, each after its ids, and of the `top_k` likeliest ids.
+
+        Without targets those of the ids themselves, each after the ones before it: (B, T - 1). A target below 0 is
+        padding, and has 0. Raises UserError for ids, targets or a `top_k` that the model can't take.
+        """
+        tokens = check_tokens(tokens, self.config)
+        if targets is None:
+            tokens, targets = tokens[..., :-1], tokens[..., 1:]
+        targets = np.asarray(targets)
+        if targets.shape != tokens.shape or not np.issubdtype(targets.dtype, np.integer):
+            raise UserError(
+                f"Targets must be integers of shape {tokens.shape}, and are {targets.dtype} {targets.shape}."
+            )
+        if targets.size and targets.max() >= self.config.vocab_size:
+            raise UserError(f"Target {targets.max()} is outside the vocabulary, 0 to {self.config.vocab_size - 1}.")
+        if not 0 <= top_k <= self.config.vocab_size:
+            raise UserError(f"top_k must be from 0 to {self.config.vocab_size}, and is {top_k}.")
+        found: LogProbs = self.engine.read(self.engine.log_probs(tokens, targets, top_k))
+        return found
+
+    def encode(self, prompt: Prompt, *, special: bool = False) -> list[int]:
+        """The ids of a prompt: of a text behind what the tokenizer puts before it (BOS), or the ids that are given.
+
+        With `special` the spelling of a special token in the text is that token, as in a rendered chat template; a
+        BOS that it has stays the only one. Raises UserError for a text that the tokenizer can't encode, ids that the
+        model hasn't, and a text where there is no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            given = np.asarray(prompt)
+            if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+                raise UserError(f"A prompt must be a text or a list of ids, and is {prompt!r:.60}.")
+            if given.size and not 0 <= given.min() <= given.max() < self.config.vocab_size:
+                raise UserError(f"The prompt has an id outside the vocabulary, 0 to {self.config.vocab_size - 1}.")
+            return [int(token) for token in given]
+        if self.tokenizer is None:
+            raise UserError(
+                "This model has no tokenizer, so it takes ids and no text: save one with it by gpt convert --tokenizer."
+            )
+        if not prompt.isascii() and prompt.encode(errors="ignore").decode() != prompt:
+            raise UserError("The prompt is not valid UTF-8 text: some of its bytes stand for no character.")
+        ids = [int(token) for token in self.tokenizer.encode(prompt, special=special)]
+        opening = [token for token in self.tokenizer.opening if token < self.config.vocab_size]
+        return ids if opening and ids[: len(opening)] == opening else opening + ids
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_tokens: int = 200,
+        *,
+        temp: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 1337,
+        stop: str | Sequence[str] = (),
+        special: bool = False,
+    ) -> Iterator[Response]:
+        """Go on from a prompt, or from several side by side: yields a Response for each token as it is generated.
+
+        A prompt is a text or ids, see `encode`; an empty one begins a new document. The same seed gives the same text,
+        alone or beside others, on either backend in one precision. A text ends before the first of the `stop` strings.
+        Raises UserError for a setting out of range, or a prompt that can't be encoded, before the first token.
+        """
+        sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
+        if max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, and is {max_tokens}.")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stops:
+            raise UserError("A stop string can't be empty.")
+        prompts: Any = prompt if _are_many(prompt) else [prompt]
+        encoded = [self.encode(one, special=special) for one in prompts]
+        rows = [Row(self._context(ids), sampling, max_tokens, seed) for ids in encoded]
+        return self._responses(rows, encoded, stops)
+
+    def _context(self, ids: list[int]) -> list[int]:
+        """The ids to go on from: those of the prompt, or where it is empty the end of the document before."""
+        if ids:
+            return list(ids)
+        if self.tokenizer is None or self.tokenizer.end_of_text >= self.config.vocab_size:
+            raise UserError("This model knows no end of text to begin a document after: give a prompt.")
+        return [self.tokenizer.end_of_text]
+
+    def _responses(self, rows: list[Row], prompts: list[list[int]], stop: tuple[str, ...]) -> Iterator[Response]:
+        texts = [TextStream(self.tokenizer, ids, stop) if self.tokenizer else None for ids in prompts]
+        numbers, first = {row: number for number, row in enumerate(rows)}, [0.0] * len(rows)
+        for row, token, log_prob in decode(self.engine, rows):
+            now, number = time.perf_counter(), numbers[row]
+            n, text_stream = len(row.tokens) - row.n_prompt, texts[number]
+            first[number] = first[number] or now
+            text = text_stream.push(token) if text_stream and token not in self.ends else ""
+            stopped = token in self.ends or (text_stream is not None and text_stream.stopped)
+            reason = "stop" if stopped else "length" if n == row.max_tokens else None
+            if reason:
+                row.done = True
+                text += text_stream.finish() if text_stream else ""
+            yield Response(
+                text=text,
+                token=token,
+                log_prob=log_prob,
+                index=number,
+                prompt_tokens=len(prompts[number]),
+                generation_tokens=n,
+                prompt_tps=len(prompts[number]) / (first[number] - row.started),
+                generation_tps=(n - 1) / (now - first[number]) if n > 1 else 0.0,
+                finish_reason=reason,
+            )
+
+    @overload
+    def generate(self, prompt: str | Array, max_tokens: int = 200, **settings: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[int], max_tokens: int = 200, **settings: Any) -> str: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], max_tokens: int = 200, **settings: Any
+    ) -> list[str]: ...
+    def generate(self, prompt: Any, max_tokens: int = 200, **settings: Any) -> str | list[str]:
+        """The text that goes on from a prompt, or a list of those of several; takes the settings of `stream`.
+
+        Raises UserError as that does, and where the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("This model has no tokenizer, so its tokens have no text: stream() gives their ids.")
+        many = _are_many(prompt)
+        texts = [""] * (len(prompt) if many else 1)
+        for response in self.stream(prompt, max_tokens, **settings):
+            texts[response.index] += response.text
+        return texts if many else texts[0]
+
+
+def _are_many(prompt: Any) -> bool:
+    """Whether these are several prompts: neither a text nor a row of ids."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int | np.integer)
