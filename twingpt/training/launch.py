@@ -31,13 +31,14 @@ def new_run(
     *,
     compile: bool | None = None,
     init: Model | None = None,
+    vocab_size: int | None = None,
     report_to: str | None = None,
 ) -> RunState:
     """A new run in `out`, or in a folder of its own under runs/, with the options of `resolve`; not yet trained.
 
     It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`), and
-    `report_to` is noted in its config.toml. Raises UserError for anything that can't be; then nothing has been
-    written but the prepared data.
+    `report_to` is noted in its config.toml. Raises UserError for anything that can't be, such as a `vocab_size` that
+    isn't the tokenizer's; then nothing has been written but the prepared data.
     """
     chosen = set(options)
     if init:
@@ -50,6 +51,10 @@ def new_run(
     _check_free(run)
     data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, init.tokenizer() if init else None)
     options = _as_prepared(options, data)
+    if vocab_size not in (None, data.tokenizer.vocab_size):
+        raise UserError(
+            f"vocab_size is {vocab_size}, and the tokenizer has {data.tokenizer.vocab_size} ids: give that."
+        )
     config, train = resolve(options, target, data.tokenizer.vocab_size)
     config = with_end_of_text(model, data.tokenizer) if init else config
     train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), chosen)
