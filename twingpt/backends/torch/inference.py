@@ -130,9 +130,3 @@ class InferenceEngine:
         if isinstance(handle, Step):
             return handle.tokens.cpu().numpy()
         return LogProbs(*(None if array is None else array.cpu().numpy() for array in vars(handle).values()))
-
-
-def module_logits(module: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
-    """(B, T) ids -> (B, T, V) float32 logits of a transformers model, run in float32 on the CPU."""
-    with torch.inference_mode():
-        return to_numpy(module.to("cpu", torch.float32)(torch.from_numpy(tokens.astype(np.int64))).logits)
