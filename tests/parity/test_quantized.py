@@ -175,7 +175,7 @@ def test_a_product_in_pieces_is_the_whole_product(monkeypatch, bits, group_size)
     expected = x @ dequantize(words, scales, biases, 256).T
     for piece in (1, 256 * 16, 2**20):  # a row, 16 with 6 left over, all
         monkeypatch.setattr(torch_quantized, "CHUNK", piece)
-        y = torch_quantized.quantized_matmul(torch.from_numpy(x), *parts).numpy()
+        y = torch_quantized.dequantizing_matmul(torch.from_numpy(x), *parts).numpy()
         assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
 
 

@@ -1,4 +1,4 @@
-"""What `training/flops.py` and `checks/` run to measure or compare, in MLX: the twin of `backends/torch/measure.py`."""
+"""What `training/flops.py` and `checks/` run to measure or compare: the twin of `backends/torch/measure.py`."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twingpt.backends.torch import model, quantized
+from twingpt.backends.torch import model
 from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
+from twingpt.backends.torch.quantized import prepack
 from twingpt.core.backend import Device, LogProbs, check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.sampler import Sampling
@@ -68,8 +69,7 @@ class InferenceEngine:
 
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
         self.params = {name: self._cast(value) for name, value in tensors}
-        if self.dtype == torch.bfloat16 and self.device.name == "cpu" and quantized.has_int4_kernel():
-            quantized.pack_int4_params(self.params, self.config)
+        prepack(self.params, self.config, self.dtype)
         self.rope = model.Rope(self.config, torch.device(self.device.name), ROPE_POSITIONS)
 
     def _cast(self, value: np.ndarray | Array) -> Array:

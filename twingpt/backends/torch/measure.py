@@ -1,4 +1,4 @@
-"""What `training/flops.py` and `checks/` run to measure or compare, in PyTorch: the twin of `backends/mlx/measure.py`."""
+"""What `training/flops.py` and `checks/` run to measure or compare: the twin of `backends/mlx/measure.py`."""
 
 from __future__ import annotations
 
