@@ -169,12 +169,13 @@ def warm_up(backend: str) -> None:
         import torch
 
         torch.set_num_threads(1)
-    importlib.import_module(f"twingpt.backends.{backend}")
     from matplotlib.figure import Figure
 
     from twingpt import cli
+    from twingpt.backends import registry
     from twingpt.training import launch, resume, trainer  # noqa: F401
 
+    registry.get(backend)
     figure = Figure(layout="constrained")
     figure.add_subplot().set_title("fonts and all", parse_math=False)
     figure.savefig(io.BytesIO(), format="svg")

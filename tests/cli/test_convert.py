@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import needs, open_checkpoint, write_prose
+from twingpt.backends import registry
 from twingpt.core import reference
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.checkpoint.config_json import end_ids
@@ -164,7 +165,7 @@ def test_a_context_of_a_million_tokens_is_measured_in_windows(gpt, source, tmp_p
 
 @needs("mlx")
 def test_mlx_lm_reads_and_writes_what_we_do(gpt, source, tmp_path):
-    import twingpt.backends.mlx  # noqa: F401  (opens a fast BLAS before mlx_lm imports mlx)
+    registry.get("mlx")  # opens a fast BLAS before mlx_lm imports mlx
 
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     import mlx.core as mx
@@ -188,7 +189,7 @@ def test_mlx_lm_reads_and_writes_what_we_do(gpt, source, tmp_path):
 
 @needs("mlx")
 def test_mlx_lm_directories_keep_gpt2_as_its_models_have_it(gpt, source, tmp_path):
-    import twingpt.backends.mlx  # noqa: F401
+    registry.get("mlx")
 
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     folder = source(**SHAPES["gpt2"])

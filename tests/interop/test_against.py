@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import needs
 from tests.interop.test_nanogpt import ARGUMENTS, state_dict
+from twingpt.backends import registry
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.config import GPTConfig
@@ -109,7 +110,7 @@ def test_quantized(gpt, native, tmp_path, against, to):
 
 @needs("mlx")
 def test_what_mlx_lm_quantized_to_half_precision(gpt, native, tmp_path):
-    import twingpt.backends.mlx  # noqa: F401  (opens a fast BLAS before mlx_lm imports mlx)
+    registry.get("mlx")  # opens a fast BLAS before mlx_lm imports mlx
 
     convert(open_model(native(**SHAPES["gpt2"])), tmp_path / "hf")
     options = {"quantize": True, "q_bits": 8, "q_group_size": 32, "dtype": "float16"}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import needs, open_checkpoint
+from twingpt.backends import registry
 from twingpt.core import reference
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
@@ -60,7 +61,7 @@ def transformers_logits(folder, tokens):
 
 
 def mlx_lm_logits(folder, tokens):
-    import twingpt.backends.mlx  # noqa: F401  (opens a fast BLAS before mlx_lm imports mlx)
+    registry.get("mlx")  # opens a fast BLAS before mlx_lm imports mlx
 
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     import mlx.core as mx

@@ -13,6 +13,7 @@ import pytest
 from tests import foreign
 from tests.conftest import dose, needs
 from tests.foreign import fuzzed
+from twingpt.backends import registry
 from twingpt.core.tokenizer import (
     CHAT,
     END_OF_TEXT,
@@ -162,7 +163,7 @@ def test_chat(tmp_path):
 @needs("mlx")
 @pytest.mark.parametrize("name", ["own", "llama2", "qwen2"])
 def test_mlx_lm_reads_the_same(tmp_path, name):
-    import twingpt.backends.mlx  # noqa: F401
+    registry.get("mlx")
 
     utils = pytest.importorskip("mlx_lm.tokenizer_utils", reason="mlx-lm is not installed")
     if name == "own":

@@ -2,6 +2,7 @@
 
 import inspect
 import mmap
+import os
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -10,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from tests.conftest import cpu
+from tests.conftest import cpu, needs
 from twingpt.backends import host, registry
 from twingpt.core import backend
 from twingpt.core.backend import check_tokens
@@ -63,6 +64,36 @@ def test_not_installed_names_the_extra(only, system):
         registry.choose()
     with pytest.raises(UserError, match="did you mean 'torch'"):
         registry.choose("pytorch")
+
+
+OPENED = """
+import ctypes, os, sys
+real, opened = ctypes.CDLL, []
+ctypes.CDLL = lambda name, *given, **named: opened.append(name) or real(name, *given, **named)
+import twingpt.backends.mlx.prepare
+from twingpt.backends import registry
+assert "mlx.core" not in sys.modules
+if sys.argv[1] == "imported":
+    import twingpt.backends.mlx.backend
+assert not opened and "MLX_ENABLE_TF32" not in os.environ, opened
+engines, first = registry.get("mlx"), list(opened)
+assert registry.get("mlx") is engines and opened == first, opened
+print(engines.details()["blas"], len(opened), os.environ["MLX_ENABLE_TF32"], sep="|")
+"""
+
+
+@needs("mlx")
+@pytest.mark.parametrize("before", ["nothing", pytest.param("imported", marks=pytest.mark.soak)])
+def test_a_backend_does_no_work_when_imported_and_is_prepared_by_the_registry(before):
+    environment = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
+    command = [sys.executable, "-c", OPENED, before]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    blas, opened, tf32 = done.stdout.strip().split("|")
+    assert tf32 == "0"
+    if sys.platform == "linux" and blas != "MLX's own":  # as a GPU build's
+        assert int(opened) > 0
+        assert blas.startswith(("OpenBLAS", "torch") if before == "nothing" else "MLX's own (mlx was imported before")
 
 
 def methods(protocol):

@@ -7,6 +7,7 @@ import importlib.util
 import platform
 from typing import cast
 
+from twingpt.backends.mlx.prepare import prepare
 from twingpt.core.backend import Backend, Device
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
@@ -57,10 +58,12 @@ def choose(name: str = "auto") -> tuple[str, str]:
 
 
 def get(name: str = "auto") -> Backend:
-    """Import the backend that `choose` names; UserError where its framework is broken."""
+    """Import the backend that `choose` names, with its process prepared; UserError where its framework is broken."""
     chosen, _ = choose(name)
     try:
-        return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}"))
+        if chosen == "mlx":
+            prepare()
+        return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}.backend"))
     except (ImportError, OSError) as error:
         raise UserError(f"The {chosen} backend can't be imported ({error}): {how_to_install(chosen)}.") from error
 

@@ -1,7 +1,7 @@
 """The contract of a backend: the protocols of its engines, and what it says of its devices.
 
-`backends/mlx` and `backends/torch` implement `Backend` as modules. Engines enqueue work on the device and return
-handles; only a method that says so waits.
+`backends/mlx/backend.py` and `backends/torch/backend.py` implement `Backend` as modules. Engines enqueue work on the
+device and return handles; only a method that says so waits.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class NewInferenceEngine(Protocol):
 
 
 class Backend(Protocol):
-    """What `twingpt.backends.NAME` exports, no more and no less."""
+    """What `twingpt.backends.NAME.backend` exports, no more and no less."""
 
     NAME: str
     TrainEngine: NewTrainEngine

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from twingpt.backends.mlx import model
@@ -130,10 +129,3 @@ class InferenceEngine:
         if isinstance(handle, Step):
             return Sampled(np.array(handle.tokens), np.array(handle.log_probs))
         return LogProbs(*(None if array is None else np.array(array) for array in vars(handle).values()))
-
-
-def module_logits(module: nn.Module, tokens: np.ndarray) -> np.ndarray:
-    """(B, T) ids -> (B, T, V) float32 logits of an mlx-lm model, run in float32 on the CPU."""
-    with mx.stream(mx.cpu):
-        module.set_dtype(mx.float32)
-        return to_numpy(module(mx.array(tokens)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -49,26 +48,6 @@ def summed_loss(
 def scaled_loss(params: Parameters, tokens: Array, targets: Array, keys: Array, scale: Array, **settings: Any) -> Array:
     """`summed_loss` (which takes `settings`) times `scale`: what the backward pass begins with."""
     return summed_loss(params, tokens, targets, keys, **settings) * scale
-
-
-def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, *, chunked: bool) -> tuple[int, float]:
-    """(peak bytes beside the inputs, seconds) of the loss of `tokens` positions and its gradients."""
-    V, D = config.vocab_size, config.n_embd
-
-    def loss(x: Array, head: Array) -> Array:
-        p = {"model.embed_tokens.weight": head}
-        if chunked:
-            return model.chunked_cross_entropy(x, p, targets, config) / tokens
-        return model.cross_entropy(model.logits(x, p, config), targets) / tokens
-
-    with mx.stream(mx.cpu if device.kind == "cpu" else mx.gpu):
-        x, head = (mx.random.normal(shape).astype(DTYPES[dtype]) for shape in ((1, tokens, D), (V, D)))
-        targets = mx.random.randint(0, V, (1, tokens))
-        mx.eval(x, head, targets)
-        before, start = mx.get_active_memory(), time.perf_counter()
-        mx.reset_peak_memory()
-        mx.eval(mx.value_and_grad(loss, argnums=(0, 1))(x, head))
-    return mx.get_peak_memory() - before, time.perf_counter() - start
 
 
 class TrainEngine:

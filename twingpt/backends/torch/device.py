@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import platform
 import re
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,24 +80,6 @@ def memory(device: Device) -> Memory:
     return host.process_memory()
 
 
-def arrays_peak(device: Device, run: Callable[[], Any]) -> int:
-    """Peak bytes of the tensors that `run` makes; on a CPU by torch's profiler, since the process holds more."""
-    if device.kind == "cpu":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as traced:
-            run()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            traced.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
-        return max(accumulate((size for _, size in changes), initial=0))
-    before = memory(device).now
-    if device.kind in ("cuda", "xpu"):
-        getattr(torch, device.kind).reset_peak_memory_stats(device.name)
-    run()
-    return memory(device).peak - before
-
-
 def free_memory(device: Device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.kind == "cuda":
@@ -123,19 +101,6 @@ def memory_errors() -> Iterator[None]:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(str(error)):
             raise OutOfMemoryError("PyTorch ran out of memory.") from error
         raise
-
-
-def matmul(device: Device, dtype: str, n: int) -> Callable[[], None]:
-    """A function that multiplies two n x n matrices of `dtype` on the device and waits, to be timed."""
-    a, b = (torch.rand(n, n, device=device.name).to(DTYPES[dtype]) for _ in range(2))
-    product = torch.empty_like(a)
-
-    def run() -> None:
-        torch.matmul(a, b, out=product)
-        if device.kind != "cpu":
-            torch.accelerator.synchronize(torch.device(device.name))
-
-    return run
 
 
 def return_freed_memory(device: Device) -> None:

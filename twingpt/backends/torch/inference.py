@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twingpt.backends.torch import model, quantized
+from twingpt.backends.torch import model
 from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
 from twingpt.backends.torch.kv_cache import CacheSlots, KVCache
+from twingpt.backends.torch.quantized import prepack
 from twingpt.backends.torch.sampler import log_prob, sample
 from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
@@ -52,8 +53,7 @@ class InferenceEngine:
 
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
         self.params = {name: self._cast(value) for name, value in tensors}
-        if self.dtype == "bfloat16" and self.device.name == "cpu" and quantized.has_int4_kernel():
-            quantized.pack_int4_params(self.params, self.config)
+        prepack(self.params, self.config, DTYPES[self.dtype])
         self.rope = model.Rope(self.config, torch.device(self.device.name), ROPE_POSITIONS)
 
     def _cast(self, value: np.ndarray | Array) -> Array:
@@ -123,9 +123,3 @@ class InferenceEngine:
             assert handle.tokens is not None and handle.log_probs is not None, "a prefill samples nothing"
             return Sampled(handle.tokens.cpu().numpy(), handle.log_probs.cpu().numpy())
         return LogProbs(*(None if array is None else array.cpu().numpy() for array in vars(handle).values()))
-
-
-def module_logits(module: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
-    """(B, T) ids -> (B, T, V) float32 logits of a transformers model, run in float32 on the CPU."""
-    with torch.inference_mode():
-        return to_numpy(module.to("cpu", torch.float32)(torch.from_numpy(tokens.astype(np.int64))).logits)

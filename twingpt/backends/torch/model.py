@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from twingpt.backends.torch.kv_cache import CacheSlots
-from twingpt.backends.torch.quantized import dequantize, packed_matmul, quantized_matmul
+from twingpt.backends.torch.quantized import dequantized_rows, is_quantized, matrix_dtype, quantized_matmul
 from twingpt.core.backend import LogProbs
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
 from twingpt.core.dropout import GOLDEN, MIX, threshold
@@ -103,57 +103,53 @@ def no_dropout(x: Array, site: int) -> Array:
 
 def matmul(x: Array, p: Parameters, name: str) -> Array:
     """x W^T for the matrix `name`, (…, in) -> (…, out); by the quantized kernel where it is quantized."""
-    if f"{name}.packed" in p:
-        y = packed_matmul(x, p[f"{name}.packed"], p[f"{name}.packed_scales"])
-        return y[..., : len(p[f"{name}.scales"])]
-    if f"{name}.scales" in p:
-        return quantized_matmul(x, p[f"{name}.weight"], p[f"{name}.scales"], p[f"{name}.biases"])
-    return F.linear(x, p[f"{name}.weight"])
+    return quantized_matmul(x, p, name) if is_quantized(p, name) else F.linear(x, p[f"{name}.weight"])
 
 
 def linear(x: Array, p: Parameters, name: str) -> Array:
     """x W^T + b, (…, in) -> (…, out); without b where there is no parameter `name`.bias."""
     bias = p.get(f"{name}.bias")
-    if f"{name}.scales" in p:
-        return matmul(x, p, name) if bias is None else matmul(x, p, name) + bias
-    return F.linear(x, p[f"{name}.weight"], bias)
+    if bias is None:
+        return matmul(x, p, name)
+    if is_quantized(p, name):
+        return matmul(x, p, name) + bias
+    return F.linear(x, p[f"{name}.weight"], bias.to(x.dtype))
 
 
 def embedding_lookup(p: Parameters, name: str, index: Array, width: int) -> Array:
     """Rows of the embedding `name`, dequantized where it is quantized: (…) ids -> (…, width)."""
-    weight = p[f"{name}.weight"]
-    if f"{name}.scales" in p:
-        return dequantize(weight[index], p[f"{name}.scales"][index], p[f"{name}.biases"][index], width)
-    return F.embedding(index, weight)
+    return dequantized_rows(p, name, index, width) if is_quantized(p, name) else F.embedding(index, p[f"{name}.weight"])
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+def rms_norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
     """RMSNorm over the last axis, in float32; the result in x's dtype."""
-    x32 = x.float()
+    weight, eps, x32 = norm_weight(p[f"{name}.weight"], config).float(), config.norm_eps, x.float()
     if x.is_cpu:  # F.rms_norm is a chain of slow pow there
         mean_square = torch.linalg.vecdot(x32, x32).unsqueeze(-1) / x.shape[-1]
-        return (x32 * torch.rsqrt(mean_square + eps) * weight.float()).to(x.dtype)
-    return F.rms_norm(x32, weight.shape, weight.float(), eps).to(x.dtype)
+        return (x32 * torch.rsqrt(mean_square + eps) * weight).to(x.dtype)
+    return F.rms_norm(x32, weight.shape, weight, eps).to(x.dtype)
 
 
-def norm_weight(p: Parameters, name: str, config: GPTConfig) -> Array:
-    """The weight that a norm multiplies by: 1 + weight with `norm_offset` (Gemma), in float32."""
-    weight = p[f"{name}.weight"]
+def layer_norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
+    """LayerNorm over the last axis, in float32; the result in x's dtype."""
+    weight, bias, eps = norm_weight(p[f"{name}.weight"], config).float(), p.get(f"{name}.bias"), config.norm_eps
+    shift = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), weight.shape, weight, shift, eps).to(x.dtype)
+
+
+def norm_weight(weight: Array, config: GPTConfig) -> Array:
+    """What a norm multiplies by: its weight, or with `norm_offset` (Gemma) 1 + weight in float32."""
     return weight.float() + 1 if config.norm_offset else weight
 
 
 def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """RMSNorm or LayerNorm as `config.norm` says, in float32, (B, T, D).
+    """RMSNorm or LayerNorm as `config.norm` says, (B, T, D).
 
     x itself for a name that ends in a dot: `norm_placement` has no norm there (NORM_SITES).
     """
     if name.endswith("."):
         return x
-    weight = norm_weight(p, name, config)
-    if config.norm == "rmsnorm":
-        return rms_norm(x, weight, config.norm_eps)
-    bias = p[f"{name}.bias"].float() if config.norm_bias else None
-    return F.layer_norm(x.float(), weight.shape, weight.float(), bias, config.norm_eps).to(x.dtype)
+    return (rms_norm if config.norm == "rmsnorm" else layer_norm)(x, p, name, config)
 
 
 def scale(x: Array, factor: float) -> Array:
@@ -214,7 +210,7 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
         y = linear(x, p, f"{name}.{letter}_proj")
         if config.qk_norm and letter != "v":
             y = y if config.qk_norm_whole else y.view(B, T, -1, config.head_dim)
-            y = rms_norm(y, norm_weight(p, f"{name}.{letter}_norm", config), config.norm_eps)
+            y = rms_norm(y, p, f"{name}.{letter}_norm", config)
         return y.view(B, T, -1, config.head_dim).transpose(1, 2)
 
     q, k, v = project("q"), project("k"), project("v")
@@ -287,12 +283,13 @@ def checkpointed_block(
 
 
 def cast(params: Parameters, dtype: torch.dtype, config: GPTConfig) -> Parameters:
-    """The parameters in the compute dtype, cast once; a tied head becomes a matrix of its own.
+    """The matrices in the compute dtype, cast once; a tied head becomes a matrix of its own.
 
-    Embeddings stay float32: a gather's gradient is summed in the dtype of what it gathers from, and in bfloat16 the
-    row of a frequent token would stop growing.
+    Embeddings, biases and norms stay float32, and their gradients are summed so. A gather's gradient is summed in the
+    dtype of what it gathers from: in bfloat16 the row of a frequent token would stop growing.
     """
-    p = {name: value if name in EMBEDDINGS else value.to(dtype) for name, value in params.items()}
+    kept = {name for name, value in params.items() if value.ndim == 1}.union(EMBEDDINGS)
+    p = {name: value if name in kept else value.to(dtype) for name, value in params.items()}
     if config.tie_embeddings:
         p["lm_head.weight"] = params["model.embed_tokens.weight"].to(dtype)
     return p
@@ -308,13 +305,13 @@ def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int | Array) 
     x = scale(embedding_lookup(p, "model.embed_tokens", tokens, config.n_embd), config.embed_scale)
     if config.position == "learned":
         x = x + p["model.embed_positions.weight"][positions(offset, tokens.shape[1])]
-    x = x.to(p["model.norm.weight"].dtype)  # that of the blocks
+    x = x.to(matrix_dtype(p, "model.layers.0.self_attn.o_proj"))
     return norm(x, p, "model.embed_norm", config) if config.embed_norm else x
 
 
 def smear(x: Array, previous: Array, p: Parameters) -> Array:
     """x[t] + weight * x[t - 1] by channel (modded-nanogpt), (B, T, D); `previous` (B, 1, D) stands before the first."""
-    return x + p["model.smear.weight"] * torch.cat([previous, x[:, :-1]], dim=1)
+    return x + p["model.smear.weight"].to(x.dtype) * torch.cat([previous, x[:, :-1]], dim=1)
 
 
 def hidden_states(

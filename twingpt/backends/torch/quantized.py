@@ -2,7 +2,8 @@
 
 A quantized matrix `name` is `name.weight`, packed (out, in * bits / 8) uint8, with `name.scales` and
 `name.biases` (out, in / group_size) in the compute dtype. In bfloat16 on a CPU torch has a kernel for 4 bits, for
-which `pack_int4_params` packs the matrices again: `name.packed` and `name.packed_scales`.
+which `prepack` packs the matrices again: `name.packed` and `name.packed_scales`. MLX, whose own layout this is, has
+no twin of that and of what follows `dequantized_rows`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,35 @@ from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import EMBEDDING, parameter_table
 
 Array = Tensor
+Parameters = dict[str, Tensor]
 
 CHUNK = 2**20  # entries dequantized at a time on a CPU, so that they stay in its cache
 CHUNK_ON_GPU = 2**24  # where a kernel's launch costs more than the memory
 INT4_ROWS = 16  # the int4 kernel wants a multiple of so many outputs
+
+
+def is_quantized(p: Parameters, name: str) -> bool:
+    """Whether the matrix `name` is a quantized one."""
+    return f"{name}.scales" in p
+
+
+def matrix_dtype(p: Parameters, name: str) -> torch.dtype:
+    """The dtype in which the matrix `name` is multiplied: its own, or that of its scales."""
+    return p[f"{name}.{'scales' if is_quantized(p, name) else 'weight'}"].dtype
+
+
+def quantized_matmul(x: Array, p: Parameters, name: str) -> Array:
+    """x W^T for the quantized matrix `name`, (…, in) -> (…, out), by the int4 kernel where it is packed for that."""
+    scales = p[f"{name}.scales"]
+    if f"{name}.packed" in p:
+        return packed_matmul(x, p[f"{name}.packed"], p[f"{name}.packed_scales"])[..., : len(scales)]
+    return dequantizing_matmul(x, p[f"{name}.weight"], scales, p[f"{name}.biases"])
+
+
+def dequantized_rows(p: Parameters, name: str, index: Array, width: int) -> Array:
+    """Rows of the quantized matrix `name` in the dtype of its scales: (…) indices -> (…, width)."""
+    w_q, scales, biases = (p[f"{name}.{part}"][index] for part in ("weight", "scales", "biases"))
+    return dequantize(w_q, scales, biases, width)
 
 
 def dequantize(w_q: Array, scales: Array, biases: Array, width: int) -> Array:
@@ -31,7 +57,7 @@ def dequantize(w_q: Array, scales: Array, biases: Array, width: int) -> Array:
     return torch.addcmul(biases[..., None], groups, scales[..., None]).flatten(-2)
 
 
-def quantized_matmul(x: Array, w_q: Array, scales: Array, biases: Array) -> Array:
+def dequantizing_matmul(x: Array, w_q: Array, scales: Array, biases: Array) -> Array:
     """x W^T, (…, in) -> (…, out), dequantizing some rows of W at a time into one buffer."""
     (n_out, n_bytes), width = w_q.shape, x.shape[-1]
     per_byte = width // n_bytes  # entries: 2 of 4 bits, or 1 of 8
@@ -65,8 +91,13 @@ def has_int4_kernel() -> bool:
         return False
 
 
-def pack_int4_params(params: dict[str, Tensor], config: GPTConfig) -> None:
-    """Pack every 4-bit matrix for the int4 kernel, in place; drops `name.weight`, but for embeddings' row look-ups."""
+def prepack(params: Parameters, config: GPTConfig, dtype: torch.dtype) -> None:
+    """Pack every 4-bit matrix for the int4 kernel, in place, where `dtype` and device have one.
+
+    Drops `name.weight`, but for embeddings' row look-ups.
+    """
+    if not (dtype == torch.bfloat16 and params["model.norm.weight"].is_cpu and has_int4_kernel()):
+        return
     for name, row in parameter_table(config).items():
         base = name.removesuffix(".weight")
         if f"{base}.scales" not in params or 2 * params[name].shape[-1] != row.shape[-1]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -50,22 +49,6 @@ def summed_loss(
 def scaled_loss(params: Parameters, tokens: Array, targets: Array, keys: Array, scale: Array, **settings: Any) -> Array:
     """`summed_loss` (which takes `settings`) times `scale`: what the backward pass begins with."""
     return summed_loss(params, tokens, targets, keys, **settings) * scale
-
-
-def loss_memory(config: GPTConfig, device: Device, dtype: str, tokens: int, *, chunked: bool) -> tuple[int, float]:
-    """(peak bytes beside the inputs, seconds) of the loss of `tokens` positions and its gradients."""
-    V, D = config.vocab_size, config.n_embd
-    x = torch.randn(1, tokens, D, dtype=DTYPES[dtype], device=device.name).requires_grad_()
-    p = {"model.embed_tokens.weight": torch.randn(V, D, dtype=DTYPES[dtype], device=device.name).requires_grad_()}
-    targets = torch.randint(0, V, (1, tokens), device=device.name)
-    before, start = memory(device).now, time.perf_counter()
-    if chunked:
-        loss = model.chunked_cross_entropy(x, p, targets, config)
-    else:
-        loss = model.cross_entropy(model.logits(x, p, config), targets)
-    (loss / tokens).backward()
-    loss.item()
-    return memory(device).peak - before, time.perf_counter() - start
 
 
 class TrainEngine:
