@@ -43,8 +43,8 @@ def place(tmp_path, monkeypatch) -> Path:
     aged(old, 1_700_000_000)
     aged(new, 1_800_000_000)
     Path("runs/notes").mkdir()
-    Path("runs/notes/todo.txt").write_text("x")
-    Path("runs/file.txt").write_text("x")
+    Path("runs/notes/todo.txt").write_text("x", encoding="utf-8")
+    Path("runs/file.txt").write_text("x", encoding="utf-8")
     return tmp_path
 
 
@@ -203,9 +203,9 @@ def test_nobody_to_ask_removes_nothing(gpt, place, stdin):
 
 
 def test_what_training_did_not_write_stays(gpt, place):
-    Path("runs/old/thesis.txt").write_text("years of work")
+    Path("runs/old/thesis.txt").write_text("years of work", encoding="utf-8")
     Path("outside").mkdir()
-    Path("outside/precious").write_text("x")
+    Path("outside/precious").write_text("x", encoding="utf-8")
     Path("runs/old/tensorboard").symlink_to(place / "outside")
     Path("runs/old/wandb").mkdir()
     (Path("runs/old") / ".run.json.77.tmp").write_text("half")

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import shlex
 from typing import Annotated
 
 import typer
 
 from twingpt.commands.options import TOKENIZERS, Json, Yes
 from twingpt.commands.output import ask_to_remove, make_console, print_json
+from twingpt.core.paths import quote
 
 app = typer.Typer(
     name="data",
@@ -74,7 +74,7 @@ def prepare_data(
     if json_:
         print_json(result)
     else:
-        show.print_prepared(make_console(), result, shlex.quote(name))
+        show.print_prepared(make_console(), result, quote(name))
 
 
 @app.command("list", epilog="[bold]Examples[/]\n\ngpt data list\n\ngpt data list --json | jq '.data_sets[].name'\n")

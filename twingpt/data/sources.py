@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -89,7 +88,7 @@ def load(spec: str, field: str = "text", errors: str = "strict") -> Source:
         raise UserError(f"{spec} is neither a regular file nor a folder: save its text to a file first.")
     if glob.has_magic(spec):
         return Source(_slug(path.name), [DocumentFile(file, field, errors) for file in _matches(spec)])
-    if path.suffix or os.sep in spec:
+    if path.suffix or path.name != spec:
         raise UserError(f"There is no file or folder {spec}: check the path.")
     raise unknown_choice("data source", spec, named.NAMES)
 
