@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from twingpt.version import __version__
+
 if TYPE_CHECKING:
     from twingpt.core.config import GPTConfig, TrainConfig
     from twingpt.core.errors import UserError
     from twingpt.core.presets import preset
     from twingpt.inference.generator import LanguageModel
     from twingpt.inference.load import load
-
-__version__ = "0.1.0"
 
 _MODULES = {  # of the public names; imported on first use, so that `import twingpt` stays light
     "GPTConfig": "core.config",
@@ -23,7 +23,7 @@ _MODULES = {  # of the public names; imported on first use, so that `import twin
     "load": "inference.load",
 }
 
-__all__ = ["GPTConfig", "LanguageModel", "TrainConfig", "UserError", "load", "preset"]
+__all__ = ["GPTConfig", "LanguageModel", "TrainConfig", "UserError", "__version__", "load", "preset"]
 
 
 def __getattr__(name: str) -> Any:
