@@ -1,0 +1,215 @@
+"""Windows, as far as another system can play it: what POSIX alone has is hidden from the package, and from it alone.
+
+Modules, functions and signals are missing for code of `twingpt`, and sys.platform, os.name and platform.system()
+say Windows to it; other libraries find what is there. As there, no folder can be opened, no file that is open for
+reading alone be synced, and what is open or mapped can be neither renamed nor removed, nor the folder that it is in.
+
+    python tests/windows.py FOLDER     imports every module of the package, trains, resumes and converts in FOLDER
+"""
+
+import builtins
+import contextlib
+import ctypes
+import errno
+import fcntl
+import importlib
+import io
+import json
+import os
+import pkgutil
+import platform
+import signal
+import sys
+import types
+from pathlib import Path
+
+import psutil
+
+MODULES = {"crypt", "fcntl", "grp", "nis", "posix", "pty", "pwd", "readline", "resource", "spwd", "syslog", "termios", "tty"}  # fmt: skip
+SIGNALS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}  # what Windows has of them
+FUNCTIONS = {
+    "os": "fork forkpty openpty wait wait3 wait4 waitid killpg getpgid getpgrp setpgid setsid getsid getuid geteuid getgid "
+    "getegid getgroups setuid sysconf confstr pathconf statvfs uname getloadavg nice getpriority sched_getaffinity "
+    "sched_setaffinity sched_yield mkfifo mknod chown fchown lchown fchmod chroot pread pwrite preadv sendfile sync "
+    "fdatasync lockf posix_fadvise posix_fallocate register_at_fork ttyname ctermid getxattr setxattr O_DIRECTORY "
+    "O_CLOEXEC O_NOFOLLOW O_NONBLOCK O_SYNC O_NOCTTY WNOHANG WIFEXITED WIFSIGNALED",
+    "signal": "alarm pause setitimer getitimer siginterrupt pthread_kill pthread_sigmask sigwait sigtimedwait sigpending",
+    "select": "poll epoll kqueue",
+    "mmap": "MADV_DONTNEED MADV_WILLNEED MADV_SEQUENTIAL MADV_RANDOM MAP_SHARED MAP_PRIVATE PROT_READ PROT_WRITE",
+    "time": "tzset clock_gettime pthread_getcpuclockid",
+}
+
+
+def _is_ours(names: dict) -> bool:
+    """Whether these are a module of the package."""
+    return str(names.get("__name__", "")).partition(".")[0] == "twingpt"
+
+
+def _asked_by_us(frame: types.FrameType | None) -> bool:
+    """Whether the package asked, by itself or through the standard library."""
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in sys.stdlib_module_names:
+        frame = frame.f_back
+    return frame is not None and _is_ours(frame.f_globals)
+
+
+class _Seen:
+    """A module as the package sees it, with these attributes in place of its own; a missing one is None."""
+
+    def __init__(self, module: types.ModuleType, other: dict) -> None:
+        vars(self).update(_module=module, _other=other)
+
+    def __getattr__(self, name: str) -> object:
+        found = self._other[name] if name in self._other else getattr(self._module, name)
+        if found is None and name in self._other:
+            raise AttributeError(f"module {self._module.__name__!r} has no attribute {name!r}")
+        return found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._module, name, value)
+
+
+def _without_libc(name: str | None, *arguments: object, **options: object) -> ctypes.CDLL:
+    if name is None:
+        raise TypeError("bad argument type for built-in operation")
+    return ctypes.CDLL(name, *arguments, **options)
+
+
+def _taken(path: Path) -> bool:
+    """Whether this process has a file open or mapped that is at `path` or within."""
+    files = {file.path for file in psutil.Process().open_files()}
+    with contextlib.suppress(OSError):  # not Linux
+        files |= {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines()}
+    return any(path == Path(file) or path in Path(file).parents for file in files)
+
+
+def _audit(root: Path):
+    """An audit hook: Windows' own refusals."""
+    busy = []  # while it looks by itself
+
+    def refuse(path: object, folder: int = -1) -> None:
+        name = os.fsdecode(path)
+        if folder not in (-1, None) and not os.path.isabs(name):
+            name = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)
+        found = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+        if root in found.parents and _taken(found):
+            raise PermissionError(errno.EACCES, "it is open", str(found))
+
+    def hook(event: str, arguments: tuple) -> None:
+        if busy or event not in ("open", "os.rename", "os.remove", "os.rmdir"):
+            return
+        busy.append(event)
+        try:
+            frame = sys._getframe(1)
+            if event == "open":
+                path = arguments[0]
+                if isinstance(path, int):
+                    return
+                if str(path).startswith(("/proc/", "/sys/")) and _asked_by_us(frame):
+                    raise FileNotFoundError(errno.ENOENT, "it is Linux's", str(path))
+                if _is_ours(frame.f_globals) and os.path.isdir(path):
+                    raise PermissionError(errno.EACCES, "it is a folder", str(path))
+            elif event == "os.rename":
+                refuse(arguments[0], arguments[2])
+                refuse(arguments[1], arguments[3])
+            else:
+                refuse(*arguments)
+        finally:
+            busy.pop()
+
+    return hook
+
+
+def pretend(root: Path) -> None:
+    """Begin to be Windows; what is open is looked for within `root` alone."""
+    real_import, real_fsync, real_info = builtins.__import__, os.fsync, psutil.Process.memory_info
+    signals = {name: None for name in dir(signal) if name.startswith("SIG") and name[3] != "_"}
+    signals |= {name: getattr(signal, name) for name in SIGNALS} | {"SIGBREAK": signal.SIGUSR1}
+    other = {name: dict.fromkeys(hidden.split()) for name, hidden in FUNCTIONS.items()}
+    other["os"]["name"] = "nt"
+    other["signal"] |= signals
+    other["sys"] = {"platform": "win32"}
+    other["platform"] = {"system": lambda: "Windows", "libc_ver": lambda: ("", "")}
+    other["ctypes"] = {"CDLL": _without_libc}
+    seen = {name: _Seen(importlib.import_module(name), attributes) for name, attributes in other.items()}
+
+    def import_(name, given=None, *arguments, **options):
+        if not _is_ours(given or {}):
+            return real_import(name, given, *arguments, **options)
+        if name.partition(".")[0] in MODULES:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        found = real_import(name, given, *arguments, **options)
+        return seen.get(found.__name__, found)
+
+    def fsync(file) -> None:
+        number = file if isinstance(file, int) else file.fileno()
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real_fsync(number)
+
+    def memory_info(self):
+        found = real_info(self)
+        return types.SimpleNamespace(**found._asdict(), peak_wset=found.rss)
+
+    builtins.__import__, os.fsync, psutil.Process.memory_info = import_, fsync, memory_info
+    sys.addaudithook(_audit(root.resolve()))
+
+
+def gpt(*arguments: object) -> str:
+    """What a command prints; SystemExit with what it says where it fails."""
+    from twingpt.cli import main
+
+    sys.argv = ["gpt", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        if stop.code:
+            raise SystemExit(f"{arguments}: {stop.code}: {err.getvalue()}") from None
+    return out.getvalue()
+
+
+def import_everything() -> list[str]:
+    """Import every module of the package, and of the backends those that are here."""
+    import twingpt
+    from twingpt.backends import registry
+
+    missing = tuple(f"twingpt.backends.{name}" for name in registry.BACKENDS if not registry.installed(name))
+    names = [found.name for found in pkgutil.walk_packages(twingpt.__path__, "twingpt.", onerror=lambda name: None)]
+    names = [name for name in names if not name.startswith(missing or ("-",))]
+    for name in names:
+        importlib.import_module(name)
+    return names
+
+
+def live(folder: Path) -> dict:
+    """Train, resume, convert there and back, prepare and remove; what came of it."""
+    os.chdir(folder)
+    Path("prose.txt").write_text("The cat sat on the mat. The bird flew over the hill.\n" * 200, encoding="utf-8")
+    tiny = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 2 --tokenizer byte --eval-iters 1".split()
+    run, options = "runs/a run", ("--backend", "torch", "--device", "cpu", "--json")
+    gpt("train", "--data", "prose.txt", "--out", run, *tiny, "--max-iters", 4, "--eval-interval", 2, *options)
+    resumed = gpt("train", "--resume", run, "--max-iters", 6, *options)
+    for source, target, *how in [
+        (run, "hf", "--to", "hf"), ("hf", "back"), (run, "state", "--to", "torch"), ("state", "again"),
+        (run, "back", "--force", "--to", "twingpt"), ("hf", "model.gguf"),
+    ]:  # fmt: skip
+        if target != "model.gguf" or importlib.util.find_spec("gguf"):
+            gpt("convert", source, target, *how)
+    gpt("data", "prepare", "prose.txt", "--name", "prose", "--tokenizer", "byte")
+    gpt("data", "rm", "prose", "--yes")
+    shown = gpt("runs", "--json")
+    text = gpt("generate", "again", "-p", "The", "-m", 4, "--backend", "torch", "--device", "cpu")
+    checkpoints = sorted(path.name for path in Path(run, "checkpoints").iterdir())
+    gpt("runs", "rm", run, "--yes")
+    left = sorted(path.name for path in folder.iterdir())
+    return {
+        "resumed": json.loads(resumed), "runs": json.loads(shown), "checkpoints": checkpoints, "text": text, "left": left,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    pretend(place)
+    modules = import_everything()
+    print(json.dumps({"modules": modules, **live(place)}))
