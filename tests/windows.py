@@ -17,7 +17,6 @@ import io
 import json
 import os
 import pkgutil
-import platform
 import signal
 import sys
 import types
@@ -25,15 +24,17 @@ from pathlib import Path
 
 import psutil
 
-MODULES = {"crypt", "fcntl", "grp", "nis", "posix", "pty", "pwd", "readline", "resource", "spwd", "syslog", "termios", "tty"}  # fmt: skip
+MODULES = {"crypt", "fcntl", "grp", "nis", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
 SIGNALS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}  # what Windows has of them
-FUNCTIONS = {
-    "os": "fork forkpty openpty wait wait3 wait4 waitid killpg getpgid getpgrp setpgid setsid getsid getuid geteuid getgid "
-    "getegid getgroups setuid sysconf confstr pathconf statvfs uname getloadavg nice getpriority sched_getaffinity "
-    "sched_setaffinity sched_yield mkfifo mknod chown fchown lchown fchmod chroot pread pwrite preadv sendfile sync "
-    "fdatasync lockf posix_fadvise posix_fallocate register_at_fork ttyname ctermid getxattr setxattr O_DIRECTORY "
-    "O_CLOEXEC O_NOFOLLOW O_NONBLOCK O_SYNC O_NOCTTY WNOHANG WIFEXITED WIFSIGNALED",
-    "signal": "alarm pause setitimer getitimer siginterrupt pthread_kill pthread_sigmask sigwait sigtimedwait sigpending",
+MISSING = {
+    "os": """
+        fork forkpty openpty wait wait3 wait4 waitid killpg getpgid getpgrp setpgid setsid getsid getuid geteuid getgid
+        getegid getgroups setuid sysconf confstr pathconf statvfs uname getloadavg nice getpriority sched_getaffinity
+        sched_setaffinity sched_yield mkfifo mknod chown fchown lchown fchmod chroot pread pwrite preadv sendfile sync
+        fdatasync lockf posix_fadvise posix_fallocate register_at_fork ttyname ctermid getxattr setxattr O_DIRECTORY
+        O_CLOEXEC O_NOFOLLOW O_NONBLOCK O_SYNC O_NOCTTY WNOHANG WIFEXITED WIFSIGNALED
+    """,
+    "signal": "alarm pause setitimer getitimer siginterrupt pthread_kill pthread_sigmask sigwait",
     "select": "poll epoll kqueue",
     "mmap": "MADV_DONTNEED MADV_WILLNEED MADV_SEQUENTIAL MADV_RANDOM MAP_SHARED MAP_PRIVATE PROT_READ PROT_WRITE",
     "time": "tzset clock_gettime pthread_getcpuclockid",
@@ -82,37 +83,42 @@ def _taken(path: Path) -> bool:
     return any(path == Path(file) or path in Path(file).parents for file in files)
 
 
+def _check_closed(root: Path, path: object, folder: int = -1) -> None:
+    """PermissionError for what this process has open; `folder` is the descriptor that a relative path begins at."""
+    name = os.fsdecode(path)
+    if folder not in (-1, None) and not os.path.isabs(name):
+        name = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)
+    found = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+    if root in found.parents and _taken(found):
+        raise PermissionError(errno.EACCES, "it is open", str(found))
+
+
+def _check_openable(path: object, frame: types.FrameType) -> None:
+    """OSError for what Windows doesn't open."""
+    if isinstance(path, int):
+        return
+    if str(path).startswith(("/proc/", "/sys/")) and _asked_by_us(frame):
+        raise FileNotFoundError(errno.ENOENT, "it is Linux's", str(path))
+    if _is_ours(frame.f_globals) and os.path.isdir(path):
+        raise PermissionError(errno.EACCES, "it is a folder", str(path))
+
+
 def _audit(root: Path):
     """An audit hook: Windows' own refusals."""
     busy = []  # while it looks by itself
-
-    def refuse(path: object, folder: int = -1) -> None:
-        name = os.fsdecode(path)
-        if folder not in (-1, None) and not os.path.isabs(name):
-            name = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)
-        found = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
-        if root in found.parents and _taken(found):
-            raise PermissionError(errno.EACCES, "it is open", str(found))
 
     def hook(event: str, arguments: tuple) -> None:
         if busy or event not in ("open", "os.rename", "os.remove", "os.rmdir"):
             return
         busy.append(event)
         try:
-            frame = sys._getframe(1)
             if event == "open":
-                path = arguments[0]
-                if isinstance(path, int):
-                    return
-                if str(path).startswith(("/proc/", "/sys/")) and _asked_by_us(frame):
-                    raise FileNotFoundError(errno.ENOENT, "it is Linux's", str(path))
-                if _is_ours(frame.f_globals) and os.path.isdir(path):
-                    raise PermissionError(errno.EACCES, "it is a folder", str(path))
+                _check_openable(arguments[0], sys._getframe(1))
             elif event == "os.rename":
-                refuse(arguments[0], arguments[2])
-                refuse(arguments[1], arguments[3])
+                _check_closed(root, arguments[0], arguments[2])
+                _check_closed(root, arguments[1], arguments[3])
             else:
-                refuse(*arguments)
+                _check_closed(root, *arguments)
         finally:
             busy.pop()
 
@@ -122,11 +128,10 @@ def _audit(root: Path):
 def pretend(root: Path) -> None:
     """Begin to be Windows; what is open is looked for within `root` alone."""
     real_import, real_fsync, real_info = builtins.__import__, os.fsync, psutil.Process.memory_info
-    signals = {name: None for name in dir(signal) if name.startswith("SIG") and name[3] != "_"}
-    signals |= {name: getattr(signal, name) for name in SIGNALS} | {"SIGBREAK": signal.SIGUSR1}
-    other = {name: dict.fromkeys(hidden.split()) for name, hidden in FUNCTIONS.items()}
+    hidden = {name for name in dir(signal) if name.startswith("SIG") and name[3] != "_"} - SIGNALS
+    other = {name: dict.fromkeys(names.split()) for name, names in MISSING.items()}
     other["os"]["name"] = "nt"
-    other["signal"] |= signals
+    other["signal"] |= dict.fromkeys(hidden) | {"SIGBREAK": signal.SIGUSR1}
     other["sys"] = {"platform": "win32"}
     other["platform"] = {"system": lambda: "Windows", "libc_ver": lambda: ("", "")}
     other["ctypes"] = {"CDLL": _without_libc}
@@ -186,9 +191,11 @@ def live(folder: Path) -> dict:
     """Train, resume, convert there and back, prepare and remove; what came of it."""
     os.chdir(folder)
     Path("prose.txt").write_text("The cat sat on the mat. The bird flew over the hill.\n" * 200, encoding="utf-8")
-    tiny = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 2 --tokenizer byte --eval-iters 1".split()
+    tiny = {"n-layer": 1, "n-head": 2, "n-embd": 16, "block-size": 16, "batch-size": 2, "tokenizer": "byte"}
+    flags = [part for name, value in tiny.items() for part in (f"--{name}", value)]
     run, options = "runs/a run", ("--backend", "torch", "--device", "cpu", "--json")
-    gpt("train", "--data", "prose.txt", "--out", run, *tiny, "--max-iters", 4, "--eval-interval", 2, *options)
+    lengths = ("--max-iters", 4, "--eval-interval", 2, "--eval-iters", 1)
+    gpt("train", "--data", "prose.txt", "--out", run, *flags, *lengths, *options)
     resumed = gpt("train", "--resume", run, "--max-iters", 6, *options)
     for source, target, *how in [
         (run, "hf", "--to", "hf"), ("hf", "back"), (run, "state", "--to", "torch"), ("state", "again"),
@@ -203,13 +210,12 @@ def live(folder: Path) -> dict:
     checkpoints = sorted(path.name for path in Path(run, "checkpoints").iterdir())
     gpt("runs", "rm", run, "--yes")
     left = sorted(path.name for path in folder.iterdir())
-    return {
-        "resumed": json.loads(resumed), "runs": json.loads(shown), "checkpoints": checkpoints, "text": text, "left": left,
-    }  # fmt: skip
+    seen = {"resumed": json.loads(resumed), "runs": json.loads(shown)}
+    return {**seen, "checkpoints": checkpoints, "text": text, "left": left}
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     pretend(place)
     modules = import_everything()
-    print(json.dumps({"modules": modules, **live(place)}))
+    sys.stdout.write(json.dumps({"modules": modules, **live(place)}))

@@ -14,7 +14,7 @@ import pytest
 
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, train
-from tests.conftest import needs
+from tests.conftest import kills, needs
 from twingpt.core.errors import UserError
 from twingpt.data import builder, documents, prepare, readers
 from twingpt.data.builder import TokenizerChoice
@@ -301,6 +301,7 @@ prepare.prepare_named([sys.argv[1]], "docs", builder.TokenizerChoice("byte", 0),
     [("ShardWriter", "append", 1), ("ShardWriter", "facts", 2), ("shards", "finish_dataset", 1),
      ("shards", "write_synced", 3), ("paths", "sync_folder", 1)],
 )  # fmt: skip
+@kills
 def test_killed_anywhere_it_starts_again(dump, home, where):
     script = KILLED.format(where=where)
     killed = subprocess.run([sys.executable, "-c", script, str(dump)], check=False, capture_output=True)
