@@ -133,7 +133,7 @@ def test_a_hubs_data_set_without_a_network_or_without_datasets(gpt, monkeypatch)
     error = mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
     assert "no file or folder nobody/nothing, and it can't be fetched as a Hugging Face data set: " in error
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'twingpt[hf]'" in mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
+    assert 'pip install "twingpt[hf]"' in mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
 
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(gpt, monkeypatch):
@@ -158,7 +158,7 @@ def test_formats_without_their_library(gpt, tmp_path, monkeypatch, suffix, libra
     (tmp_path / f"a.{suffix}").write_bytes(b"something")
     monkeypatch.setitem(sys.modules, library, None)
     error = mistake(gpt, "data", "prepare", tmp_path / f"a.{suffix}", "--name", "x")
-    assert "pip install 'twingpt[data]'" in error
+    assert 'pip install "twingpt[data]"' in error
 
 
 def test_a_tokenizer_that_is_there_already(gpt, dump, home):

@@ -31,7 +31,7 @@ DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data s
     "gpt data prepare notes/ 'more/**/*.md' --tokenizer char --name notes\n\n"
     "gpt data prepare dump.jsonl.zst --field body --tokenizer gpt2 --name dump\n\n"
     "zcat books.gz | gpt data prepare - --errors replace --name books\n\n"
-    "gpt data prepare roneneldan/TinyStories --name stories     with pip install 'twingpt\\[hf]'\n\n"
+    'gpt data prepare roneneldan/TinyStories --name stories     with pip install "twingpt\\[hf]"\n\n'
     "Files are .txt, .md, .rst and .jsonl, also as .gz or .zst, .parquet, and what save_to_disk of datasets wrote.\n",
 )
 def prepare_data(

@@ -111,7 +111,7 @@ def load_hub(spec: str, field: str, errors: str) -> Source:
         import datasets
     except ImportError:
         raise UserError(
-            f"There is no file or folder {spec}; to fetch it as a Hugging Face data set: pip install 'twingpt[hf]'."
+            f'There is no file or folder {spec}; to fetch it as a Hugging Face data set: pip install "twingpt[hf]".'
         ) from None
     name, _, config = spec.partition(":")
     _go_offline_unless_reachable(name)

@@ -140,7 +140,7 @@ def _writer(path: Path, shape: str) -> gguf.GGUFWriter:
     try:
         import gguf
     except ImportError:
-        raise UserError("Writing GGUF files needs the gguf package: pip install 'twingpt[gguf]'.") from None
+        raise UserError('Writing GGUF files needs the gguf package: pip install "twingpt[gguf]".') from None
     path.parent.mkdir(parents=True, exist_ok=True)
     return gguf.GGUFWriter(path, shape)
 
