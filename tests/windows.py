@@ -12,13 +12,17 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
+import http.server
 import importlib
+import importlib.util
 import io
 import json
 import os
 import pkgutil
 import signal
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -83,11 +87,17 @@ def _taken(path: Path) -> bool:
     return any(path == Path(file) or path in Path(file).parents for file in files)
 
 
+def _path_of(descriptor: int) -> str:
+    if hasattr(fcntl, "F_GETPATH"):  # macOS
+        return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
 def _check_closed(root: Path, path: object, folder: int = -1) -> None:
     """PermissionError for what this process has open; `folder` is the descriptor that a relative path begins at."""
     name = os.fsdecode(path)
     if folder not in (-1, None) and not os.path.isabs(name):
-        name = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)
+        name = os.path.join(_path_of(folder), name)
     found = Path(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
     if root in found.parents and _taken(found):
         raise PermissionError(errno.EACCES, "it is open", str(found))
@@ -187,8 +197,29 @@ def import_everything() -> list[str]:
     return names
 
 
+def download(path: Path, to: Path) -> None:
+    """Fetch a file from a server of this process."""
+    from twingpt.data.download import download
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=path.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with contextlib.redirect_stderr(io.StringIO()):  # its log
+            download(f"http://127.0.0.1:{server.server_port}/{path.name}", to)
+        server.shutdown()
+
+
+def is_stopped_by_ctrl_break() -> bool:
+    """Whether training would save and end."""
+    from twingpt.training.interrupt import Interrupt
+
+    with Interrupt() as wish:
+        signal.raise_signal(signal.SIGUSR1)  # SIGBREAK, to the package
+    return wish.requested
+
+
 def live(folder: Path) -> dict:
-    """Train, resume, convert there and back, prepare and remove; what came of it."""
+    """Train, resume, convert there and back, prepare, download and remove; what came of it."""
     os.chdir(folder)
     Path("prose.txt").write_text("The cat sat on the mat. The bird flew over the hill.\n" * 200, encoding="utf-8")
     tiny = {"n-layer": 1, "n-head": 2, "n-embd": 16, "block-size": 16, "batch-size": 2, "tokenizer": "byte"}
@@ -205,12 +236,13 @@ def live(folder: Path) -> dict:
             gpt("convert", source, target, *how)
     gpt("data", "prepare", "prose.txt", "--name", "prose", "--tokenizer", "byte")
     gpt("data", "rm", "prose", "--yes")
+    download(folder / "prose.txt", folder / "copy.txt")
     shown = gpt("runs", "--json")
     text = gpt("generate", "again", "-p", "The", "-m", 4, "--backend", "torch", "--device", "cpu")
     checkpoints = sorted(path.name for path in Path(run, "checkpoints").iterdir())
     gpt("runs", "rm", run, "--yes")
     left = sorted(path.name for path in folder.iterdir())
-    seen = {"resumed": json.loads(resumed), "runs": json.loads(shown)}
+    seen = {"resumed": json.loads(resumed), "runs": json.loads(shown), "stopped": is_stopped_by_ctrl_break()}
     return {**seen, "checkpoints": checkpoints, "text": text, "left": left}
 
 

@@ -33,8 +33,9 @@ def test_the_package_is_imported_trains_resumes_and_converts_without_posix(tmp_p
     assert set(found["modules"]) == {name for name in expected if not (absent and name.startswith(absent))}
     assert found["resumed"]["step"] == 6 and found["resumed"]["peak_memory_bytes"] > 0
     assert found["runs"]["runs"][0]["name"] == "a run" and found["text"].startswith("The")
+    assert found["stopped"] is True
     assert [name for name in found["checkpoints"] if name[0] != "."] == ["step-00000004", "step-00000006"]
-    kept = {"again", "back", "hf", "home", "prose.txt", "runs", "state"}
+    kept = {"again", "back", "copy.txt", "hf", "home", "prose.txt", "runs", "state"}
     kept |= {"model.gguf"} if importlib.util.find_spec("gguf") else set()
     assert {name for name in found["left"] if not name.endswith(".lock")} == kept  # and no folder of half a model
 
