@@ -39,7 +39,7 @@ def documents() -> Iterator[str]:
 def write(path: Path, size: float) -> int:
     """Write `size` bytes of text and a little more as JSON lines; how many bytes of text they are."""
     written = 0
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for document in documents():
             file.write(json.dumps({"text": document}) + "\n")
             written += len(document.encode())

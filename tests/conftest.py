@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import io
 import json
 import os
@@ -45,6 +46,8 @@ from twingpt.runs import folder as runs
 from twingpt.runs.events import Evaluated, JSONLReporter, RunEnded, RunStarted, Sampled, Saved, Trained
 from twingpt.training import flops
 
+if os.name == "nt":  # or what tests write would have other bytes there
+    Path.write_text = functools.partialmethod(Path.write_text, newline="\n")
 flops.SECONDS = 0.02  # no test looks at how fast a device is
 # The same examples in every run, however slow the machine.
 SLOW = [hypothesis.HealthCheck.too_slow]
@@ -70,6 +73,15 @@ def dose(small, full) -> list:
     several = full if isinstance(full, tuple) else (full,)
     return [small, pytest.param(*several, marks=pytest.mark.soak)]
 
+
+def posix(why: str):
+    """A mark that leaves a test out on Windows, for this reason."""
+    return pytest.mark.skipif(os.name == "nt", reason=why)
+
+
+links = posix("Windows lets only some users make links")
+pipes = posix("Windows has no pipes among files")
+kills = posix("Windows has no SIGKILL: a process that is ended there is another test's")
 
 BOTH = [pytest.param("torch", marks=needs("torch")), pytest.param("mlx", marks=needs("mlx"))]
 # Where a test starts processes and looks at what no backend has a part in.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from twingpt.version import __version__
+
 if TYPE_CHECKING:
     from twingpt.core.config import GPTConfig, TrainConfig
     from twingpt.core.errors import UserError
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from twingpt.core.tokenizer import Tokenizer
     from twingpt.inference.language_model import LanguageModel, Response
     from twingpt.inference.load import load
-
-__version__ = "0.1.0"
 
 _MODULES = {  # of the public names; imported on first use, so that `import twingpt` stays light
     "GPTConfig": "core.config",
@@ -36,6 +36,7 @@ __all__ = [
     "Tokenizer",
     "TrainConfig",
     "UserError",
+    "__version__",
     "load",
     "preset",
 ]

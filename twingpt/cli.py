@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from twingpt.commands import baseline, bench, convert, data, doctor, generate, parity, plot, runs, tokenize, train
 from twingpt.core.errors import UserError
+from twingpt.version import __version__
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that Typer uses, which may be a copy of its own
 
@@ -25,6 +26,23 @@ app = typer.Typer(
     help="Train and run small GPTs, the same in MLX and in PyTorch.",
     epilog="--debug, anywhere, shows the traceback of an error.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"twingpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Take what stands before a command."""
+
+
 for command in (train, generate, convert, plot, baseline, parity, doctor, runs, data, bench, tokenize):
     app.add_typer(command.app)  # in the order of gpt --help
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import twingpt
 from tests.cli.test_train import SMALL, train
 from tests.conftest import BOTH, names_in_unicode, needs
 from twingpt.backends import registry
@@ -96,6 +97,7 @@ LIGHT = (
     "arguments",
     [
         ["--help"],
+        ["--version"],
         ["train", "--help"],
         ["generate", "--help"],
         ["parity", "-h"],
@@ -113,11 +115,16 @@ def test_help_loads_no_framework(arguments):
         f"{LIGHT}; assert 'numpy' not in sys.modules"
     )
     assert done.returncode == 0, done.stderr
-    assert "Usage" in done.stdout
+    assert ("twingpt 0." if "--version" in arguments else "Usage") in done.stdout
 
 
 def test_importing_the_package_loads_no_framework():
     assert run_python(f"import twingpt, sys; twingpt.GPTConfig; twingpt.load\n{LIGHT}").returncode == 0
+
+
+def test_the_version_is_said_from_one_place(gpt):
+    assert gpt("--version") == (0, f"twingpt {twingpt.__version__}\n", "")
+    assert json.loads(gpt("doctor", "--json")[1])["libraries"]["twingpt"] == twingpt.__version__
 
 
 def test_help_has_examples(gpt):
@@ -319,7 +326,7 @@ def test_doctor_refuses_what_is_not_there(gpt):
 def test_a_backend_that_is_not_installed_names_the_extra(gpt, monkeypatch):
     monkeypatch.setitem(sys.modules, registry.REQUIRED_MODULE["mlx"], None)
     monkeypatch.setattr(registry.platform, "system", lambda: "Linux")
-    assert "pip install 'twingpt[mlx-cpu]'" in mistake(gpt, "train", "--backend", "mlx")
+    assert 'pip install "twingpt[mlx-cpu]"' in mistake(gpt, "train", "--backend", "mlx")
 
 
 def test_unknown_option_and_command(gpt):

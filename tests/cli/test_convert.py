@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from tests.conftest import needs, open_checkpoint, write_prose
+from tests.conftest import links, needs, open_checkpoint, write_prose
 from twingpt.backends import registry
 from twingpt.core import reference
 from twingpt.core.checkpoint import schema as checkpoint
@@ -275,6 +275,7 @@ def test_nothing_is_overwritten_without_being_told(gpt, source, tmp_path):
     open_checkpoint(folder)
 
 
+@links
 def test_the_model_behind_a_link_is_replaced(gpt, source, tmp_path):
     folder = source()
     converted(gpt, folder, tmp_path / "disk")

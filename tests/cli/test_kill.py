@@ -8,9 +8,11 @@ import pytest
 
 from tests.cli.lives import FORKS, Lives
 from tests.cli.test_train import equal, tensors
-from tests.conftest import BOTH, ONE, dose, open_checkpoint, write_prose
+from tests.conftest import BOTH, ONE, dose, kills, open_checkpoint, write_prose
 from twingpt.runs import folder as runs
 from twingpt.runs.events import read_events
+
+pytestmark = kills
 
 TINY = [
     "--tokenizer", "byte", "--n-layer", 1, "--n-head", 2, "--n-kv-head", 1, "--n-embd", 16, "--block-size", 16,

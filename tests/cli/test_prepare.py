@@ -14,7 +14,7 @@ import pytest
 
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, train
-from tests.conftest import needs
+from tests.conftest import kills, needs
 from twingpt.core.errors import UserError
 from twingpt.data import builder, documents, prepare, readers
 from twingpt.data.builder import TokenizerChoice
@@ -133,7 +133,7 @@ def test_a_hubs_data_set_without_a_network_or_without_datasets(gpt, monkeypatch)
     error = mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
     assert "no file or folder nobody/nothing, and it can't be fetched as a Hugging Face data set: " in error
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'twingpt[hf]'" in mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
+    assert 'pip install "twingpt[hf]"' in mistake(gpt, "data", "prepare", "nobody/nothing", "--name", "x")
 
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(gpt, monkeypatch):
@@ -158,7 +158,7 @@ def test_formats_without_their_library(gpt, tmp_path, monkeypatch, suffix, libra
     (tmp_path / f"a.{suffix}").write_bytes(b"something")
     monkeypatch.setitem(sys.modules, library, None)
     error = mistake(gpt, "data", "prepare", tmp_path / f"a.{suffix}", "--name", "x")
-    assert "pip install 'twingpt[data]'" in error
+    assert 'pip install "twingpt[data]"' in error
 
 
 def test_a_tokenizer_that_is_there_already(gpt, dump, home):
@@ -301,6 +301,7 @@ prepare.prepare_named([sys.argv[1]], "docs", builder.TokenizerChoice("byte", 0),
     [("ShardWriter", "append", 1), ("ShardWriter", "facts", 2), ("shards", "finish_dataset", 1),
      ("shards", "write_synced", 3), ("paths", "sync_folder", 1)],
 )  # fmt: skip
+@kills
 def test_killed_anywhere_it_starts_again(dump, home, where):
     script = KILLED.format(where=where)
     killed = subprocess.run([sys.executable, "-c", script, str(dump)], check=False, capture_output=True)

@@ -163,7 +163,7 @@ def test_a_tracker_whose_library_is_missing_is_refused_before_anything_is_writte
         monkeypatch.setitem(trackers.LIBRARIES, "wandb", library)
         for rest in ([], ["--resume", "latest"]):
             err = mistake(gpt, "train", "--report-to", "wandb", *rest)
-            assert f"needs {library}, which is not installed: pip install 'twingpt[wandb]'" in err
+            assert f'needs {library}, which is not installed: pip install "twingpt[wandb]"' in err
     assert [path.name for path in tmp_path.iterdir()] == ["not_a_library"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, train
-from tests.conftest import needs, story, training_state, write_run
+from tests.conftest import links, needs, story, training_state, write_run
 from twingpt.core.config import GPTConfig
 from twingpt.runs import folder as runs
 
@@ -43,8 +43,8 @@ def place(tmp_path, monkeypatch) -> Path:
     aged(old, 1_700_000_000)
     aged(new, 1_800_000_000)
     Path("runs/notes").mkdir()
-    Path("runs/notes/todo.txt").write_text("x")
-    Path("runs/file.txt").write_text("x")
+    Path("runs/notes/todo.txt").write_text("x", encoding="utf-8")
+    Path("runs/file.txt").write_text("x", encoding="utf-8")
     return tmp_path
 
 
@@ -202,10 +202,11 @@ def test_nobody_to_ask_removes_nothing(gpt, place, stdin):
     assert code == 1 and out.strip() == "" and Path("runs/old/run.json").is_file()
 
 
+@links
 def test_what_training_did_not_write_stays(gpt, place):
-    Path("runs/old/thesis.txt").write_text("years of work")
+    Path("runs/old/thesis.txt").write_text("years of work", encoding="utf-8")
     Path("outside").mkdir()
-    Path("outside/precious").write_text("x")
+    Path("outside/precious").write_text("x", encoding="utf-8")
     Path("runs/old/tensorboard").symlink_to(place / "outside")
     Path("runs/old/wandb").mkdir()
     (Path("runs/old") / ".run.json.77.tmp").write_text("half")
@@ -261,6 +262,7 @@ def test_a_checkpoint_is_removed_from_within(gpt, place, monkeypatch):
     assert not folder.exists() and len(runs.checkpoints(Path("runs/old"))) == 2
 
 
+@links
 def test_a_link_to_elsewhere_is_not_followed(gpt, place):
     away = add_checkpoint(place / "away", 7, 1.0)
     (Path("runs/old/checkpoints") / "step-00000007").symlink_to(away)

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import BOTH, dose, needs, open_checkpoint
+from tests.conftest import BOTH, dose, needs, open_checkpoint, posix
 from twingpt.backends import registry
 from twingpt.runs import folder as runs
 from twingpt.runs.events import read_events
@@ -240,6 +240,7 @@ def test_a_finished_run_is_not_evaluated_or_sampled_twice(gpt, prose, tmp_path):
 
 
 @needs("torch")
+@posix("another process can send no Ctrl-C on Windows")
 @pytest.mark.soak  # test_kill.py has the signals; this is the command as it is typed
 def test_ctrl_c_saves_and_says_how_to_go_on(prose, tmp_path):
     command = [sys.executable, "-m", "twingpt", "train", "--data", prose, "--out", "run", "--backend", "torch", *SMALL]

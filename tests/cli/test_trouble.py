@@ -5,9 +5,9 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -81,10 +81,14 @@ def full_disk(monkeypatch, run):
 
 
 def read_only(monkeypatch, run):
-    def mkdtemp(**_):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    mkdir = Path.mkdir
 
-    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    def refuse(path, *arguments, **options):
+        if not path.exists():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
 
 
 def no_permission(monkeypatch, run):

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import math
 import os
-import pty
 import re
 import select
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.conftest import needs
+from tests.conftest import needs, posix
 from twingpt.backends import registry
 from twingpt.commands import wizard
 from twingpt.commands.wizard import parse_span, plan
@@ -219,6 +218,8 @@ class Child:
     """A command on a terminal of its own."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
+        import pty  # which Windows has not
+
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             os.chdir(folder)
@@ -262,6 +263,7 @@ class Child:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@posix("Windows has no such terminals")
 @pytest.mark.soak
 @needs("torch")
 def test_on_a_real_terminal(prose, tmp_path):
@@ -281,6 +283,7 @@ def test_on_a_real_terminal(prose, tmp_path):
     assert (run / "checkpoints" / "step-00000003").is_dir()
 
 
+@posix("Windows has no such terminals")
 @needs("torch")
 def test_ctrl_c_on_a_real_terminal(prose, tmp_path):
     child = Child(tmp_path, "train", "--wizard")

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from tests.conftest import dose
+from tests.conftest import dose, links, pipes
 from tests.mutate import mutations, overwrite, whole
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.safetensors_file import TensorFile, write_safetensors
@@ -383,6 +383,7 @@ def test_an_index_that_lies(tmp_path, index, message):
         all_tensors(path)
 
 
+@links
 def test_links_out_of_the_directory_are_refused(tmp_path):
     path, _ = written(tmp_path / "x")
     for name in ("model.safetensors", "config.json"):
@@ -398,6 +399,7 @@ def test_links_out_of_the_directory_are_refused(tmp_path):
         (tmp_path / name).rename(path / name)
 
 
+@links
 def test_the_hubs_cache_is_made_of_links(tmp_path):
     snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
     path, config = written(snapshot)
@@ -409,6 +411,7 @@ def test_the_hubs_cache_is_made_of_links(tmp_path):
     assert all_tensors(path).keys() == dict(initialise(config, 0)).keys()
 
 
+@pipes
 def test_a_pipe_is_no_file(tmp_path):
     path, _ = written(tmp_path / "x")
     (path / "model.safetensors").unlink()

@@ -57,7 +57,7 @@ def test_choice(only, system):
 def test_not_installed_names_the_extra(only, system):
     only("torch")
     system("Linux", "x86_64")
-    with pytest.raises(UserError, match=r"mlx backend is not installed: pip install 'twingpt\[mlx-cpu\]'"):
+    with pytest.raises(UserError, match=r'mlx backend is not installed: pip install "twingpt\[mlx-cpu\]"'):
         registry.choose("mlx")
     only()
     with pytest.raises(UserError, match="No backend is installed"):

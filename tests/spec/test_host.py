@@ -24,14 +24,14 @@ GRAVITON = "processor : 0\nFeatures\t: fp asimd evtstrm fphp asimdhp i8mm bf16 d
     ],
 )
 def test_what_a_cpu_is_fast_at(monkeypatch, cpuinfo, fast):
-    monkeypatch.setattr(host, "_cpuinfo", lambda: cpuinfo)
+    monkeypatch.setattr(host, "_read", lambda _: cpuinfo)
     assert host.cpu_fast_dtypes() == fast
 
 
 def test_the_name_of_the_cpu(monkeypatch):
-    monkeypatch.setattr(host, "_cpuinfo", lambda: EPYC)
+    monkeypatch.setattr(host, "_read", lambda _: EPYC)
     assert host.cpu_name() == "AMD EPYC 9354"
-    monkeypatch.setattr(host, "_cpuinfo", lambda: "")
+    monkeypatch.setattr(host, "_read", lambda _: "")
     monkeypatch.setattr(host.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(host.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout="Apple M3 Pro\n"))
     assert host.cpu_name() == "Apple M3 Pro"

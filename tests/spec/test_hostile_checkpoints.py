@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from tests.conftest import dose, open_checkpoint, training_state
+from tests.conftest import dose, links, open_checkpoint, pipes, training_state
 from tests.mutate import DENSE, HASHING, ROOM, Judge, header_at, mutations, overwrite, whole
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
@@ -131,6 +131,7 @@ def test_numbers_and_names_that_are_too_large(tiny, change, message):
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"])
+@links
 def test_links_out_are_not_followed(tiny, tmp_path, name):
     (tiny / name).rename(tmp_path / "outside")
     (tiny / name).symlink_to(tmp_path / "outside")
@@ -139,6 +140,7 @@ def test_links_out_are_not_followed(tiny, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "manifest.json", "model.safetensors", "tokenizer_config.json"])
+@pipes
 def test_what_never_ends_is_not_read(tiny, name):
     (tiny / name).unlink()
     os.mkfifo(tiny / name)

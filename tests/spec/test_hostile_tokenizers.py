@@ -6,7 +6,7 @@ import os
 import pytest
 
 from tests import foreign
-from tests.conftest import dose
+from tests.conftest import dose, pipes
 from tests.mutate import Judge, mutations, overwrite, whole
 from twingpt.core.errors import UserError
 from twingpt.data.tokenizers import find
@@ -80,6 +80,7 @@ def test_what_tokenizers_panics_on_is_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pipes
 def test_links_out_and_what_never_ends_are_not_read(tmp_path, name):
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -1,9 +1,7 @@
 """Locks between processes: one holder at a time, freed by its death, seen by earlier versions and leaving no file."""
 
 import errno
-import fcntl
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -12,10 +10,17 @@ import time
 import filelock
 import pytest
 
+from tests.conftest import links, posix
 from twingpt.core import paths
 from twingpt.core.locks import is_locked, lock_file, locked
 from twingpt.runs import folder as runs
 from twingpt.runs import inventory
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where the lock file is the only lock
+    fcntl = None
+flock = posix("Windows has no flock")
 
 
 @pytest.fixture
@@ -28,9 +33,12 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def hold(folder, code: str = "with locked(folder): print(flush=True); time.sleep(500)") -> subprocess.Popen:
+NEW = "with locked(folder): print(flush=True); time.sleep(500)"
+
+
+def hold(folder, code: str = NEW) -> subprocess.Popen:
     """A process that holds the lock of a folder until it is killed."""
-    head = "import fcntl, os, sys, time\nfrom pathlib import Path\nfrom twingpt.core.locks import locked\n"
+    head = "import os, sys, time\nfrom pathlib import Path\nfrom twingpt.core.locks import locked\n"
     command = [sys.executable, "-c", f"{head}folder = Path(sys.argv[1])\n{code}", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout.readline()
@@ -38,15 +46,15 @@ def hold(folder, code: str = "with locked(folder): print(flush=True); time.sleep
 
 
 def end(process) -> None:
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
 
 
 # As the versions before this module locked a folder.
-OLD = "d = os.open(folder, os.O_RDONLY); fcntl.flock(d, fcntl.LOCK_EX); print(flush=True); time.sleep(500)"
+OLD = "import fcntl; fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX); print(flush=True); time.sleep(500)"
 
 
-@pytest.mark.parametrize("code", ["with locked(folder): print(flush=True); time.sleep(500)", OLD])
+@pytest.mark.parametrize("code", [NEW, pytest.param(OLD, marks=flock)])
 def test_one_process_at_a_time_until_it_dies(folder, code):
     process = hold(folder, code)
     assert is_locked(folder) is True and runs.is_trained(folder)
@@ -58,10 +66,11 @@ def test_one_process_at_a_time_until_it_dies(folder, code):
     assert is_locked(folder) is False
     with locked(folder) as held:
         assert held is True and names(folder.parent) == [".x.lock", "x"] and names(folder) == []
-        descriptor = os.open(folder, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):  # as an earlier version tries
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(descriptor)
+        if fcntl:
+            descriptor = os.open(folder, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):  # as an earlier version tries
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(descriptor)
     assert names(folder.parent) == ["x"]
 
 
@@ -84,6 +93,7 @@ def test_waiting_ends_with_the_holder_or_the_time(folder):
     assert results == [True] * 3 and names(folder.parent) == ["x"]
 
 
+@flock
 def test_looking_leaves_nothing_and_is_in_nobodys_way(folder):
     assert is_locked(folder) is False and is_locked(folder / "nothing") is None
     assert names(folder.parent) == ["x"] and names(folder) == []
@@ -93,6 +103,7 @@ def test_looking_leaves_nothing_and_is_in_nobodys_way(folder):
     os.close(descriptor)
 
 
+@links
 def test_a_run_by_several_names(folder, monkeypatch):
     link = folder.parent / "link"
     link.symlink_to(folder)
@@ -107,6 +118,7 @@ def test_a_run_by_several_names(folder, monkeypatch):
     assert not runs.is_trained(loop) and lock_file(runs.Path("/")).parent == runs.Path("/")
 
 
+@flock
 def test_where_there_are_no_locks(folder, monkeypatch):
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -124,6 +136,7 @@ def test_where_there_are_no_locks(folder, monkeypatch):
     assert paths.remove_leftovers(folder.parent, ".set.*.tmp") == [fresh] and not old.exists()
 
 
+@flock
 def test_where_the_lock_file_can_not_be_written(folder, monkeypatch):
     def acquire(self):
         raise PermissionError(errno.EACCES, "Permission denied")

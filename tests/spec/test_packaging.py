@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import twingpt
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -66,6 +68,27 @@ def test_data_files_are_packaged():
         for path in ROOT.joinpath(*name.split(".")).glob(glob)
     }
     assert files == packaged and ROOT / "twingpt/runs/templates/report.css" in files
+
+
+def test_the_version_is_in_one_place():
+    assert PROJECT["project"]["dynamic"] == ["version"] and "version" not in PROJECT["project"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "twingpt.version.__version__"}
+    (assigned,) = [node for node in TREES[ROOT / "twingpt" / "version.py"].body if isinstance(node, ast.Assign)]
+    assert assigned.value.value == twingpt.__version__  # setuptools reads a literal without importing the package
+    written = [path for path in TREES if f'"{twingpt.__version__}"' in path.read_text("utf-8")]
+    assert written == [ROOT / "twingpt" / "version.py"]
+
+
+def test_the_changelog_begins_with_what_comes_and_knows_this_version():
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", twingpt.__version__]
+
+
+def test_the_source_distribution_has_what_the_tests_read():
+    lines = (ROOT / "MANIFEST.in").read_text("utf-8").splitlines()
+    named = {name for line in lines if line.startswith(("graft", "include")) for name in line.split()[1:]}
+    assert {"tests", "benchmarks", "docs", "CHANGELOG.md"} <= named
+    assert all((ROOT / name).exists() for name in named)
 
 
 def test_the_spec_stays_one_that_is_read_in_an_afternoon():

@@ -152,7 +152,7 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path):
 def test_files_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         TensorFile(tmp_path / "x")
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match=r"Is a directory|Permission denied"):
         TensorFile(tmp_path)
     (tmp_path / "x").write_bytes(b"")
     with pytest.raises(UserError, match="its header ends at byte 8"):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
-import resource
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,16 +30,17 @@ CPU_FLAGS = {
 }
 
 
-def _cpuinfo() -> str:
+def _read(path: str) -> str:
+    """What Linux says in a file of /proc; nothing elsewhere."""
     try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
+        return Path(path).read_text("utf-8")
+    except OSError:
         return ""
 
 
 def cpu_name() -> str:
     """The processor's own name: "AMD EPYC", "Apple M3 Pro"."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     if found:
         return found[1]
     if platform.system() == "Darwin":
@@ -52,7 +54,7 @@ def cpu_name() -> str:
 
 def cpu_fast_dtypes() -> tuple[str, ...]:
     """The dtypes that the processor multiplies matrices in at full speed."""
-    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)).split())
+    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)).split())
     return ("float32", *(dtype for dtype, names in CPU_FLAGS.items() if names & flags))
 
 
@@ -77,7 +79,8 @@ def _container_memory() -> tuple[int, int] | None:
     """(limit, usage) in bytes of this container, less `_idle_cache`; None outside one or without a limit."""
     for limit, used in CGROUPS:
         try:
-            return int(Path(limit).read_text()), max(0, int(Path(used).read_text()) - _idle_cache(Path(used)))
+            usage = int(Path(used).read_text("utf-8")) - _idle_cache(Path(used))
+            return int(Path(limit).read_text("utf-8")), max(0, usage)
         except (OSError, ValueError):  # no such hierarchy, or "max"
             continue
     return None
@@ -86,7 +89,7 @@ def _container_memory() -> tuple[int, int] | None:
 def _idle_cache(used: Path) -> int:
     """Bytes of inactive page cache, which the kernel reclaims when a process wants them; 0 if unknown."""
     try:
-        stat = used.with_name("memory.stat").read_text()
+        stat = used.with_name("memory.stat").read_text("utf-8")
     except OSError:
         return 0
     return max(map(int, re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)), default=0)
@@ -94,25 +97,34 @@ def _idle_cache(used: Path) -> int:
 
 def total_memory() -> int:
     """Bytes of memory of this machine, or the limit of its container."""
-    total, container = psutil.virtual_memory().total, _container_memory()
+    total, container = int(psutil.virtual_memory().total), _container_memory()
     return min(total, container[0]) if container else total
 
 
 def free_memory() -> int:
     """Bytes that can be allocated without swapping, within the container's limit."""
-    free, container = psutil.virtual_memory().available, _container_memory()
+    free, container = int(psutil.virtual_memory().available), _container_memory()
     return min(free, max(0, container[0] - container[1])) if container else free
 
 
 def process_memory() -> Memory:
     """Resident bytes (RSS) of this process, now and at most so far."""
-    now = psutil.Process().memory_info().rss
-    if platform.system() == "Darwin":
-        return Memory(now, max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
-    # On Linux ru_maxrss begins at the peak of the parent process; VmHWM does not.
-    status = Path("/proc/self/status").read_text()
-    peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return Memory(now, max(now, int(peak[1]) * 1024 if peak else 0))
+    used = psutil.Process().memory_info()
+    return Memory(used.rss, max(used.rss, _peak_memory(used)))
+
+
+def _peak_memory(used: Any) -> int:
+    """The peak by what psutil says of this process, or by what the system does; 0 if unknown."""
+    if hasattr(used, "peak_wset"):  # Windows
+        return int(used.peak_wset)
+    if status := _read("/proc/self/status"):  # Linux, whose ru_maxrss begins at the peak of the parent process
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
 
 
 def end_with_parent() -> None:

@@ -28,12 +28,25 @@ def installed(name: str) -> bool:
 
 
 def how_to_install(name: str) -> str:
-    """The command that installs a backend on this machine."""
+    """The command that installs a backend on this machine, in quotes that every shell takes, cmd.exe too."""
     if name == "torch":
-        return "pip install 'torch>=2.8,<2.14'"
+        return 'pip install "torch>=2.8,<2.14"'
+    if platform.system() == "Windows":
+        return "MLX has no build for Windows, --backend torch runs here"
     if platform.system() == "Darwin":
         return "pip install mlx"
-    return "pip install 'twingpt[mlx-cpu]' (or [mlx-cuda12], [mlx-cuda13] for a GPU)"
+    return 'pip install "twingpt[mlx-cpu]" (or [mlx-cuda12], [mlx-cuda13] for a GPU)'
+
+
+def compiles(backend: str, kind: str) -> bool:
+    """Whether training steps are compiled by default, on a device of a `kind`.
+
+    Not on a CPU, where that takes longer than the run that it would speed up; nor for a GPU whose code torch makes
+    with Triton where that is missing, as on Windows.
+    """
+    if backend == "torch" and kind in ("cuda", "xpu"):
+        return importlib.util.find_spec("triton") is not None
+    return kind != "cpu"
 
 
 def choose(name: str = "auto") -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-import signal
+import shutil
 import statistics
 import tempfile
 import time
@@ -39,6 +39,7 @@ from twingpt.training.settings import MODEL_FIELDS, TRAIN_FIELDS
 
 WARMUP = 2  # runs that are not counted: they compile, start threads and fill caches
 PLAIN_LOSS_COPIES = 4  # float32 arrays of all logits that a plain loss may hold at a time
+SIGKILL = -9  # the exit code of a process that it ended; Windows has neither
 FORWARD_SHARE = 1 / 3  # of a training step's operations: the backward pass does twice the forward's
 
 Options = Mapping[str, Any]
@@ -155,8 +156,8 @@ class Process:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self.log = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 (open as long as the process)
-        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (self.log.name,))
+        self.log = Path(tempfile.mkdtemp()) / "log"  # closed here: Windows opens no temporary file a second time
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (str(self.log),))
         others = set(multiprocessing.active_children())
         with _safe_path():
             self.pool.submit(os.getpid)  # the process starts with its first task
@@ -166,7 +167,7 @@ class Process:
         """End the process, whatever it is doing."""
         self.process.kill()
         self.pool.shutdown()
-        self.log.close()
+        shutil.rmtree(self.log.parent, ignore_errors=True)
 
     def ask(self, name: str, **arguments: Any) -> Any:
         """What a method of the worker returns. Raises UserError with what went wrong there."""
@@ -178,10 +179,10 @@ class Process:
     def _exit_reason(self) -> str:
         self.pool.shutdown()
         code = self.process.exitcode
-        if code == -signal.SIGKILL:
+        if code == SIGKILL:
             return f"The measurement of {self.backend} was ended from outside, most likely for want of memory."
-        self.log.seek(0)
-        last = (self.log.read().strip().splitlines() or ["it said nothing."])[-1]
+        said = self.log.read_text("utf-8", errors="replace") if self.log.exists() else ""
+        last = (said.strip().splitlines() or ["it said nothing."])[-1]
         return f"The measurement of {self.backend} ended with code {code}: {last}"
 
 
@@ -222,7 +223,7 @@ def measure(
 
         def build(process: Process) -> dict[str, Any]:
             facts = opened[process]
-            compiled = facts["kind"] != "cpu" if compile is None else compile
+            compiled = registry.compiles(process.backend, facts["kind"]) if compile is None else compile
             settings = dataclasses.replace(train, dtype=facts["dtype"]).to_dict()
             built = {"config": config.to_dict(), "train": settings, "compile": compiled}
             process.ask("build", mode=mode, **built)

@@ -12,8 +12,9 @@ from twingpt.checks import parity
 from twingpt.core.backend import Backend, Device
 from twingpt.core.errors import UserError
 from twingpt.training import flops
+from twingpt.version import __version__
 
-LIBRARIES = ("twingpt", "torch", "mlx", "numpy", "safetensors", "tokenizers", "tiktoken", "transformers", "mlx-lm")
+LIBRARIES = ("torch", "mlx", "numpy", "safetensors", "tokenizers", "tiktoken", "transformers", "mlx-lm")
 
 
 def _version(name: str) -> str | None:
@@ -69,7 +70,7 @@ def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {"twingpt": __version__, **{name: _version(name) for name in LIBRARIES}},
         "backends": {name: facts for name, (facts, _) in found.items()},
         "devices": [device for _, devices in found.values() for device in devices],
         "choice": choice,

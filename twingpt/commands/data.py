@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import shlex
 from typing import Annotated
 
 import typer
 
 from twingpt.commands.options import TOKENIZERS, Json, Yes
 from twingpt.commands.output import ask_to_remove, make_console, print_json
+from twingpt.core.paths import quote
 
 app = typer.Typer(
     name="data",
@@ -31,7 +31,7 @@ DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data s
     "gpt data prepare notes/ 'more/**/*.md' --tokenizer char --name notes\n\n"
     "gpt data prepare dump.jsonl.zst --field body --tokenizer gpt2 --name dump\n\n"
     "zcat books.gz | gpt data prepare - --errors replace --name books\n\n"
-    "gpt data prepare roneneldan/TinyStories --name stories     with pip install 'twingpt\\[hf]'\n\n"
+    'gpt data prepare roneneldan/TinyStories --name stories     with pip install "twingpt\\[hf]"\n\n'
     "Files are .txt, .md, .rst and .jsonl, also as .gz or .zst, .parquet, and what save_to_disk of datasets wrote.\n",
 )
 def prepare_data(
@@ -74,7 +74,7 @@ def prepare_data(
     if json_:
         print_json(result)
     else:
-        show.print_prepared(make_console(), result, shlex.quote(name))
+        show.print_prepared(make_console(), result, quote(name))
 
 
 @app.command("list", epilog="[bold]Examples[/]\n\ngpt data list\n\ngpt data list --json | jq '.data_sets[].name'\n")

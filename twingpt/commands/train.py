@@ -1,6 +1,5 @@
 """gpt train: from flags, files and the wizard to a run."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from twingpt.commands.options import MODEL, TOKENIZERS, option
 from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
+from twingpt.core.paths import quote
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,7 +192,7 @@ def _print_settings(console: "Console", state: "RunState", options: dict[str, An
 def _print_summary(console: "Console", summary: dict[str, Any]) -> None:
     from rich.markup import escape
 
-    run, word = escape(summary["run"]), escape(shlex.quote(summary["run"]))
+    run, word = escape(summary["run"]), escape(quote(summary["run"]))
     lines = [f"\nCheckpoint: [bold]{escape(summary['checkpoint'])}[/]", f"Report:     {run}/report.html"]
     if known := summary["baseline"]:
         better = 1 - summary["val_bpb"] / known["bits_per_byte"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from twingpt.core.backend import Device
 from twingpt.core.config import GPTConfig, TrainConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
-from twingpt.core.paths import expand
+from twingpt.core.paths import expand, quote
 from twingpt.core.presets import PRESETS
 from twingpt.core.units import human_bytes, human_count, human_time
 from twingpt.data.named import NAMES
@@ -69,7 +68,7 @@ def _conversation(console: Console) -> tuple[Path, bool]:
         "device": place.device.name,
     }
     path = _ask_file(console, settings, f"About {human_time(planned.seconds)} on {place}, as measured there.")
-    command = f"gpt train --config {shlex.quote(str(path))}"
+    command = f"gpt train --config {quote(path)}"
     console.print(f"Wrote {escape(str(path))}. To train: [bold]{escape(command)}[/]", soft_wrap=True)
     return path, Confirm.ask("Start now?", console=console, default=True)
 

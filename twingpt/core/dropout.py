@@ -22,7 +22,8 @@ def mix(h: Array) -> Array:
     """MurmurHash3's 32-bit finalizer, elementwise over uint32; products wrap."""
     h = (h ^ (h >> 16)) * np.uint32(MIX[0])
     h = (h ^ (h >> 13)) * np.uint32(MIX[1])
-    return h ^ (h >> 16)
+    mixed: Array = h ^ (h >> 16)
+    return mixed
 
 
 def dropout_sites(config: GPTConfig) -> int:

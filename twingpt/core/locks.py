@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -90,6 +91,9 @@ def _lock_beside(path: Path, timeout: float) -> Iterator[bool | None]:
 
 @contextmanager
 def _flock(path: Path, timeout: float, *, shared: bool = False) -> Iterator[bool | None]:
+    if sys.platform == "win32":  # mypy knows by this name alone that there is no fcntl
+        yield None
+        return
     try:
         import fcntl
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-import tempfile
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from twingpt.core.locks import locked
+from twingpt.core.locks import POLL, locked
 
 DAY = 24 * 3600  # seconds: longer than a temporary folder is written to
+PATIENCE = 2.0  # seconds: longer than a virus scanner or a reader holds a file of ours
+HELD = {5, 32}  # Windows' codes for what a process has open: access denied, sharing violation
 
 
 def expand(path: str | Path) -> Path:
@@ -26,8 +28,21 @@ def home() -> Path:
     return expand(os.environ.get("TWINGPT_HOME") or "~/.cache/twingpt")
 
 
+def quote(word: str | Path) -> str:
+    """A word of a command line, quoted for the shell that a user of this system copies it to."""
+    if sys.platform == "win32":  # cmd.exe takes a single quote for a part of the word
+        import subprocess
+
+        return subprocess.list2cmdline([str(word)])
+    import shlex
+
+    return shlex.quote(str(word))
+
+
 def sync_folder(folder: Path) -> None:
-    """Make renames within `folder` durable."""
+    """Make renames within `folder` durable; Windows opens no folders, and its file system journals renames."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,6 +56,22 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file, replacing one at `target`, or a folder.
+
+    Windows refuses while any process has it, or a file in it, open; there it is tried again for PATIENCE seconds.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in HELD or time.monotonic() >= end:
+                raise
+        time.sleep(POLL)
 
 
 @contextmanager
@@ -59,7 +90,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     with naming(path):
         try:
             write_synced(temporary, content.encode() if isinstance(content, str) else content)
-            temporary.replace(path)
+            rename(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
@@ -76,19 +107,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     # What was to be replaced is all that there is where a killed process left nothing at `path`.
     endings = ("tmp", "old") if path.exists() else ("tmp",)
     remove_leftovers(path.parent, *(f".{glob.escape(path.name)}.*.{ending}" for ending in endings))
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    # Not by mkdtemp, whose folders are their owner's alone: on Windows for good, however they are renamed.
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    temporary.mkdir()
     try:
         with locked(temporary):
-            temporary.chmod(0o755)  # mkdtemp's 0o700 would follow the folder around
             yield temporary
             sync_folder(temporary)
             if path.exists():
                 old = temporary.with_suffix(".old")
-                path.rename(old)
-                temporary.rename(path)
+                rename(path, old)
+                rename(temporary, path)
                 shutil.rmtree(old)
             else:
-                temporary.rename(path)
+                rename(temporary, path)
             sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -20,13 +20,16 @@ Parameters = Mapping[str, Array]
 
 def linear(x: Array, p: Parameters, name: str) -> Array:
     """x W^T + b, (…, in) -> (…, out); without b where there is no parameter `name`.bias."""
-    y = x @ p[f"{name}.weight"].T
-    return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
+    y: Array = x @ p[f"{name}.weight"].T
+    if f"{name}.bias" in p:
+        y = y + p[f"{name}.bias"]
+    return y
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm (Zhang & Sennrich 2019) over the last axis: x / sqrt(mean(x^2) + eps) * weight."""
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+    y: Array = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+    return y
 
 
 def norm_weight(p: Parameters, name: str, config: GPTConfig) -> Array:
@@ -45,8 +48,10 @@ def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
     if config.norm == "rmsnorm":
         return rms_norm(x, weight, config.norm_eps)
     centred = x - x.mean(-1, keepdims=True)
-    y = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + config.norm_eps) * weight
-    return y + p[f"{name}.bias"] if config.norm_bias else y
+    y: Array = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + config.norm_eps) * weight
+    if config.norm_bias:
+        y = y + p[f"{name}.bias"]
+    return y
 
 
 def rope(x: Array, config: GPTConfig, *, local: bool = False) -> Array:
@@ -91,7 +96,8 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
         if config.qk_norm and letter != "v":
             y = y if config.qk_norm_whole else y.reshape(B, T, -1, config.head_dim)
             y = rms_norm(y, norm_weight(p, f"{name}.{letter}_norm", config), config.norm_eps)
-        return y.reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
+        heads: Array = y.reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
+        return heads
 
     q, k, v = project("q"), project("k"), project("v")
     if config.uses_rope(layer):
@@ -108,12 +114,14 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
 def activation(x: Array, mlp: str) -> Array:
     """The nonlinearity of each of MLPS, elementwise."""
     if mlp == "swiglu":
-        return x / (1 + np.exp(-x))
-    if mlp == "relu2":
-        return np.maximum(x, 0) ** 2
-    if mlp in ("gelu_tanh", "geglu_tanh"):
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))  # gelu, geglu
+        y: Array = x / (1 + np.exp(-x))
+    elif mlp == "relu2":
+        y = np.maximum(x, 0) ** 2
+    elif mlp in ("gelu_tanh", "geglu_tanh"):
+        y = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    else:  # gelu, geglu
+        y = 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return y
 
 
 def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
@@ -129,7 +137,8 @@ def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
 
 def smear(x: Array, p: Parameters) -> Array:
     """x[t] + weight * x[t - 1] by channel (modded-nanogpt), (B, T, D); x[-1] is 0."""
-    return x + p["model.smear.weight"] * np.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    y: Array = x + p["model.smear.weight"] * np.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return y
 
 
 def block(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from twingpt.core.errors import UserError
 from twingpt.core.locks import locked
-from twingpt.core.paths import naming, sync_folder
+from twingpt.core.paths import naming, rename, sync_folder
 
 CHUNK = 1 << 20
 
@@ -92,7 +92,7 @@ class _Download:
         have = self.part_size
         if have and have == self.size:
             return
-        etag = self.etag_path.read_text() if have and self.etag_path.exists() else ""
+        etag = self.etag_path.read_text("latin-1") if have and self.etag_path.exists() else ""
         headers = {"User-Agent": "twingpt"}
         if etag:
             headers |= {"Range": f"bytes={have}-", "If-Range": etag}
@@ -162,7 +162,7 @@ class _Download:
             self.check_size(int(headers["Content-Length"]))
         etag = headers.get("ETag", "")
         with _disk_errors(self.etag_path.parent):
-            self.etag_path.write_text("" if etag.startswith("W/") else etag)
+            self.etag_path.write_text("" if etag.startswith("W/") else etag, "latin-1")  # as http.client reads headers
         return 0
 
     def copy(self, response: Any, start: int) -> None:
@@ -262,6 +262,7 @@ def download(
             progress(f"{path.name}, by another process", 0, None)
             stack.enter_context(locked(part, timeout=-1))
         if path.exists():  # by the other process
+            file.close()  # Windows neither removes nor renames what is open
             part.unlink(missing_ok=True)
             return digest(path, lambda done, total: None)
         etag_path = path.with_name(f"{path.name}.part.etag")
@@ -269,7 +270,8 @@ def download(
         found = _fetch_with_retries(this, part, tries, wait)
         with _disk_errors(path.parent):
             os.fsync(file.fileno())
-            part.replace(path)
+            file.close()
+            rename(part, path)
             etag_path.unlink(missing_ok=True)
             sync_folder(path.parent)
     return found

@@ -191,7 +191,7 @@ def _check(name: str, file: RemoteFile, path: Path, progress: download.Progress)
     """
     record = {}
     with suppress(OSError, ValueError, TypeError, RecursionError):
-        record = dict(json.loads(_record_path(path).read_text()))
+        record = dict(json.loads(_record_path(path).read_text("utf-8")))
     expected = file.sha256 or record.get("sha256")
     if expected and record == {"sha256": expected, **_stamp(path)}:
         return

@@ -157,7 +157,7 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
-        raise UserError("Reading .zst needs zstandard: pip install 'twingpt[data]', or decompress it first.") from None
+        raise UserError('Reading .zst needs zstandard: pip install "twingpt[data]", or decompress it first.') from None
     try:
         yield from _joined(_zstd_frames(file, zstandard.ZstdDecompressor))
     except zstandard.ZstdError as error:
@@ -266,7 +266,7 @@ def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"Reading {path.name} needs pyarrow: pip install 'twingpt[data]'.") from None
+        raise UserError(f'Reading {path.name} needs pyarrow: pip install "twingpt[data]".') from None
     return pyarrow
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from twingpt.core.paths import write_synced
 from twingpt.core.reading import short
 from twingpt.core.tokenizer import Tokenizer, files
 from twingpt.core.tokenizer import load as load_tokenizer
+from twingpt.version import __version__
 
 Array = np.ndarray
 
@@ -97,7 +97,7 @@ def finish_dataset(
     folder: Path, tokenizer: Tokenizer, facts: Mapping[str, Any], writers: Mapping[str, ShardWriter]
 ) -> None:
     """Write the tokenizer and, last, the manifest, without which a folder is no data set, beside finished shards."""
-    manifest = {"schema": SCHEMA, **facts, "twingpt": importlib.metadata.version("twingpt")}
+    manifest = {"schema": SCHEMA, **facts, "twingpt": __version__}
     manifest |= {"dtype": token_dtype(tokenizer.vocab_size).str, "vocab_size": tokenizer.vocab_size}
     manifest |= {"tokenizer": tokenizer.digest, "splits": {split: writer.facts() for split, writer in writers.items()}}
     write_tokenizer(folder, tokenizer)

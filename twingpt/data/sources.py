@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -89,7 +88,7 @@ def load(spec: str, field: str = "text", errors: str = "strict") -> Source:
         raise UserError(f"{spec} is neither a regular file nor a folder: save its text to a file first.")
     if glob.has_magic(spec):
         return Source(_slug(path.name), [DocumentFile(file, field, errors) for file in _matches(spec)])
-    if path.suffix or os.sep in spec:
+    if path.suffix or path.name != spec:
         raise UserError(f"There is no file or folder {spec}: check the path.")
     raise unknown_choice("data source", spec, named.NAMES)
 
@@ -112,7 +111,7 @@ def load_hub(spec: str, field: str, errors: str) -> Source:
         import datasets
     except ImportError:
         raise UserError(
-            f"There is no file or folder {spec}; to fetch it as a Hugging Face data set: pip install 'twingpt[hf]'."
+            f'There is no file or folder {spec}; to fetch it as a Hugging Face data set: pip install "twingpt[hf]".'
         ) from None
     name, _, config = spec.partition(":")
     _go_offline_unless_reachable(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ def find(name: str) -> Tokenizer:
                 f"{name} has no {FILE}: transformers writes one for what it reads, by "
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
             ) from None
-        if path.suffix or os.sep in name or "@" in name:
+        if path.suffix or path.name != name or "@" in name:
             raise UserError(f"There is no tokenizer {name}: give a tokenizer.json, its folder, or a run.") from None
         raise unknown_choice("tokenizer", name, TOKENIZERS) from None
     return load(checkpoint)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import numpy as np
+import psutil
 
 from twingpt.backends.host import end_with_parent
 from twingpt.core.errors import UserError
@@ -111,7 +112,7 @@ def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
 def cores() -> int:
     """The cores that this process may use."""
     try:
-        return len(os.sched_getaffinity(0))
+        return len(psutil.Process().cpu_affinity())
     except AttributeError:  # macOS
         return os.cpu_count() or 1
 
@@ -194,8 +195,6 @@ class PeakMemory:
             thread.join()
 
     def _sample(self) -> None:
-        import psutil
-
         me = psutil.Process()
         total = 0
         for process in (me, *me.children(recursive=True)):

@@ -27,7 +27,8 @@ class Smoothed:
     def mix(self, lower: Array, context: Array, gram: Array) -> Array:
         """Interpolate with `lower`, the probabilities of the order below; ranks are -1 for what was never seen."""
         backoff = np.where(context >= 0, self.backoff[context], 1.0)
-        return np.where(gram >= 0, self.share[gram], 0.0) + backoff * lower
+        mixed: Array = np.where(gram >= 0, self.share[gram], 0.0) + backoff * lower
+        return mixed
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def parse(text: str) -> list[str]:
         spec = importlib.util.find_spec(LIBRARIES[name])
         if spec is None or spec.origin is None:  # no origin: a folder ./wandb or ./mlflow, not the library
             raise UserError(
-                f"--report-to {name} needs {LIBRARIES[name]}, which is not installed: pip install 'twingpt[{name}]'."
+                f'--report-to {name} needs {LIBRARIES[name]}, which is not installed: pip install "twingpt[{name}]".'
             )
     return list(dict.fromkeys(names))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from twingpt.runs.folder import point, remove_leftovers
 from twingpt.runs.trackers import IDS
 from twingpt.training import settings
 from twingpt.training.state import Progress, RunState
+from twingpt.version import __version__
 
 SCHEMA = 1
 AGAIN = "Every setting of this run. It runs again with: gpt train --config THIS_FILE --out FOLDER"
@@ -36,7 +37,7 @@ def start_entry(step: int, backend: Backend, device: Device) -> dict[str, Any]:
         "device": dataclasses.asdict(device),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("numpy", "twingpt", backend.NAME)},
+        "versions": {"numpy": version("numpy"), "twingpt": __version__, backend.NAME: version(backend.NAME)},
     }
 
 

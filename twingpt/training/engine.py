@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twingpt.backends import registry
 from twingpt.core.backend import Backend, Device, TrainEngine
 from twingpt.core.config import GPTConfig, TrainConfig
 
@@ -9,9 +10,9 @@ from twingpt.core.config import GPTConfig, TrainConfig
 def make_engine(
     config: GPTConfig, train: TrainConfig, backend: Backend, device: Device, *, compile: bool | None
 ) -> TrainEngine:
-    """A TrainEngine without parameters yet; `compile` None compiles the step everywhere but on a CPU."""
-    if compile is None:  # on a CPU compiling takes longer than the run that it would speed up
-        compile = device.kind != "cpu"
+    """A TrainEngine without parameters yet; `compile` None compiles the step where `registry.compiles` says so."""
+    if compile is None:
+        compile = registry.compiles(backend.NAME, device.kind)
     return backend.TrainEngine(
         config,
         device,

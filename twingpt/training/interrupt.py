@@ -1,21 +1,26 @@
-"""Ctrl-C and SIGTERM: a wish to stop that the training loop asks for between steps."""
+"""Ctrl-C and SIGTERM, or Windows' Ctrl-Break: a wish to stop that the training loop asks for between steps."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if sys.platform == "win32":
+    SIGNALS.append(signal.SIGBREAK)
+
 
 class Interrupt:
-    """A context in which the first SIGINT or SIGTERM sets `requested`; the next one acts as usual."""
+    """A context in which the first of SIGNALS sets `requested`; the next one acts as usual."""
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             try:
                 self._previous[number] = signal.signal(number, self._request)
             except ValueError:  # not in the main thread: whoever runs the thread stops it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -11,6 +10,7 @@ from twingpt.backends import registry
 from twingpt.core.backend import Device
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
+from twingpt.core.paths import quote
 from twingpt.runs.events import last_baseline, read_events, seconds_so_far
 from twingpt.runs.folder import check_untrained
 from twingpt.training import memory
@@ -72,7 +72,7 @@ def resume_run(
     if stored.init_from and not stored.checkpoint:
         raise UserError(
             f"{run} was killed before its first checkpoint: start it again with "
-            f"gpt train --config {shlex.quote(str(run / 'config.toml'))} --out {shlex.quote(str(run))}."
+            f"gpt train --config {quote(run / 'config.toml')} --out {quote(run)}."
         )
     data = stored.open_data(train, training["data"], moved="data" in options)
     # A run goes on exactly, so nothing of it changes unasked.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.paths import write_atomically
+from twingpt.core.paths import quote, write_atomically
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.runs import folder as runs
 from twingpt.runs.events import Event, Saved, SaveFailed
@@ -114,7 +113,7 @@ class Saver:
         if error is not None:
             raise UserError(
                 f"The checkpoint of step {self.waiting[0].step} can't be saved ({_reason(error)}): free some space or "
-                f"mend {self.run}, then gpt train --resume {shlex.quote(str(self.run))} goes on; "
+                f"mend {self.run}, then gpt train --resume {quote(self.run)} goes on; "
                 "earlier checkpoints are untouched."
             ) from error
         self._prune()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from twingpt.core.config import GPTConfig, RopeScaling, TrainConfig, check_type, unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.paths import expand, write_atomically
+from twingpt.core.paths import expand, quote, write_atomically
 from twingpt.core.presets import PRESETS, SHAPES
 
 if sys.version_info >= (3, 11):
@@ -87,23 +86,24 @@ def read(path: Path) -> Settings:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if expand(path).is_dir():
+        raise UserError(f"{path} is a folder: give the TOML file in it, as --config {path / 'config.toml'}.")
     try:
         text = expand(path).read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"There is no file {path}: check the path given to --config.") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: give the TOML file in it, as --config {path / 'config.toml'}.") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: byte {error.start}.") from None
     try:
-        return tomllib.loads(text)
+        table: dict[str, Any] = tomllib.loads(text)
     except RecursionError:
         raise UserError(f"{path} is not TOML: it is nested too deeply.") from None
     except ValueError as error:  # also of a number of thousands of digits
         last = f"at the end, line {len(text.splitlines())}"
         raise UserError(f"{path} is not TOML: {str(error).replace('at end of document', last)}.") from None
+    return table
 
 
 def _entries(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -191,7 +191,7 @@ def to_toml(settings: Mapping[str, Any], comment: str) -> str:
 
 def as_pairs(settings: Mapping[str, Any]) -> str:
     """Settings in one line, as --set takes them on a command line."""
-    return " ".join(shlex.quote(f"{key}={_text(value)}") for key, value in settings.items())
+    return " ".join(quote(f"{key}={_text(value)}") for key, value in settings.items())
 
 
 def _text(value: Any) -> str:

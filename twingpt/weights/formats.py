@@ -143,7 +143,7 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f"There is no folder {name}; to fetch it from the Hugging Face hub, pip install 'twingpt[hf]'."
+            f'There is no folder {name}; to fetch it from the Hugging Face hub, pip install "twingpt[hf]".'
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))

@@ -14,7 +14,7 @@ from twingpt.core.checkpoint.config_json import model_type
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
-from twingpt.core.paths import sync_folder
+from twingpt.core.paths import rename, sync_folder
 from twingpt.core.presets import shaped
 from twingpt.core.rope import rope_periods
 from twingpt.core.tokenizer import PATTERNS, Tokenizer
@@ -125,9 +125,9 @@ def write(
         for stored, array in _arrays(config, shape, tensors):
             writer.write_tensor_data(np.ascontiguousarray(array, dtypes[stored]))
         writer.close()
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows syncs no file that is open for reading alone
             os.fsync(file.fileno())
-        temporary.replace(path)
+        rename(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}.") from error
@@ -140,7 +140,7 @@ def _writer(path: Path, shape: str) -> gguf.GGUFWriter:
     try:
         import gguf
     except ImportError:
-        raise UserError("Writing GGUF files needs the gguf package: pip install 'twingpt[gguf]'.") from None
+        raise UserError('Writing GGUF files needs the gguf package: pip install "twingpt[gguf]".') from None
     path.parent.mkdir(parents=True, exist_ok=True)
     return gguf.GGUFWriter(path, shape)
 
@@ -284,7 +284,8 @@ def _arrays(config: GPTConfig, shape: str, tensors: Iterable[tuple[str, Array]])
 
 def _interleaved(array: Array, head_dim: int) -> Array:
     """The rows of each head reordered: its llama rotates neighbours, where ours rotates the two halves."""
-    return array.reshape(-1, 2, head_dim // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    interleaved: Array = array.reshape(-1, 2, head_dim // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    return interleaved
 
 
 def _rope_factors(config: GPTConfig) -> Array | None:
@@ -292,4 +293,5 @@ def _rope_factors(config: GPTConfig) -> Array | None:
     if config.position != "rope" or config.rope_scaling is None or config.rope_scaling.type != "llama3":
         return None
     plain = np.float64(config.rope_theta) ** (np.arange(0, config.rope_dim, 2) / config.rope_dim)
-    return (rope_periods(config)[0] / plain).astype(np.float32)
+    factors: Array = rope_periods(config)[0] / plain
+    return factors.astype(np.float32)

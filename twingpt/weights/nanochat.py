@@ -200,7 +200,7 @@ class SafeTensor:
 
     def same_memory(self, other: Any) -> bool:
         """Whether both are one."""
-        return self == other
+        return bool(self == other)
 
 
 def _config(options: Any, meta: Path) -> GPTConfig:

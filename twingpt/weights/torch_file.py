@@ -64,7 +64,7 @@ class StoredTensor:
 
 def _forget_pages(tensor: Tensor) -> None:
     """Let go of the memory that a tensor's part of the mapped file takes, or all of the file would be resident."""
-    if os.name == "posix":
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, which takes back the pages of a mapped file by itself
         storage = tensor.untyped_storage()
         start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
@@ -197,7 +197,7 @@ def _begin(file: BinaryIO, record: zipfile.ZipInfo) -> int:
     """Where a record's data begin: after a header of 30 bytes, its name and padding."""
     file.seek(record.header_offset + 26)
     name, extra = struct.unpack("<HH", file.read(4))
-    return record.header_offset + 30 + name + extra
+    return record.header_offset + 30 + int(name) + int(extra)
 
 
 def _correct_checks(file: BinaryIO, at: int, records: list[zipfile.ZipInfo], checks: Mapping[str, int]) -> None:

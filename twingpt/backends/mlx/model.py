@@ -249,7 +249,8 @@ def _relu2_vjp(x: Array, cotangents: tuple[Array, Array], outputs: tuple[Array, 
 
 
 def _first(outputs: Any) -> Array:  # MLX types a custom function's result as object
-    return outputs[0]
+    first: Array = outputs[0]
+    return first
 
 
 def _gelu(x: Array) -> Array:

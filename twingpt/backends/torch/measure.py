@@ -27,9 +27,9 @@ def arrays_peak(device: Device, run: Callable[[], Any]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             traced.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
+            events = json.loads(path.read_text("utf-8"))["traceEvents"]
         changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
-        return max(accumulate((size for _, size in changes), initial=0))
+        return int(max(accumulate((size for _, size in changes), initial=0)))
     before = memory(device).now
     if device.kind in ("cuda", "xpu"):
         getattr(torch, device.kind).reset_peak_memory_stats(device.name)

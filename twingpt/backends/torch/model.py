@@ -424,7 +424,9 @@ def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTCo
     forward pass (as Liger Kernel's fused linear cross-entropy), which the backward pass only scales.
     """
     weight = p[f"{head(p, config)}.weight"]
-    total: Array = ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), config.logit_softcap)
+    total: Array = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x.flatten(0, 1), weight, targets.flatten(), config.logit_softcap
+    )
     return total
 
 

@@ -334,7 +334,8 @@ class TiktokenEncoder:
             return np.array([self.added[text]], np.int32)
         if self.normalizer is not None and not text.isascii():
             text = self.normalizer.normalize_str(text)
-        return self.ids[encode_ordinary(self.encoding, text)]
+        ids: Array = self.ids[encode_ordinary(self.encoding, text)]
+        return ids
 
 
 def tiktoken_encoder(content: Json, library: tokenizers.Tokenizer, special: Iterable[str]) -> TiktokenEncoder | None:

@@ -48,7 +48,8 @@ def _attention_factor(described: Values) -> float | None:
     if described.get("truncate", True) is not True:
         raise UserError("truncate = False of rope_type 'yarn' is not supported.")
     mscale, all_dim = (typed(described, key, "float | None") for key in ("mscale", "mscale_all_dim"))
-    if described.get("attention_factor") is not None or not (mscale and all_dim):
-        return described.get("attention_factor")
+    factor: float | None = described.get("attention_factor")
+    if factor is not None or not (mscale and all_dim):
+        return factor
     stretch = math.log(max(1.0, typed(described, "factor", "float")))
-    return (0.1 * mscale * stretch + 1) / (0.1 * all_dim * stretch + 1)
+    return float((0.1 * mscale * stretch + 1) / (0.1 * all_dim * stretch + 1))
