@@ -3,10 +3,13 @@
 import inspect
 import mmap
 import os
+import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -118,6 +121,50 @@ def test_an_engine_has_the_methods_and_the_constructor_of_its_protocol(engines, 
     assert parameters(engine) == parameters(getattr(backend, f"New{name}").__call__)
     for method, function in methods(getattr(backend, name)).items():
         assert parameters(getattr(engine, method)) == parameters(function), method
+
+
+TWINS = ("model", "inference", "training", "optimizer", "quantized", "device", "measure")
+INT4 = {"dequantize", "dequantizing_matmul", "has_int4_kernel", "prepack", "pack", "packed_matmul"}
+ALONE = {  # public names that one framework needs and the other has no use for
+    "mlx": {"on_device", "wire_memory"},
+    "torch": {"return_freed_memory", "extend", "grads", *INT4},
+}
+PLACED = {"device", "length"}  # parameters of torch's alone, which places tensors and keeps tables of RoPE
+OTHERWISE = {"Rope.table", "uint32"}  # whose results are what the framework's operations want
+TYPES = {"mx.array": "Array", "Tensor": "Array", "mx.Dtype": "dtype", "torch.dtype": "dtype", "torch.nn": "nn"}
+
+
+def public(owner, module) -> dict:
+    """Name -> function, class or property, of all that a module or class defines for others, in order."""
+    found = {}
+    for name, value in vars(owner).items():
+        value = inspect.unwrap(value) if inspect.isfunction(value) else value
+        own = isinstance(value, property) or getattr(value, "__module__", None) == module
+        private = name.startswith("_") and name not in ("__init__", "__call__")
+        if own and not private and name not in ALONE[module.split(".")[2]] and not isinstance(value, TypeVar):
+            found[name] = value
+            if inspect.isclass(value):
+                found |= {f"{name}.{key}": each for key, each in public(value, module).items()}
+    return found
+
+
+def signature(function) -> list:
+    """The parameters and the result of a function, with the frameworks' types under one name."""
+    found = inspect.signature(function)
+    given = [p for p in found.parameters.values() if p.name not in PLACED]
+    types = [(p.name, p.kind, getattr(p.default, "__name__", p.default), p.annotation) for p in given]
+    types.append(("return", found.return_annotation))
+    return [(*rest, re.sub("|".join(TYPES), lambda m: TYPES[m[0]], str(annotation))) for *rest, annotation in types]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_twins_have_the_same_names_in_the_same_order_and_the_same_signatures(twins, name):
+    modules = [f"twingpt.backends.{engines.NAME}.{name}" for engines in twins]
+    ours, theirs = (public(import_module(module), module) for module in modules)
+    assert list(ours) == list(theirs)
+    for key, function in ours.items():
+        if inspect.isfunction(function) and key not in OTHERWISE:
+            assert signature(function) == signature(theirs[key]), key
 
 
 def test_devices(engines):

@@ -33,7 +33,8 @@ def add_gradient(y: Array, vector: Array, factor: Callable[[], Array] | None = N
 
     @same.vjp
     def _vjp(primals: tuple[Array, Array], dy: Array, _: Array) -> tuple[Array, Array]:
-        return dy, column_sums(dy if factor is None else dy * factor()).astype(primals[1].dtype)
+        gradient = column_sums(dy if factor is None else dy * factor()).astype(primals[1].dtype)
+        return mx.depends([dy], [gradient])[0], gradient  # first this sum, or dy would be held for it
 
     return cast(Array, same(y, vector))
 

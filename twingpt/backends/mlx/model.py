@@ -423,6 +423,20 @@ def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float)
     return nats, dlogits.astype(x.dtype)
 
 
+def cross_entropy_and_grads(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array, Array]:
+    """Cross-entropy in nats, summed, and its gradients by (N, D) hidden states and (V, D) head, by chunks of (N,)."""
+    total, dhead = mx.array(0.0), mx.zeros(head.shape)
+    dx: list[Array] = []
+    for chunk, wanted in loss_chunks(x, targets, len(head)):
+        if dx:  # serialise: MLX would schedule all chunks at once and hold every (chunk_size, V) of logits
+            chunk = mx.depends([chunk], [total, dx[-1], dhead])[0]
+        nats, dlogits = cross_entropy_and_dlogits(chunk, head, wanted, cap)
+        total = total + nats
+        dx.append(dlogits @ head)
+        dhead = dhead + dlogits.T @ chunk
+    return total, mx.concatenate(dx), dhead.astype(head.dtype)
+
+
 def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTConfig) -> Array:
     """Cross-entropy of (B, T, D) hidden states and (B, T) targets in nats, summed; a target below 0 is padding.
 
@@ -432,16 +446,7 @@ def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTCo
 
     @mx.custom_function
     def loss_and_grads(x: Array, head: Array) -> tuple[Array, Array, Array]:
-        total, dhead = mx.array(0.0), mx.zeros(head.shape)
-        dx: list[Array] = []
-        for chunk, wanted in loss_chunks(x, targets.flatten(), config.vocab_size):
-            if dx:  # serialise: MLX would schedule all chunks at once and hold every (chunk_size, V) of logits
-                chunk = mx.depends([chunk], [total, dx[-1], dhead])[0]
-            nats, dlogits = cross_entropy_and_dlogits(chunk, head, wanted, config.logit_softcap)
-            total = total + nats
-            dx.append(dlogits @ head)
-            dhead = dhead + dlogits.T @ chunk
-        return total, mx.concatenate(dx), dhead.astype(head.dtype)
+        return cross_entropy_and_grads(x, head, targets.flatten(), config.logit_softcap)
 
     @loss_and_grads.vjp
     def _vjp(_: Any, cotangents: tuple[Array, ...], outputs: tuple[Array, ...]) -> tuple[Array, Array]:

@@ -65,7 +65,7 @@ def muon(
 ) -> None:
     """One step of Muon (Jordan et al. 2024) with Nesterov momentum on matrices of one shape up to transposition.
 
-    Replaces the entries of `params` and `state`.
+    Updates the entries of `params` and `state`.
     """
     updates = []
     for name in names:
@@ -98,7 +98,7 @@ def optimizer_step(
     `grads` are means times `divisor`, and times the loss scale where `state` has one. `state` has the names of
     `core.parameters.state_table`. `h` and `divisor` hold 0-D arrays on the device, so that a compiled step
     serves every step. `skip_nonfinite` skips the step when the norm is not finite. Muon orthogonalises in `dtype`.
-    The dictionaries passed in are not changed.
+    The dictionaries passed in are not changed, nor are their arrays.
     """
     params, state = dict(params), dict(state)
     scale = state.get("loss_scale")

@@ -72,7 +72,7 @@ class TrainEngine:
         self.losses: list[Array] = []  # of the micro-batches since the last step, as they were scaled
         self.counted = self.batch_targets = 0  # targets that count since then, and all of its first micro-batch
         self.seed = seed
-        self.grads: Parameters = {}
+        self.grads: Parameters = {}  # since the last step, summed and scaled
         compiled = mx.compile if compile else lambda function: function
         settings: dict[str, Any] = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
         settings |= {"dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}

@@ -122,6 +122,6 @@ def to_device(array: np.ndarray | Tensor, device: Device) -> Tensor:
     return tensor.to(device.name)
 
 
-def to_numpy(tensor: Tensor) -> np.ndarray:
+def to_numpy(array: Tensor) -> np.ndarray:
     """A float32 copy on the host; waits for the device."""
-    return np.array(tensor.detach().float().cpu().numpy())
+    return np.array(array.detach().float().cpu().numpy())

@@ -394,25 +394,27 @@ def cross_entropy_and_dlogits(x: Array, head: Array, targets: Array, cap: float)
     return nats, dlogits.to(x.dtype)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """`chunked_cross_entropy`, whose forward pass takes the gradients of `x` and `head` along."""
+def cross_entropy_and_grads(x: Array, head: Array, targets: Array, cap: float) -> tuple[Array, Array, Array]:
+    """Cross-entropy in nats, summed, and its gradients by (N, D) hidden states and (V, D) head, by chunks of (N,)."""
+    total, dhead = torch.zeros((), device=x.device), torch.zeros_like(head, dtype=torch.float32)
+    dx: list[Array] = []
+    for chunk, wanted in loss_chunks(x, targets, len(head)):
+        nats, dlogits = cross_entropy_and_dlogits(chunk, head, wanted, cap)
+        total += nats
+        dx.append(dlogits @ head)
+        dhead += dlogits.mT @ chunk
+    return total, torch.cat(dx), dhead.to(head.dtype)
 
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Array, head: Array, targets: Array, cap: float) -> Array:
-        """(N, D) hidden states, (V, D) head and (N,) targets -> nats, summed, ()."""
-        total = torch.zeros((), device=x.device)
-        dx, dhead = [], torch.zeros_like(head, dtype=torch.float32)
-        for chunk, wanted in loss_chunks(x, targets, len(head)):
-            nats, dlogits = cross_entropy_and_dlogits(chunk, head, wanted, cap)
-            total += nats
-            dx.append(dlogits @ head)
-            dhead += dlogits.mT @ chunk
-        ctx.save_for_backward(torch.cat(dx), dhead.to(head.dtype))
+        total, *grads = cross_entropy_and_grads(x, head, targets, cap)
+        ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Array | None, ...]:
-        """The gradients of `x` and `head`."""
         dx, dhead = ctx.saved_tensors
         return (cotangent * dx).to(dx.dtype), (cotangent * dhead).to(dhead.dtype), None, None
 
@@ -424,7 +426,7 @@ def chunked_cross_entropy(x: Array, p: Parameters, targets: Array, config: GPTCo
     forward pass (as Liger Kernel's fused linear cross-entropy), which the backward pass only scales.
     """
     weight = p[f"{head(p, config)}.weight"]
-    total: Array = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    total: Array = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x.flatten(0, 1), weight, targets.flatten(), config.logit_softcap
     )
     return total

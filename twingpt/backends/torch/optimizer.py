@@ -39,13 +39,14 @@ def update_loss_scale(scale: Array, steps: Array, finite: Array) -> tuple[Array,
     return torch.where(finite, grown, scale / 2), torch.where(steps >= LOSS_SCALE_INTERVAL, 0.0, steps)
 
 
-def adamw(p: Array, g: Array, m: Array, v: Array, h: Hyper, lr: Array, *, decay: bool) -> None:
-    """One step of AdamW (Loshchilov & Hutter 2019) in torch's formula, all in float32, in place."""
+def adamw(p: Array, g: Array, m: Array, v: Array, h: Hyper, lr: Array, *, decay: bool) -> tuple[Array, Array, Array]:
+    """One step of AdamW (Loshchilov & Hutter 2019) in torch's formula, all in float32: p, m and v, updated in place."""
     if decay:
         p.mul_(1 - lr * h.weight_decay)
     m.lerp_(g, h.one_minus_beta1)
     v.lerp_(g * g, h.one_minus_beta2)
     p.addcdiv_(m * (-lr / h.bias_correction1), (v / h.bias_correction2).sqrt_().add_(h.eps))
+    return p, m, v
 
 
 def orthogonalise(x: Array, dtype: torch.dtype) -> Array:
@@ -66,7 +67,7 @@ def muon(
 ) -> None:
     """One step of Muon (Jordan et al. 2024) with Nesterov momentum on matrices of one shape up to transposition.
 
-    Updates `params` and `state` in place.
+    Updates the entries of `params` and `state`, in place.
     """
     updates = []
     for name in names:
@@ -97,8 +98,9 @@ def optimizer_step(
     `grads` are means times `divisor`, and times the loss scale where `state` has one. `state` has the names of
     `core.parameters.state_table`. `h` and `divisor` hold 0-D arrays on the device, so that a compiled step
     serves every step. `skip_nonfinite` skips the step when the norm is not finite. Muon orthogonalises in `dtype`.
-    The arrays are updated in place and returned.
+    The dictionaries passed in are not changed; their arrays are, in place, and are those returned.
     """
+    params, state = dict(params), dict(state)
     scale = state.get("loss_scale")
     grads, grad_norm = clip_gradients(grads, h, divisor if scale is None else divisor * scale)
     finite = torch.isfinite(grad_norm)
@@ -107,8 +109,10 @@ def optimizer_step(
     if scale is not None:
         state["loss_scale"], state["loss_scale.steps"] = update_loss_scale(scale, state["loss_scale.steps"], finite)
     for name, group in plan.adamw.items():
-        m, v, lr = state[f"adamw.m.{name}"], state[f"adamw.v.{name}"], getattr(h, f"{group}_lr")
-        adamw(params[name], grads[name], m, v, h, lr, decay=name in plan.decays)
+        m, v, lr = f"adamw.m.{name}", f"adamw.v.{name}", getattr(h, f"{group}_lr")
+        params[name], state[m], state[v] = adamw(
+            params[name], grads[name], state[m], state[v], h, lr, decay=name in plan.decays
+        )
     for names in plan.muon:
         muon(names, params, grads, state, h, dtype)
     return params, state, grad_norm, 1.0 - finite.float()

@@ -66,23 +66,23 @@ class TrainEngine:
         skip_nonfinite: bool = False,
         seed: int = 0,
     ) -> None:
-        self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         if gradient_checkpointing:
             return_freed_memory(device)
+        self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
         self.losses: list[Array] = []  # of the micro-batches since the last step, as they were scaled
         self.counted = self.batch_targets = 0  # targets that count since then, and all of its first micro-batch
         self.seed = seed
+        compiled = torch.compile if compile else lambda function: function
         rope = model.Rope(config, torch.device(device.name))
         settings: dict[str, Any] = {"config": config, "rope": rope, "dtype": DTYPES[dtype]}
         settings |= {"dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
-        self.settings = settings
-        self.scaled_loss = torch.compile(scaled_loss) if compile else scaled_loss
+        self.scaled_loss = compiled(partial(scaled_loss, **settings))
         plan = optimizer_plan(config, optimizer)
         skip_nonfinite = skip_nonfinite or dtype == "float16"  # whose loss scale is found by overflowing
         step = partial(optimizer_step, plan=plan, dtype=DTYPES[dtype], skip_nonfinite=skip_nonfinite)
-        self.compiled_step = torch.compile(step) if compile else step
+        self.compiled_step = compiled(step)
 
     def load(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replace all parameters, and the optimizer state that is among `tensors`; the rest of it starts at 0."""
@@ -93,7 +93,7 @@ class TrainEngine:
             for name, shape in shapes.items()
         }
         if "loss_scale" in shapes and "loss_scale" not in arrays:
-            self.optimizer_state["loss_scale"].fill_(LOSS_SCALE_START)
+            self.optimizer_state["loss_scale"] = torch.tensor(LOSS_SCALE_START, device=self.device.name)
         self.params = {name: arrays[name].requires_grad_() for name in parameter_table(self.config)}
 
     def forward_backward(self, tokens: np.ndarray, targets: np.ndarray, windows: np.ndarray) -> None:
@@ -106,10 +106,15 @@ class TrainEngine:
         self.batch_targets = self.batch_targets or targets.size
         # Divided by a constant of the step, so that float16 sees a mean times its loss scale and not a sum.
         scale = self.loss_scale / self.batch_targets
-        loss = self.scaled_loss(self.params, x, y, to_device(keys, self.device), scale, **self.settings)
+        loss = self.scaled_loss(self.params, x, y, to_device(keys, self.device), scale)
         loss.backward()
         self.losses.append(loss.detach())
         self.counted += int(np.count_nonzero(targets >= 0))
+
+    @property
+    def grads(self) -> Parameters:
+        """The gradients since the last optimizer step, summed and scaled, where autograd keeps them."""
+        return {name: p.grad for name, p in self.params.items() if p.grad is not None}
 
     @property
     def loss_scale(self) -> Array:
@@ -124,16 +129,16 @@ class TrainEngine:
     def gradients(self) -> Parameters:
         """Gradients of the mean loss over the targets since the last optimizer step, unclipped."""
         divisor = self.divisor * self.loss_scale
-        return {name: p.grad / divisor for name, p in self.params.items() if p.grad is not None}
+        return {name: g / divisor for name, g in self.grads.items()}
 
     @torch.no_grad()
     def optimizer_step(self, hyper: Hyper) -> Array:
         """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
-        *numbers, divisor = to_device(np.array([*hyper, self.divisor], np.float32), self.device)
+        numbers: list[Any] = list(to_device(np.array([*hyper, self.divisor], np.float32), self.device))
+        divisor = numbers.pop()
         loss = torch.stack(self.losses).sum() / (divisor * self.loss_scale)
-        grads = {name: p.grad for name, p in self.params.items()}
-        _, _, grad_norm, skipped = self.compiled_step(
-            self.params, grads, self.optimizer_state, Hyper(*numbers), divisor
+        self.params, self.optimizer_state, grad_norm, skipped = self.compiled_step(
+            self.params, self.grads, self.optimizer_state, Hyper(*numbers), divisor
         )
         handle = torch.stack([loss, grad_norm, skipped])
         for p in self.params.values():
@@ -143,7 +148,7 @@ class TrainEngine:
 
     def read(self, handles: Sequence[Array]) -> np.ndarray:
         """(handles, numbers) float64: what handles of one kind read as. The only call that waits."""
-        return torch.stack(list(handles)).cpu().double().numpy()
+        return to_numpy(torch.stack(list(handles))).astype(np.float64)
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         """Parameters, then optimizer state, as float32 under the names of `parameter_table` and `state_table`."""
