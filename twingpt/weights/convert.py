@@ -19,7 +19,7 @@ from twingpt.core.paths import expand
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights.export import Export
 from twingpt.weights.families import family_for
-from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel
+from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel, open_model
 from twingpt.weights.gguf import GGUF
 from twingpt.weights.huggingface import HuggingFace
 from twingpt.weights.twingpt import TwinGPT
@@ -29,8 +29,8 @@ Progress = Callable[[int], None]
 
 
 def convert(
-    opened: OpenedModel,
-    folder: Path,
+    source: OpenedModel | str | Path,
+    folder: str | Path,
     to: str | None = None,
     quantization: Quantization | None = None,
     *,
@@ -40,12 +40,13 @@ def convert(
 ) -> dict[str, Any]:
     """Write a model in the format `to` at `folder`, atomically; what was written, as `gpt convert --json` prints it.
 
-    Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
+    `source` is a model that is open, or what `open_model` takes. Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
     Hugging Face directory, and any other one of ours. A `tokenizer` takes the place of the model's own.
     `progress` is told the bytes of each parameter as it passes. Raises UserError, before anything is written,
     for a format that can't hold the model, a tokenizer of more ids than it has, and for a `folder` that exists,
     unless it holds a model and `force` is given.
     """
+    opened, folder = source if isinstance(source, OpenedModel) else open_model(source), expand(folder)
     model = opened.model
     usual = HuggingFace.target if opened.format == TwinGPT.name and not quantization else TwinGPT.target
     to = to or (GGUF.target if folder.suffix == ".gguf" else usual)
@@ -53,7 +54,6 @@ def convert(
         raise unknown_choice("format", to, tuple(WRITABLE))
     if quantization:
         _check_quantization(quantization, model.config, to)
-    folder = expand(folder)
     check_place(folder, model.folder, force=force)
     place = folder.resolve() if folder.is_symlink() else folder  # the link stays
     if tokenizer and tokenizer.byte_lengths[model.config.vocab_size :].any():  # special tokens may be beyond
