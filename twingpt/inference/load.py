@@ -8,6 +8,7 @@ from twingpt.backends import registry
 from twingpt.core.checkpoint.schema import Model
 from twingpt.inference.generator import LanguageModel
 from twingpt.weights.formats import open_model
+from twingpt.weights.generation import end_ids
 
 
 def load(path: str | Path, backend: str = "auto", device: str | None = None, dtype: str | None = None) -> LanguageModel:
@@ -24,4 +25,4 @@ def language_model(model: Model, backend: str, device: str | None, dtype: str | 
     target = registry.find_device(engines, device)
     compute = registry.find_dtype(target, dtype or "float32")
     engine = engines.InferenceEngine(model.config, model.stored(), target, dtype=compute)
-    return LanguageModel(model.config, model.tokenizer(), engine, model.end_ids())
+    return LanguageModel(model.config, model.tokenizer(), engine, end_ids(model))

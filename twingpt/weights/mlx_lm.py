@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.config_json import end_ids
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization, dequantize, from_config, quantize
 from twingpt.core.checkpoint.safetensors_file import TensorFile
@@ -140,10 +139,6 @@ class MLXModel(HuggingFaceModel):
         if self.family != "gemma3_text":
             return config
         return dataclasses.replace(config, tie_embeddings=len(self._embedding_and_head()) < 2)
-
-    def end_ids(self) -> list[int]:
-        """The ids that end its text, as mlx-lm resolves them."""
-        return end_ids(self.directory, mlx_lm=True)
 
     @cached_property
     def quantization(self) -> Quantization | None:
