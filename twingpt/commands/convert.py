@@ -25,7 +25,7 @@ app = typer.Typer()
     "gpt convert runs/novel novel-hf\n\n"
     "gpt convert runs/novel@best novel-4bit --q-bits 4\n\n"
     "gpt convert path/to/Llama-3.2-1B llama --q-bits 4 --data tinystories\n\n"
-    "gpt convert nanoGPT/out/ckpt.pt shakespeare --tokenizer nanoGPT/data/shakespeare_char/meta.pkl\n\n"
+    "gpt convert nanoGPT/out/ckpt.pt shakespeare --tokenizer meta.pkl\n\n"
     "gpt convert runs/novel novel.gguf\n\n"
     "gpt convert path/to/Qwen3-0.6B --inspect\n"
 )

@@ -20,7 +20,7 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import VECTOR, parameter_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.weights.export import Export
-from twingpt.weights.families import Family, family_for, require_family
+from twingpt.weights.families import FAMILIES, Family, family_for, require_family
 from twingpt.weights.families.windows import window_pattern
 from twingpt.weights.huggingface import (
     HuggingFace,
@@ -35,6 +35,20 @@ from twingpt.weights.huggingface import (
 Array = np.ndarray
 
 MLPS = {"gpt2": "gelu_tanh", "gpt_neox": "gelu_tanh", "gemma3_text": "geglu_tanh"}  # of mlx-lm; the rest has SwiGLU
+# What its models call otherwise than transformers' files, whose names they change when they load.
+RENAMED: dict[str, dict[str, Any]] = {
+    "gpt2": {"prefix": "model."},
+    "gpt_neox": {
+        "prefix": "model.",
+        "block": "model.h",
+        "sites": {
+            **FAMILIES["gpt_neox"].sites,
+            "model.embed_tokens": "model.embed_in",
+            "model.norm": "model.final_layer_norm",
+            "lm_head": "model.embed_out",
+        },
+    },
+}
 QUANTIZATION = ("quantization", "quantization_config")
 
 
@@ -104,8 +118,7 @@ class MLXLM:
         plain = {key: value for key, value in content.items() if key not in QUANTIZATION}
         family, config = family_and_config(_with_defaults(plain), path)
         if _is_marked(directory):  # saved from its models, which transpose when they load
-            prefix = "model." if family.transposed else family.prefix  # of the one such family, GPT-2
-            family = dataclasses.replace(family, transposed=False, prefix=prefix)
+            family = dataclasses.replace(family, transposed=False, **RENAMED.get(family.model_type, {}))
         return MLXModel(directory, family, config, quantization)
 
     def keeps_quantized(self, config: GPTConfig) -> bool:
