@@ -85,6 +85,8 @@ def convert(
         print(f"gpt: {model} has no tokenizer: {hint}", file=sys.stderr)
     with _conversion_bar(opened.model.config, json_) as progress:
         result = conversion.convert(opened, folder, to, quantization, tokenizer=given, force=force, progress=progress)
+    if "U32" in opened.model.dtypes() and result["quantization"] is None:
+        print(f"gpt: {model} is quantized in a way that is not kept here: {folder} has float32.", file=sys.stderr)
     if held_out:
         before, after = (held_out.loss(model) for model in (opened.model, open_model(folder).model))
         result |= {"val_loss": before, "val_loss_quantized": after}
