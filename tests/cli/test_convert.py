@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import pickle
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,8 @@ from tests.conftest import links, needs, open_checkpoint, write_prose
 from twingpt.backends import registry
 from twingpt.core import reference
 from twingpt.core.checkpoint import schema as checkpoint
-from twingpt.core.checkpoint.config_json import end_ids
-from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization
+from twingpt.core.checkpoint.safetensors_file import finite
 from twingpt.core.checkpoint.schema import save_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.locks import lock_file
@@ -23,7 +24,9 @@ from twingpt.core.paths import new_folder
 from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer
 from twingpt.evaluation.held_out import HeldOut
+from twingpt.weights import huggingface, torch_state
 from twingpt.weights.formats import HUB_FILES, open_model
+from twingpt.weights.generation import end_ids
 
 SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64, "init_std": 0.1}
 
@@ -246,7 +249,7 @@ def test_the_ends_of_a_chat_model_go_along(gpt, source, tmp_path, to):
         for file in ("generation_config.json", *(["config.json"] if to in ("hf", "mlx") else [])):
             written = json.loads((tmp_path / name / file).read_text("utf-8"))
             assert (written["bos_token_id"], written["eos_token_id"]) == ids
-        assert end_ids(ModelDirectory(tmp_path / name)) == ids[1]
+        assert end_ids(open_model(tmp_path / name).model) == ids[1]
         assert (tmp_path / name / "README.md").is_file()
 
 
@@ -301,6 +304,91 @@ def test_what_is_no_model(gpt, tmp_path, name, message):
     (tmp_path / name).write_text("x") if "." in name else (tmp_path / name).mkdir()
     error = refused(gpt, tmp_path / name, tmp_path / "new")
     assert message in error and str(tmp_path / name) in error
+
+
+INSTEAD = {
+    "adapters": (
+        {"adapters.safetensors": "", "adapter_config.json": "{}"},
+        "adapters to another model",
+    ),
+    "peft's adapters": ({"adapter_model.safetensors": ""}, "merge them into that one"),
+    "GGUF": ({"novel-Q4_K_M.gguf": ""}, "novel-Q4_K_M.gguf is GGUF, which is only written"),
+    "a pickle": ({"pytorch_model.bin": ""}, "pytorch_model.bin is a pickle, which could run code"),
+    "Meta's": ({"consolidated.00.pth": ""}, "fetch the files that transformers reads"),
+    "another name": ({"weights.safetensors": ""}, "weights.safetensors has not the name that transformers reads"),
+    "the hub's cache": ({"snapshots/abc/config.json": "{}"}, "of the hub's cache; give the folder of snapshots"),
+    "a folder above": ({"final/config.json": "{}"}, "a model is inside; give the folder of final"),
+}
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_what_is_there_instead_of_a_model(gpt, source, tmp_path, name):
+    """In a folder alone, and beside a model's config.json."""
+    files, message = INSTEAD[name]
+    for file in files:
+        (tmp_path / "x" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / file).write_text(files[file])
+    assert message in refused(gpt, tmp_path / "x", "--inspect")
+    converted(gpt, source(), tmp_path / "hf", "--to", "hf")
+    (tmp_path / "hf" / "config.json").rename(tmp_path / "x" / "config.json")
+    assert message in refused(gpt, tmp_path / "x", "--inspect")
+
+
+def test_inspect_looks_at_the_files(gpt, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100_000)
+    converted(gpt, source(**SHAPES["gpt2"]), tmp_path / "hf", "--to", "hf")
+    described = converted(gpt, tmp_path / "hf", "--inspect")
+    assert described["tensors"]["h.0.attn.c_attn.weight"] == [64, 192]  # as the file has it
+    (tmp_path / "hf" / "model.safetensors.index.json").unlink()
+    assert converted(gpt, tmp_path / "hf", "--inspect") == described  # as mlx-lm reads shards
+    shard = max((tmp_path / "hf").glob("model-*.safetensors"))
+    shard.unlink()
+    assert f"{shard.name} is missing" in refused(gpt, tmp_path / "hf", "--inspect")
+
+
+def test_a_model_gets_its_tokenizer(gpt, tmp_path):
+    config = GPTConfig.from_dict(SMALL)
+    save_model(tmp_path / "bare", config, None, initialise(config, 1))
+    code, _, err = gpt("convert", tmp_path / "bare", tmp_path / "a", "--to", "twingpt")
+    assert code == 0 and "has no tokenizer: the result takes no text; give it one by --tokenizer" in err
+    assert "until gpt convert --tokenizer gives it one" in gpt("generate", tmp_path / "a")[2]
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))
+    for name, kind in ("byte", "byte"), ("b", "byte"), ("b/tokenizer.json", "byte"), ("meta.pkl", "char"):
+        place = name if name == "byte" else tmp_path / name
+        to = [tmp_path / "b", "--to", "twingpt", "--force"]
+        described = converted(gpt, tmp_path / "bare", *to, "--tokenizer", place)
+        assert described["tokenizer"].startswith(kind), name
+        assert open_model(tmp_path / "b").model.tokenizer().kind == kind
+    content = json.loads((tmp_path / "b" / "config.json").read_text("utf-8"))
+    assert content["eos_token_id"] == 2  # of the characters' end of text
+    assert "There is no tokenizer nowhere.json" in refused(gpt, tmp_path / "bare", "c", "--tokenizer", "nowhere.json")
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(map(chr, range(300))))}))
+    error = refused(gpt, tmp_path / "bare", tmp_path / "c", "--tokenizer", tmp_path / "meta.pkl")
+    assert "The tokenizer has 301 ids and the model knows only 257" in error
+
+
+@needs("torch")
+@pytest.mark.parametrize("write", [save_model, torch_state.write, huggingface.write])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(gpt, tmp_path, write, bad):
+    config = GPTConfig.from_dict(SMALL)
+    tensors = dict(initialise(config, 1))
+    tensors["model.norm.weight"][3] = bad
+    if write is save_model:
+        write(tmp_path / "x", config, ByteTokenizer(), tensors.items())
+    else:
+        write(tmp_path / "x", config, tensors.items())
+    arguments = {"convert": [tmp_path / "y"], "parity": []}
+    if write is save_model:
+        arguments["generate"] = ["-p", "a"]
+    for command, more in arguments.items():
+        code, _, err = gpt(command, tmp_path / "x", *more)
+        assert code == 2 and "The tensor model.norm.weight in" in err and "not finite" in err, err
+
+
+def test_numbers_whose_sum_is_too_large_are_finite():
+    array = np.full(4, 3e38, np.float32)
+    assert finite(array, "x", Path("x")) is array
 
 
 def test_a_file_of_a_model(gpt, source, tmp_path):

@@ -25,7 +25,7 @@ app = typer.Typer()
     "gpt convert runs/novel novel-hf\n\n"
     "gpt convert runs/novel@best novel-4bit --q-bits 4\n\n"
     "gpt convert path/to/Llama-3.2-1B llama --q-bits 4 --data tinystories\n\n"
-    "gpt convert nanoGPT/out/ckpt.pt shakespeare --tokenizer nanoGPT/data/shakespeare_char/meta.pkl\n\n"
+    "gpt convert nanoGPT/out/ckpt.pt shakespeare --tokenizer meta.pkl\n\n"
     "gpt convert runs/novel novel.gguf\n\n"
     "gpt convert path/to/Qwen3-0.6B --inspect\n"
 )
@@ -85,6 +85,8 @@ def convert(
         print(f"gpt: {model} has no tokenizer: {hint}", file=sys.stderr)
     with _conversion_bar(opened.model.config, json_) as progress:
         result = conversion.convert(opened, folder, to, quantization, tokenizer=given, force=force, progress=progress)
+    if "U32" in opened.model.dtypes() and result["quantization"] is None:
+        print(f"gpt: {model} is quantized in a way that is not kept here: {folder} has float32.", file=sys.stderr)
     if held_out:
         before, after = (held_out.loss(model) for model in (opened.model, open_model(folder).model))
         result |= {"val_loss": before, "val_loss_quantized": after}

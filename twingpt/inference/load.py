@@ -10,6 +10,7 @@ from twingpt.core.checkpoint.schema import Model
 from twingpt.inference.language_model import LanguageModel
 from twingpt.weights.convert import tokenizer_of
 from twingpt.weights.formats import open_model
+from twingpt.weights.generation import end_ids
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 
@@ -29,7 +30,7 @@ def language_model(model: Model, backend: str, device: str | None, dtype: str | 
     target = registry.find_device(engines, device)
     compute = registry.find_dtype(target, dtype or stored_dtype(model, target))
     engine = engines.InferenceEngine(model.config, model.stored(), target, dtype=compute)
-    return LanguageModel(model.config, tokenizer_of(model), engine, model.end_ids())
+    return LanguageModel(model.config, tokenizer_of(model), engine, end_ids(model))
 
 
 def stored_dtype(model: Model, device: Device) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.config_json import GENERATION, generation_settings, token_ids
+from twingpt.core.checkpoint.config_json import token_ids
 from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig, unknown_choice
@@ -20,6 +20,7 @@ from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights.export import Export
 from twingpt.weights.families import family_for
 from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel, open_model
+from twingpt.weights.generation import GENERATION, generation_settings
 from twingpt.weights.gguf import GGUF
 from twingpt.weights.huggingface import HuggingFace
 from twingpt.weights.twingpt import TwinGPT
@@ -88,6 +89,8 @@ def _export(
     quantized = _keeps_quantized(model, to, quantization)
     quantization = model.quantization if quantized else quantization
     settings = generation_settings(model.directory)
+    if tokenizer and tokenizer_of(model) is None:  # then null says that there was none
+        settings = {key: value for key, value in settings.items() if value is not None}
     return Export(
         source=model.folder,
         config=model.config,
@@ -172,9 +175,10 @@ def _ids(model: Model, settings: Mapping[str, Any], tokenizer: Tokenizer | None)
     """
     there = (model.folder / "config.json").is_file()
     config = model.directory.json_object("config.json") if there else {}
+    had = tokenizer is None or tokenizer_of(model) is not None
     named = {**config, **{key: settings[key] for key in ("bos_token_id", "eos_token_id") if key in settings}}
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return token_ids(tokenizer) | {key: named[key] for key in kept if key in named}
+    return token_ids(tokenizer) | {key: named[key] for key in kept if key in named and (had or named[key] is not None)}
 
 
 def _size(path: Path) -> int:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.config_json import end_ids
 from twingpt.core.checkpoint.directory import ModelDirectory
-from twingpt.core.checkpoint.quantize import Quantization, dequantize, from_config, quantize
+from twingpt.core.checkpoint.quantize import BITS, Quantization, quantize
 from twingpt.core.checkpoint.safetensors_file import TensorFile
 from twingpt.core.checkpoint.schema import write_model
 from twingpt.core.config import GPTConfig
@@ -21,7 +20,7 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import VECTOR, parameter_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.weights.export import Export
-from twingpt.weights.families import Family, family_for, require_family
+from twingpt.weights.families import FAMILIES, Family, family_for, require_family
 from twingpt.weights.families.windows import window_pattern
 from twingpt.weights.huggingface import (
     HuggingFace,
@@ -32,55 +31,78 @@ from twingpt.weights.huggingface import (
     tensor_files,
     texts_beside,
 )
+from twingpt.weights.mlx_quantized import Packing, Packings
 
 Array = np.ndarray
 
 MLPS = {"gpt2": "gelu_tanh", "gpt_neox": "gelu_tanh", "gemma3_text": "geglu_tanh"}  # of mlx-lm; the rest has SwiGLU
+# What its models call otherwise than transformers' files, whose names they change when they load.
+RENAMED: dict[str, dict[str, Any]] = {
+    "gpt2": {"prefix": "model."},
+    "gpt_neox": {
+        "prefix": "model.",
+        "block": "model.h",
+        "sites": {
+            **FAMILIES["gpt_neox"].sites,
+            "model.embed_tokens": "model.embed_in",
+            "model.norm": "model.final_layer_norm",
+            "lm_head": "model.embed_out",
+        },
+    },
+}
 QUANTIZATION = ("quantization", "quantization_config")
 
 
 class DequantizedFile(TensorFile):
     """A file of mlx-lm's whose header was read, with quantized matrices that look like float32 ones."""
 
-    def __init__(self, file: TensorFile, quantization: Quantization) -> None:
+    def __init__(self, file: TensorFile, packings: Packings) -> None:
         self.path, self.entries, self.metadata = file.path, file.entries, file.metadata
-        self.parts: dict[str, tuple[str, str]] = {}
+        self.packed: dict[str, Packing] = {}
         visible = dict(self.entries)
         for name, entry in self.entries.items():
             base = name.removesuffix(".weight")
-            scales, biases = f"{base}.scales", f"{base}.biases"
-            if base == name or entry.dtype != "U32" or not {scales, biases} <= self.entries.keys():
+            if base == name or entry.dtype != "U32" or f"{base}.scales" not in self.entries:
                 continue
-            shape = (*entry.shape[:-1], entry.shape[-1] * 32 // quantization.bits)
-            groups = (*shape[:-1], shape[-1] // quantization.group_size)
-            for part in (scales, biases):
-                if self.entries[part].shape != groups or self.entries[part].dtype not in ("F32", "F16", "BF16"):
-                    raise UserError(f"The tensor {part} in {self.path} does not fit the matrix that it belongs to.")
-                del visible[part]
-            self.parts[name] = scales, biases
+            packing = packings.of(base)
+            shape = (*entry.shape[:-1], entry.shape[-1] * 32 // packing.bits)
+            for part in packing.parts:
+                self._check_part(f"{base}.{part}", shape, packing)
+                del visible[f"{base}.{part}"]
+            self.packed[name] = packing
             visible[name] = dataclasses.replace(entry, dtype="F32", shape=shape)
         self.stored, self.entries = self.entries, visible
 
+    def _check_part(self, part: str, shape: tuple[int, ...], packing: Packing) -> None:
+        """Raise UserError unless the scales or biases of a matrix (out, in) are as its packing has them."""
+        dtypes = ("F32", "F16", "BF16") if packing.mode == "affine" else ("U8",)
+        entry, groups = self.entries.get(part), (*shape[:-1], shape[-1] // packing.group_size)
+        if entry is None or entry.shape != groups or entry.dtype not in dtypes or len(shape) != 2:
+            raise UserError(
+                f"The tensor {part} in {self.path} does not fit the matrix that it belongs to, of {packing.bits} bits "
+                f"in groups of {packing.group_size} ({packing.mode})."
+            )
+
     def read(self, name: str) -> Array:
         """A tensor as its entry describes it."""
-        if name not in self.parts:
-            return super().read(name)
-        words, scales, biases = self.words(name)
-        return dequantize(words, scales, biases, self.entries[name].shape[-1])
+        return self.packed[name].dequantize(*self.words(name)) if name in self.packed else super().read(name)
 
     def pieces(self, name: str) -> Iterator[Array]:
         """Yield the numbers of `read_float` in flat pieces; a quantized matrix in one."""
-        if name in self.parts:
+        if name in self.packed:
             yield self.read(name).reshape(-1)
         else:
             yield from super().pieces(name)
 
-    def words(self, name: str) -> tuple[Array, Array, Array]:
-        """A quantized matrix as it is stored: its words, and its scales and biases in float32."""
-        scales, biases = (
-            self._in_float32(self._read(part, self.stored[part]), part, self.stored[part]) for part in self.parts[name]
-        )
-        return self._read(name, self.stored[name]), scales, biases
+    def words(self, name: str) -> tuple[Array, ...]:
+        """A quantized matrix as it is stored: its words, its scales and maybe biases, in float32 or of bytes."""
+        parts = [f"{name.removesuffix('.weight')}.{part}" for part in self.packed[name].parts]
+        arrays = [self._read(part, self.stored[part]) for part in parts]
+        if self.packed[name].mode == "affine":
+            arrays = [
+                self._in_float32(array, part, self.stored[part]) for array, part in zip(arrays, parts, strict=True)
+            ]
+        return (self._read(name, self.stored[name]), *arrays)
 
 
 class MLXLM:
@@ -101,13 +123,13 @@ class MLXLM:
     def open(self, directory: ModelDirectory) -> MLXModel:
         """Read config.json; UserError, naming it, for a family or an option that isn't supported."""
         path, content = directory.path / "config.json", directory.json_object("config.json")
-        quantization = from_config(content, path)
+        described = next((content[key] for key in QUANTIZATION if content.get(key) is not None), None)
+        packings = None if described is None else Packings.read(described, path)
         plain = {key: value for key, value in content.items() if key not in QUANTIZATION}
         family, config = family_and_config(_with_defaults(plain), path)
         if _is_marked(directory):  # saved from its models, which transpose when they load
-            prefix = "model." if family.transposed else family.prefix  # of the one such family, GPT-2
-            family = dataclasses.replace(family, transposed=False, prefix=prefix)
-        return MLXModel(directory, family, config, quantization)
+            family = dataclasses.replace(family, transposed=False, **RENAMED.get(family.model_type, {}))
+        return MLXModel(directory, family, config, packings)
 
     def keeps_quantized(self, config: GPTConfig) -> bool:
         """Whether mlx-lm does not transpose the matrices when it loads them."""
@@ -130,9 +152,9 @@ class MLXModel(HuggingFaceModel):
     """A directory that mlx-lm wrote; tensors are read when asked for."""
 
     def __init__(
-        self, directory: ModelDirectory, architecture: Family, config: GPTConfig, source: Quantization | None
+        self, directory: ModelDirectory, architecture: Family, config: GPTConfig, packings: Packings | None
     ) -> None:
-        self.source = source
+        self.packings = packings
         super().__init__(directory, architecture, config)
 
     def _with_head(self, config: GPTConfig) -> GPTConfig:
@@ -141,16 +163,21 @@ class MLXModel(HuggingFaceModel):
             return config
         return dataclasses.replace(config, tie_embeddings=len(self._embedding_and_head()) < 2)
 
-    def end_ids(self) -> list[int]:
-        """The ids that end its text, as mlx-lm resolves them."""
-        return end_ids(self.directory, mlx_lm=True)
-
     @cached_property
     def quantization(self) -> Quantization | None:
-        """As in the file, where its matrices are ours one by one and those that we would quantize; else None."""
-        if self.source is None or any(len(parts) > 1 for parts in self.architecture.layout(self.config).values()):
+        """As in the file, where its matrices are ours one by one, those that we would quantize, and so; else None."""
+        layout, used = self.architecture.layout(self.config), self._packings_used
+        if len(used) != 1 or any(len(parts) > 1 for parts in layout.values()):
             return None
-        return self.source if self._homes.keys() == set(self.source.matrices(self.config)) else None
+        packing = used.pop()
+        if packing.mode != "affine" or packing.bits not in BITS:
+            return None
+        quantization = Quantization(packing.bits, packing.group_size)
+        return quantization if self._homes.keys() == set(quantization.matrices(self.config)) else None
+
+    @property
+    def _packings_used(self) -> set[Packing]:
+        return {file.packed[name] for file, name in self._homes.values()}
 
     def stored(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) of every tensor as `quantization` says; a quantized matrix keeps its very bits."""
@@ -169,7 +196,7 @@ class MLXModel(HuggingFaceModel):
     def files(self) -> Sequence[TensorFile]:
         """The files that its tensors are in, dequantized."""
         files = tensor_files(self.directory)
-        return files if self.source is None else [DequantizedFile(file, self.source) for file in files]
+        return files if self.packings is None else [DequantizedFile(file, self.packings) for file in files]
 
     @cached_property
     def _homes(self) -> dict[str, tuple[DequantizedFile, str]]:
@@ -179,7 +206,7 @@ class MLXModel(HuggingFaceModel):
         for file in self.files:
             if not isinstance(file, DequantizedFile):
                 continue
-            for name in file.parts:
+            for name in file.packed:
                 canonical = self.architecture.canonical(name, layout)
                 if canonical not in layout:
                     raise UserError(f"{file.path} has a tensor {name}, which this model has not.")

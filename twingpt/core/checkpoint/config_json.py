@@ -6,13 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.config import GPTConfig
-from twingpt.core.errors import UserError
-from twingpt.core.reading import parse_json, short
 from twingpt.core.tokenizer import Tokenizer
-
-GENERATION = "generation_config.json"
 
 # What may differ between models of the qwen3 and llama shapes; everything else is as GPTConfig has it.
 _FREE = {
@@ -96,34 +91,3 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
         return {"bos_token_id": None, "eos_token_id": None}
     eos = tokenizer.roles.get("eos", tokenizer.end_of_text)
     return {"bos_token_id": tokenizer.roles.get("bos"), "eos_token_id": eos}
-
-
-def generation_settings(directory: ModelDirectory) -> dict[str, Any]:
-    """Settings for generation, as transformers resolves them: generation_config.json, or without it config.json's ids.
-
-    Nothing for what is no folder, or has neither file; UserError where one of them can't be read.
-    """
-    path = directory.path / GENERATION
-    if path.is_file():
-        own = parse_json(directory.text(GENERATION), path)
-        if not isinstance(own, dict):
-            raise UserError(f"{path} is not a JSON object.")
-        return own
-    config = directory.json_object("config.json") if (directory.path / "config.json").is_file() else {}
-    return {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
-
-
-def end_ids(directory: ModelDirectory, *, mlx_lm: bool = False) -> list[int]:
-    """The ids that end a model's text by its settings for generation; UserError where they are none.
-
-    As transformers resolves them; with `mlx_lm` as that does, which asks config.json where the settings name none.
-    """
-    ids = generation_settings(directory).get("eos_token_id")
-    if mlx_lm and not ids:
-        ids = directory.json_object("config.json").get("eos_token_id")
-    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(token) is int for token in listed):
-        raise UserError(
-            f"eos_token_id in {directory.path} must be a token's id or a list of them, and is {short(ids)}."
-        )
-    return listed

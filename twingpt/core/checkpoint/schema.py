@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.config_json import end_ids, model_type, portable_config, token_ids
+from twingpt.core.checkpoint.config_json import model_type, portable_config, token_ids
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.checkpoint.quantize import Quantization, dequantized, from_config, stored_shapes
 from twingpt.core.checkpoint.safetensors_file import DTYPES, Entry, Shapes, TensorFile, finite, write_safetensors
@@ -191,10 +191,6 @@ class Model(ABC):
     def tokenizer(self) -> Tokenizer:
         """What its ids mean; UserError where that isn't known."""
         return self.directory.tokenizer
-
-    def end_ids(self) -> list[int]:
-        """The ids that end its text by its settings for generation; UserError where they are none."""
-        return end_ids(self.directory)
 
     @abstractmethod
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -40,17 +40,14 @@ CLASS_ROLES: Mapping[str, Mapping[str, str]] = {
     "Qwen2Tokenizer": dict.fromkeys(("eos", "pad", "unk"), END_OF_TEXT),
     "GemmaTokenizer": {role: f"<{role}>" for role in ROLES},
     "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
-    "TokenizersBackend": {},
-    "PreTrainedTokenizer": {},
-}
-MODEL_CLASSES = {  # by model_type, where tokenizer_config.json names none
+    "TokenizersBackend": {}, "PreTrainedTokenizer": {},
+}  # fmt: skip
+# By model_type: where tokenizer_config.json names none, and whatever it names.
+MODEL_CLASSES = {
     "gpt2": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer", "qwen3": "Qwen2Tokenizer", "gemma3_text": "GemmaTokenizer",
     "llama": "TokenizersBackend", "smollm3": "TokenizersBackend",
 }  # fmt: skip
-ONLY_CLASSES = {  # whatever it names
-    "qwen2": "Qwen2Tokenizer",
-    **dict.fromkeys(("granite", "mistral", "olmo2"), "TokenizersBackend"),
-}
+ONLY_CLASSES = {"qwen2": "Qwen2Tokenizer", **dict.fromkeys(("granite", "mistral", "olmo2"), "TokenizersBackend")}
 # For any other class, and a tokenizer.json alone: spellings to look for among added special tokens.
 SPELLINGS = {
     "bos": ("<|begin_of_text|>", "<bos>", "<s>", "[CLS]", END_OF_TEXT),

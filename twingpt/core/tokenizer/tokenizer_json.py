@@ -28,10 +28,11 @@ MAX_FILE = 2**26  # bytes: twice the largest that a known model has
 
 def files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     """File name -> content of tokenizer.json and tokenizer_config.json."""
+    own = tokenizer.settings()
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        **tokenizer.settings(),
+        **own,
+        "clean_up_tokenization_spaces": own.get("clean_up_tokenization_spaces", False),
         "model_max_length": block_size,
         "twingpt": {"kind": tokenizer.kind},
     }
