@@ -16,10 +16,11 @@ from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, train
 from tests.conftest import needs
 from twingpt.core.errors import UserError
-from twingpt.data import builder, documents, prepare, readers
+from twingpt.data import builder, compression, documents, prepare, readers
 from twingpt.data.builder import TokenizerChoice
-from twingpt.data.prepare import ReadOptions, prepare_named
+from twingpt.data.prepare import prepare_named
 from twingpt.data.shards import ShardWriter, TokenDataset
+from twingpt.data.sources import ReadOptions
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def test_prepare_says_what_it_made(gpt, dump, home):
     result = prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
     lines = [json.loads(line)["text"] for line in dump.read_text("utf-8").splitlines()]
     assert set(result) == {
-        "name", "path", "documents", "bytes", "tokens", "val_tokens", "seconds", "peak_rss_bytes",
+        "name", "path", "documents", "bytes", "tokens", "val_tokens", "seconds", "peak_rss_bytes", "left_out", "notes",
     }  # fmt: skip
     assert result["path"] == str(home / "docs") and result["documents"] == 200
     assert result["bytes"] == sum(map(len, lines)) == result["tokens"] + result["val_tokens"] - 200
@@ -190,7 +191,7 @@ def test_a_long_document_in_pieces_is_the_same_as_in_one(gpt, prose, home, monke
     prose.write_text(text, "utf-8")
     prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "whole")
     monkeypatch.setattr(documents, "PIECE", 500)
-    monkeypatch.setattr(readers, "BLOCK", 300)
+    monkeypatch.setattr(compression, "BLOCK", 300)
     prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "pieces")
     whole, pieces = (TokenDataset(home / name) for name in ("whole", "pieces"))
     assert whole.fingerprint == pieces.fingerprint
@@ -251,11 +252,11 @@ def test_replaced_errors(gpt, tmp_path, home):
 def test_a_full_disk(gpt, dump, home, monkeypatch):
     real, written = ShardWriter.append, []
 
-    def append(self, content, n_bytes):
+    def append(self, content, n_bytes, token_bytes):
         written.append(content)
         if len(written) > 1:
             raise OSError(28, "No space left on device")
-        real(self, content, n_bytes)
+        real(self, content, n_bytes, token_bytes)
 
     monkeypatch.setattr(ShardWriter, "append", append)
     error = mistake(gpt, "data", "prepare", dump, "--tokenizer", "byte", "--name", "docs")

@@ -9,7 +9,7 @@ import pytest
 
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import ByteTokenizer
-from twingpt.data import documents, readers, workers
+from twingpt.data import compression, documents, readers, workers
 from twingpt.data.documents import pieces, split_at
 from twingpt.data.readers import DocumentFile
 
@@ -32,7 +32,7 @@ def lines(*texts, field="text"):
 def small(monkeypatch):
     """Pieces and blocks of some bytes, as if a gigabyte were a kilobyte."""
     monkeypatch.setattr(documents, "PIECE", 64)
-    monkeypatch.setattr(readers, "BLOCK", 50)
+    monkeypatch.setattr(compression, "BLOCK", 50)
 
 
 def zstd(content):
@@ -63,7 +63,7 @@ def test_blocks_cut_anywhere_change_nothing(tmp_path, small):
 
 @pytest.mark.parametrize("block", [1, 50])
 def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(compression, "BLOCK", block)
     path = tmp_path / "novel.txt"
     path.write_bytes(b"\xef\xbb\xbfIt was. \xef\xbb\xbf")
     assert documents_of(path) == ["It was. \ufeff"]  # elsewhere it is a character like others

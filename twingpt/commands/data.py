@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from twingpt.commands.options import TOKENIZERS, Json, Yes
+from twingpt.commands.options import TOKENIZERS, Errors, Field, Json, SkipBadLines, Yes
 from twingpt.commands.output import ask_to_remove, make_console, print_json
 
 app = typer.Typer(
@@ -32,7 +32,9 @@ DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data s
     "gpt data prepare dump.jsonl.zst --field body --tokenizer gpt2 --name dump\n\n"
     "zcat books.gz | gpt data prepare - --errors replace --name books\n\n"
     "gpt data prepare roneneldan/TinyStories --name stories     with pip install 'twingpt\\[hf]'\n\n"
-    "Files are .txt, .md, .rst and .jsonl, also as .gz or .zst, .parquet, and what save_to_disk of datasets wrote.\n",
+    "gpt data prepare 'code/**/*.py' --name code               a glob takes files of any name\n\n"
+    "Files are text, JSON (lines or an array), also as .gz, .zst, .xz or .bz2, .parquet, .arrow, and what save_to_disk "
+    "of datasets wrote.\n",
 )
 def prepare_data(
     sources: Annotated[
@@ -42,8 +44,9 @@ def prepare_data(
     name: Annotated[str, typer.Option(help="What --data of gpt train will call it.")],
     tokenizer: Annotated[str, typer.Option(help=TOKENIZERS)] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Ids of a BPE that is trained on the data.")] = 2048,
-    field: Annotated[str, typer.Option(help="What has the text in JSON lines and tables.")] = "text",
-    errors: Annotated[str, typer.Option(help="What is not UTF-8: strict stops, replace takes U+FFFD.")] = "strict",
+    field: Field = None,
+    errors: Errors = "strict",
+    skip_bad_lines: SkipBadLines = 0,
     licence: Annotated[str | None, typer.Option(help="Noted of sources that have no licence of their own.")] = None,
     json_: Json = False,
 ) -> None:
@@ -60,17 +63,21 @@ def prepare_data(
     from twingpt.commands import show_data as show
     from twingpt.data import library
     from twingpt.data.builder import Progress, TokenizerChoice
-    from twingpt.data.prepare import ReadOptions, prepare_named
+    from twingpt.data.prepare import prepare_named
+    from twingpt.data.sources import ReadOptions
     from twingpt.data.workers import PeakMemory
 
-    choice, options = TokenizerChoice(tokenizer, vocab_size), ReadOptions(field, errors, licence)
+    choice = TokenizerChoice(tokenizer, vocab_size)
+    options = ReadOptions(field, errors, licence, skip_bad_lines)
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
     start, memory = time.perf_counter(), PeakMemory()
     with memory.watch(), bar as progress:
-        summary = library.summarize(prepare_named(sources, name, choice, options, progress))
+        data = prepare_named(sources, name, choice, options, progress)
+    summary = library.summarize(data)
     seconds = time.perf_counter() - start
     names = ("name", "path", "documents", "bytes", "tokens", "val_tokens")
     result = {key: getattr(summary, key) for key in names} | {"seconds": seconds, "peak_rss_bytes": memory.bytes}
+    result |= {"left_out": data.manifest.get("left_out", {}), "notes": data.manifest.get("notes", [])}
     if json_:
         print_json(result)
     else:

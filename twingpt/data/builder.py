@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,9 +16,9 @@ from typing import Any
 from twingpt.core import rng
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
-from twingpt.data import shards, sources, workers
+from twingpt.core.units import human_share
+from twingpt.data import shards, sources, spelling, workers
 from twingpt.data.documents import pieces
-from twingpt.data.readers import DocumentFile
 from twingpt.data.shards import SPLITS, ShardWriter
 from twingpt.data.sources import Source
 from twingpt.data.split import BY_HASH, BY_TAIL, VAL_FRACTION, pieces_by_hash, pieces_by_tail
@@ -83,7 +84,12 @@ class DatasetBuilder:
         self, loaded: Mapping[str, Source], name: str, choice: TokenizerChoice, progress: Progress, n_cores: int
     ) -> None:
         self.loaded, self.name, self.choice, self.progress, self.n_cores = loaded, name, choice, progress, n_cores
-        self.source = Source(name, [one for source in loaded.values() for one in source.inputs])
+        self.source = Source(
+            name,
+            [one for source in loaded.values() for one in source.inputs],
+            left_out=sum((Counter(source.left_out) for source in loaded.values()), Counter()),
+            most_bad=max(source.most_bad for source in loaded.values()),
+        )
         self.size = self.source.size
         # Whether the tail of each document is held out, and the characters of each document that comes in pieces.
         self.tails, self.lengths, self.counted = False, list[int](), False
@@ -104,14 +110,31 @@ class DatasetBuilder:
         (folder / "stdin").unlink(missing_ok=True)  # sources.spool's
         split = BY_TAIL if self.tails else BY_HASH
         facts: dict[str, Any] = {"name": self.name, "asked": self.choice.asked, "sources": rows, "split": split}
-        facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned}
+        facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned, "rules": sources.RULES}
+        facts |= {"left_out": dict(self.source.left_out), "notes": self._notes(counts)}
         shards.finish_dataset(folder, tokenizer, facts, writers)
+
+    def _notes(self, counts: EncodedChunk) -> list[str]:
+        """What whoever uses the data must know, a sentence each. Raises UserError where too little could be spelled."""
+        notes, unspelled, name = [], counts.unspelled, self.source.display_name
+        if unspelled.share > spelling.MOST:
+            raise UserError(
+                f"The tokenizer can't spell {unspelled.share:.0%} of {name}: learn one from it (--tokenizer bpe), or "
+                "take one of bytes."
+            )
+        if unspelled.share:
+            notes.append(
+                f"The tokenizer can't spell {human_share(unspelled.share)} of the text: {unspelled.unknown:,} of "
+                f"{unspelled.ids:,} ids stand for what is unknown, and {unspelled.lost:,} of {unspelled.characters:,} "
+                "characters are lost."
+            )
+        return [*notes, *self.source.notes(counts.bad)]
 
     def _source_rows(self, digests: Mapping[str, str]) -> list[dict[str, Any]]:
         """The manifest's entry of each source."""
         return [
             {
-                "source": spec,
+                "source": sources.printable(spec),
                 "files": len(source.inputs),
                 "bytes": source.size,
                 "sha256": digests[spec],
@@ -130,21 +153,18 @@ class DatasetBuilder:
         placed = pieces_by_tail(items, self.lengths) if encode.tails else pieces_by_hash(items, lengths)
         for chunk in workers.run(encode, placed, self.n_cores):
             for split, writer in writers.items():
-                writer.append(chunk.tokens[split], chunk.bytes[split])
+                writer.append(chunk.tokens[split], chunk.bytes[split], chunk.token_bytes[split])
             counts.count(chunk)
+            self.source.check_bad(counts.bad)
             self.progress.documents, self.progress.tokens = sum(counts.documents.values()), counts.n_tokens
         total = sum(counts.characters.values())
         if not total:
-            raise sources.empty(self._display_name())
+            raise sources.empty(self.source.display_name)
         if not encode.tails:
             share = counts.characters["val"] / total
             self.tails, self.lengths = not VAL_FRACTION / 2 < share < VAL_FRACTION * 2, lengths
             self.counted = True
         return counts
-
-    def _display_name(self) -> object:
-        first, *others = self.source.inputs
-        return first.display_name if isinstance(first, DocumentFile) and not others else self.name
 
     def _encode(self, folder: Path, tokenizer: Tokenizer) -> tuple[EncodedChunk, dict[str, ShardWriter]]:
         """Write the shards; again where only the first pass shows that by hash too little or too much is held out."""

@@ -170,7 +170,7 @@ def verify(data: TokenDataset) -> dict[str, Any]:
         if sha.hexdigest() != facts["sha256"]:
             raise _damaged(data, f"{split}.bin is not what was written (its SHA-256 differs)")
         for what, count, expected in (
-            ("bytes of text", n_bytes, facts["bytes"]),
+            ("bytes of text", n_bytes, facts.get("token_bytes", facts["bytes"])),
             ("documents", documents, manifest["documents"][split]),
         ):
             if count != expected:

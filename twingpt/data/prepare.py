@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from twingpt.core import paths
@@ -15,10 +13,10 @@ from twingpt.core.errors import UserError
 from twingpt.core.locks import locked
 from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
-from twingpt.data import named, readers, shards, sources, workers
+from twingpt.data import named, shards, sources, workers
 from twingpt.data.builder import DatasetBuilder, Progress, TokenizerChoice, learn_tokenizer
 from twingpt.data.shards import TokenDataset
-from twingpt.data.sources import Source
+from twingpt.data.sources import ReadOptions, Source
 from twingpt.data.tokenizers import find as find_tokenizer
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
@@ -49,7 +47,7 @@ def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None =
             raise UserError(f"{spec} is prepared with another tokenizer than the model's: prepare its text with that.")
         return data
     source, choice = sources.load(spec), TokenizerChoice(kind, vocab_size, tokenizer)
-    folder = folder_of(f"{source.name[:40]}-{_key(source.digest, choice.key)}")
+    folder = folder_of(f"{sources.slug(source.name)[:40]}-{_key(source.digest, choice.key)}")
     if not folder.exists():
         _build(folder, source.name, lambda _: {spec: source}, choice)
     return TokenDataset(folder)
@@ -80,27 +78,6 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("/".join([str(shards.SCHEMA), *parts]).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How sources are read: see `sources.load`; `licence` is noted of those that have none of their own."""
-
-    field: str = "text"
-    errors: str = "strict"
-    licence: str | None = None
-
-    def load(self, spec: str, spool: Path) -> Source:
-        """The source `spec`; what comes on stdin is kept in the folder `spool`."""
-        if spec == "-":
-            source = sources.spool(spool, self.errors)
-        elif (
-            sources.HUB_ID.fullmatch(spec) and not paths.expand(spec).exists() and not readers.is_data_file(Path(spec))
-        ):
-            source = sources.load_hub(spec, self.field, self.errors)
-        else:
-            source = sources.load(spec, self.field, self.errors)
-        return dataclasses.replace(source, licence=source.licence or self.licence)
-
-
 def prepare_named(
     specs: Sequence[str], name: str, choice: TokenizerChoice, options: ReadOptions, progress: Progress | None = None
 ) -> TokenDataset:
@@ -114,7 +91,7 @@ def prepare_named(
         return _same(folder, specs, name, choice, options)
 
     def load(spool: Path) -> dict[str, Source]:
-        return {spec: options.load(spec, spool) for spec in specs}
+        return options.load(specs, spool)
 
     _build(folder, name, load, choice, progress, alone=True)
     return TokenDataset(folder)
@@ -125,7 +102,8 @@ def _same(folder: Path, specs: Sequence[str], name: str, choice: TokenizerChoice
     data = TokenDataset(folder)
     alike = not choice.tokenizer or choice.tokenizer.digest == data.manifest["tokenizer"]
     if "-" not in specs and alike and data.manifest.get("asked") == choice.asked:
-        digests = [options.load(spec, folder).digest for spec in specs]
+        loaded, rules = options.load(specs, folder).values(), data.manifest.get("rules", 1)
+        digests = [source.digest_under(rules) for source in loaded]
         if digests == [row["sha256"] for row in data.manifest["sources"]]:
             return data
     raise UserError(f"{name} is prepared already, from something else: gpt data rm {name}, or choose another --name.")

@@ -27,7 +27,7 @@ SPLITS = ("train", "val")
 
 # The keys that a manifest must and may have, and their JSON types.
 REQUIRED = {"name": str, "dtype": str, "vocab_size": int, "tokenizer": str, "documents": dict, "splits": dict}
-OPTIONAL = {"asked": dict, "split": str, "sources": list}
+OPTIONAL = {"asked": dict, "split": str, "sources": list, "rules": int, "left_out": dict, "notes": list}
 SOURCE = {"source": str, "files": int, "bytes": int, "sha256": str}
 
 
@@ -36,8 +36,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     _check_types(manifest, REQUIRED)
     _check_types({**{key: kind() for key, kind in OPTIONAL.items()}, **manifest}, OPTIONAL)
     for split in SPLITS:
-        facts = {**manifest["splits"][split], "documents": manifest["documents"][split]}
-        _check_types(facts, {"tokens": int, "bytes": int, "documents": int, "sha256": str})
+        facts = {"token_bytes": 0, **manifest["splits"][split], "documents": manifest["documents"][split]}
+        _check_types(facts, {"tokens": int, "bytes": int, "token_bytes": int, "documents": int, "sha256": str})
     for row in manifest.get("sources", []):
         _check_types(row, SOURCE)
         if not isinstance(row["licence"], str | None):
@@ -64,7 +64,7 @@ class ShardWriter:
         self.file = path.open("wb")
         self.itemsize = dtype.itemsize
         self.sha = hashlib.sha256()
-        self.tokens = self.bytes = 0
+        self.tokens = self.bytes = self.token_bytes = 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -75,16 +75,18 @@ class ShardWriter:
                 self.file.flush()
                 os.fsync(self.file.fileno())
 
-    def append(self, content: bytes, n_bytes: int) -> None:
-        """Append `content`, tokens in the shard's dtype, which encode `n_bytes` of text."""
+    def append(self, content: bytes, n_bytes: int, token_bytes: int) -> None:
+        """Append `content`, tokens in the shard's dtype, of `n_bytes` of text, of which they have `token_bytes`."""
         self.file.write(content)
         self.sha.update(content)
         self.tokens += len(content) // self.itemsize
         self.bytes += n_bytes
+        self.token_bytes += token_bytes
 
     def facts(self) -> dict[str, Any]:
         """The split's entry in the manifest."""
-        return {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha.hexdigest()}
+        facts = {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha.hexdigest()}
+        return facts if self.token_bytes == self.bytes else {**facts, "token_bytes": self.token_bytes}
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -175,6 +177,16 @@ class TokenDataset:
         found = np.lib.stride_tricks.sliding_window_view(tokens, length)[starts]
         self._check_ids(found)
         windows[rows] = found
+
+    def text_bytes(self, split: str, tokens: Array) -> float:
+        """The bytes of text that some tokens of a split are.
+
+        Where the tokenizer can't spell all of it, so that these have more bytes or fewer, each is an average token.
+        """
+        facts = self.manifest["splits"][split]
+        if "token_bytes" not in facts:
+            return float(self.tokenizer.byte_lengths[tokens].sum())
+        return float(len(tokens) * facts["bytes"] / facts["tokens"])
 
     def epochs(self, windows: int, block_size: int) -> float:
         """Epochs that so many training windows are."""
