@@ -23,6 +23,7 @@ from twingpt.core.order import interleave, source_counts
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.data.prepare import find, prepare, shared_tokenizer
 from twingpt.data.shards import SPLITS, TokenDataset
+from twingpt.data.sources import printable
 
 Array = np.ndarray
 
@@ -58,7 +59,8 @@ def _weighted(text: str) -> tuple[str, float]:
 
 def title(data: str | Sequence[str]) -> str:
     """A short name for what --data names, to name a run by."""
-    return "+".join(Path(spec).stem for spec, _ in parse(data))[:60]
+    name = "+".join(printable(Path(spec).stem) for spec, _ in parse(data))[:60]
+    return name.encode()[:180].decode("utf-8", "ignore")  # a file's name has 255 bytes at most
 
 
 def spell(data: str | Sequence[str]) -> str:

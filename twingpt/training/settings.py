@@ -88,7 +88,7 @@ def read(path: Path) -> Settings:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        text = expand(path).read_text("utf-8")
+        text = expand(path).read_text("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"There is no file {path}: check the path given to --config.") from None
     except IsADirectoryError:

@@ -57,7 +57,7 @@ def load_file(path: Path) -> Tokenizer:
         raise UserError(f"{beside} is not a tokenizer_config.json.")
     template = path.with_name("chat_template.jinja")
     if template.is_file() and "chat_template" not in settings:
-        settings["chat_template"] = template.read_text("utf-8", errors="replace")
+        settings["chat_template"] = template.read_text("utf-8-sig", errors="replace")
     written = settings.get("twingpt")
     kind = written.get("kind") if isinstance(written, dict) else None
     if kind not in TOKENIZERS:
