@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -199,6 +200,91 @@ def test_a_long_document_in_pieces_is_the_same_as_in_one(gpt, prose, home, monke
         text[: int(len(text) * 0.9)],
         text[int(len(text) * 0.9) :],
     ]
+
+
+def test_held_out_text_of_its_own(gpt, dump, tmp_path, home, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 100)
+    val = tmp_path / "val.txt"
+    val.write_text("held out and longer than a piece é " * 20, "utf-8")
+    for kind in ("byte", "char", "bpe"):  # the alphabet is that of both, what is learned is from what is trained on
+        how = ["--tokenizer", kind, "--vocab-size", 300, "--name", kind]
+        prepared(gpt, dump, "--val", val, *how)
+        data = TokenDataset(home / kind)
+        assert texts_of(data, "val") == [val.read_text("utf-8")] and len(texts_of(data, "train")) == 200
+        prepared(gpt, dump, "--val", val, *how)  # and is found again
+    assert [row["source"] for row in data.manifest["sources"]] == [str(dump), str(val)]
+    assert data.manifest["learned_from"]["of"] == sum(map(len, texts_of(data, "train")))
+    assert json.loads(gpt("data", "verify", "bpe", "--json")[1])["ok"]
+    assert sum(row["documents"] for row in json.loads(gpt("data", "info", "bpe", "--json")[1])["histogram"]) == 201
+    assert "is prepared already" in mistake(gpt, "data", "prepare", dump, *how)
+    assert "is also what is trained on" in mistake(gpt, "data", "prepare", dump, "--val", dump, "--name", "x")
+    (tmp_path / "empty.txt").touch()
+    assert "empty.txt is empty" in mistake(gpt, "data", "prepare", dump, "--val", tmp_path / "empty.txt", "--name", "x")
+
+
+def test_another_share_is_held_out(gpt, dump, prose, home):
+    for name, share in (("none", "0"), ("fifth", "0.2"), ("half", "0.5")):
+        prepared(gpt, dump, "--val", share, "--tokenizer", "byte", "--name", name)
+        held_out = len(texts_of(TokenDataset(home / name), "val"))
+        assert abs(held_out - 200 * float(share)) < 25 and (held_out > 0) == (name != "none")
+        prepared(gpt, dump, "--val", share, "--tokenizer", "byte", "--name", name)
+        assert "is prepared already" in mistake(
+            gpt, "data", "prepare", dump, "--val", "0.3", "--tokenizer", "byte", "--name", name
+        )
+    prepared(gpt, prose, "--val", "0.25", "--tokenizer", "byte", "--name", "tail")
+    text, data = prose.read_text("utf-8"), TokenDataset(home / "tail")
+    assert texts_of(data, "val") == [text[int(len(text) * 0.75) :]]
+    assert data.manifest["split"] == "the last 25% of each document" and data.manifest["val"] == 0.25
+    for share in ("1", "-0.1", "nan", "0.00001"):
+        assert "a share must be 0, or from 0.0001" in mistake(
+            gpt, "data", "prepare", dump, "--val", share, "--name", "x"
+        )
+
+
+def save_table(folder, texts) -> Path:
+    """A table as save_to_disk of `datasets` writes it; its file."""
+    import pyarrow
+
+    folder.mkdir(parents=True)
+    table = pyarrow.table({"text": texts})
+    with pyarrow.OSFile(str(folder / "data.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    return folder / "data.arrow"
+
+
+def test_the_validation_split_of_a_data_set_is_held_out(gpt, dump, tmp_path, home):
+    pytest.importorskip("pyarrow")
+    train, val = ([f"{name} {i}" for i in range(30)] for name in ("train", "val"))
+    for name, texts in (("train", train), ("validation", val), ("test", ["test"])):
+        save_table(tmp_path / "saved" / name, texts)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "validation", "test"]}')
+    prepared(gpt, tmp_path / "saved", "--tokenizer", "byte", "--name", "saved")
+    data = TokenDataset(home / "saved")
+    assert texts_of(data, "train") == train and texts_of(data, "val") == val
+    prepared(gpt, tmp_path / "saved", dump, "--tokenizer", "byte", "--name", "both")
+    both = TokenDataset(home / "both")
+    assert set(texts_of(both, "val")) > set(val) and set(texts_of(both, "train")) > set(train)
+    assert 5 < len(texts_of(both, "val")) - 30 < 40  # of the others a share, as ever
+    prepared(gpt, tmp_path / "saved", "--val", "0.5", "--tokenizer", "byte", "--name", "share")
+    share = TokenDataset(home / "share")
+    assert set(texts_of(share, "train") + texts_of(share, "val")) == set(train)
+
+
+def test_a_hubs_validation_split_is_held_out(gpt, tmp_path, home, monkeypatch):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("huggingface_hub")
+    tables = {}
+    for name in ("train", "validation"):
+        file = save_table(tmp_path / name, [f"{name} {i}" for i in range(9)])
+        info = SimpleNamespace(splits={"train": 1, "validation": 2, "test": 3})
+        tables[name] = SimpleNamespace(cache_files=[{"filename": str(file)}], info=info)
+    hub = SimpleNamespace(config=SimpleNamespace(), load_dataset=lambda name, config, split: tables[split])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    prepared(gpt, "org/name", "--tokenizer", "byte", "--name", "hub")
+    data = TokenDataset(home / "hub")
+    assert texts_of(data, "val") == [f"validation {i}" for i in range(9)] and len(texts_of(data, "train")) == 9
 
 
 def test_one_long_document_among_others_by_hash(gpt, dump, tmp_path, home, monkeypatch):

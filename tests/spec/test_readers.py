@@ -228,7 +228,7 @@ def test_results_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PROCESSES", 2)
     texts = [f"{i} " + "word and " * 40_000 for i in range(12)]
     (tmp_path / "dump.jsonl").write_bytes(lines(*texts))
-    encode = workers.ChunkEncoder(ByteTokenizer(), "<u2", tails=False)
+    encode = workers.ChunkEncoder(ByteTokenizer(), "<u2")
     one, many = (list(workers.run(encode, DocumentFile(tmp_path / "dump.jsonl").items(), cores)) for cores in (1, 3))
     assert one == many and len(one) > 2
     assert sum(result.n_tokens for result in one) == sum(map(len, texts)) + len(texts)
@@ -239,6 +239,6 @@ def test_results_do_not_depend_on_the_workers(tmp_path, monkeypatch):
 def test_an_error_in_a_worker_is_the_commands(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "SMALL", 1)
     (tmp_path / "dump.jsonl").write_bytes(lines("a" * 2**20) * 3 + b"no")
-    encode = workers.ChunkEncoder(None, "", tails=False)
+    encode = workers.ChunkEncoder(None, "")
     with pytest.raises(UserError, match="line 4, is not JSON"):
         list(workers.run(encode, DocumentFile(tmp_path / "dump.jsonl").items(), 2))

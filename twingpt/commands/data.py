@@ -33,6 +33,7 @@ DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data s
     "zcat books.gz | gpt data prepare - --errors replace --name books\n\n"
     "gpt data prepare roneneldan/TinyStories --name stories     with pip install 'twingpt\\[hf]'\n\n"
     "gpt data prepare 'code/**/*.py' --name code               a glob takes files of any name\n\n"
+    "gpt data prepare train.jsonl --val test.jsonl --name mine\n\n"
     "Files are text, JSON (lines or an array), also as .gz, .zst, .xz or .bz2, .parquet, .arrow, and what save_to_disk "
     "of datasets wrote.\n",
 )
@@ -47,14 +48,15 @@ def prepare_data(
     field: Field = None,
     errors: Errors = "strict",
     skip_bad_lines: SkipBadLines = 0,
+    val: Annotated[str | None, typer.Option(help="What is held out: a share, or a source. (default: 0.1)")] = None,
     licence: Annotated[str | None, typer.Option(help="Noted of sources that have no licence of their own.")] = None,
     json_: Json = False,
 ) -> None:
     """Tokenize text of any size on all cores, and keep it under a name.
 
     A document is a file of text, a line of JSON, or a row of a table. A tenth of them is held out, by
-    hash; of few documents the last tenth of each. For --data a NAME goes before a file or folder
-    of that name, which ./NAME names.
+    hash; of few documents the last tenth of each; of a hub's data set its validation split, if it has
+    one. For --data a NAME goes before a file or folder of that name, which ./NAME names.
     """
     import time
 
@@ -72,7 +74,7 @@ def prepare_data(
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
     start, memory = time.perf_counter(), PeakMemory()
     with memory.watch(), bar as progress:
-        data = prepare_named(sources, name, choice, options, progress)
+        data = prepare_named(sources, name, choice, options, progress, val)
     summary = library.summarize(data)
     seconds = time.perf_counter() - start
     names = ("name", "path", "documents", "bytes", "tokens", "val_tokens")

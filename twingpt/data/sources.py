@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
@@ -44,6 +44,7 @@ class DocumentInput(Protocol):
         """Its documents, in order."""
 
 
+VALIDATION = ("validation", "valid", "val", "dev")  # what a data set calls what it holds out itself
 RULES = 2  # how sources are read, by version; 1 went by names alone, and noted no version
 
 
@@ -52,7 +53,7 @@ class Source:
     """A data source: documents under a short name, in files or in memory; nothing is read before it is asked for.
 
     `left_out` counts what of its folders is no document, by a word for it. More than `most_bad` records without text
-    are a UserError.
+    are a UserError. `held_out` is what a data set has for validation itself.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Source:
     licence: str | None = None
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
     most_bad: int = 0
+    held_out: Source | None = None
 
     @property
     def digest(self) -> str:
@@ -210,7 +212,9 @@ def _folder(spec: str, path: Path, options: ReadOptions) -> Source:
     """The documents of a folder, or of a table that was saved as one."""
     name = printable(path.resolve().name)
     if tables := _saved_to_disk(path):
-        return Source(name, [*map(options.file, tables)])
+        val = next(filter(None, (_saved_to_disk(path / split) for split in VALIDATION)), None)
+        held_out = Source(name, [*map(options.file, val)]) if val else None
+        return Source(name, [*map(options.file, tables)], held_out=held_out)
     found = folders.walk(path, options.file)
     if not found.files:
         kinds = f"{', '.join(readers.KINDS)}, {' or '.join(compression.SUFFIXES)}"
@@ -248,7 +252,10 @@ def _named(spec: str, name: str, shards: int | None) -> Source:
 
 
 def load_hub(spec: str, options: ReadOptions) -> Source:
-    """The training split of the Hugging Face data set `org/name` or `org/name:config`, downloaded by `datasets`."""
+    """The Hugging Face data set `org/name` or `org/name:config`, downloaded by `datasets`: its split train.
+
+    Its validation split, where it has one, is held out.
+    """
     try:
         import datasets
     except ImportError:
@@ -259,13 +266,20 @@ def load_hub(spec: str, options: ReadOptions) -> Source:
     _go_offline_unless_reachable(name)
     try:
         table = datasets.load_dataset(name, config or None, split="train")
+        split = next((split for split in VALIDATION if split in (table.info.splits or ())), None)
+        val = datasets.load_dataset(name, config or None, split=split) if split else None
     except Exception as error:  # the hub's, the network's, and those of every format's reader
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"There is no file or folder {spec}, and it can't be fetched as a Hugging Face data set: {reason}"
         ) from None
-    files = [options.file(Path(file["filename"])) for file in table.cache_files]
-    return Source(slug(spec.rpartition("/")[2]), files)
+
+    def source(table: Any) -> Source:
+        return Source(
+            slug(spec.rpartition("/")[2]), [options.file(Path(file["filename"])) for file in table.cache_files]
+        )
+
+    return dataclasses.replace(source(table), held_out=source(val) if val else None)
 
 
 def _go_offline_unless_reachable(name: str) -> None:

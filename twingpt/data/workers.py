@@ -22,7 +22,7 @@ from twingpt.data import documents
 from twingpt.data.documents import DocumentPiece, Item, pieces
 from twingpt.data.shards import SPLITS
 from twingpt.data.spelling import Spelling, Unspelled
-from twingpt.data.split import split_of, tail_start
+from twingpt.data.split import DEFAULT, Split
 
 Array = np.ndarray
 
@@ -62,12 +62,12 @@ class EncodedChunk:
 class ChunkEncoder:
     """Splits, encodes and counts a chunk of documents; without a tokenizer it only counts.
 
-    With `tails`, the last tenth of each document is held out; else whole documents are, by their hash.
+    `held_out` says which of them are, or which part of each.
     """
 
     tokenizer: Tokenizer | None
     dtype: str
-    tails: bool = field(kw_only=True)
+    held_out: Split = DEFAULT
 
     def __call__(self, chunk: Iterable[Item]) -> EncodedChunk:
         """The chunk's tokens and counts."""
@@ -108,12 +108,12 @@ class ChunkEncoder:
         for document in item.documents(result.bad):
             if not document.strip():
                 result.empty += 1
-            elif self.tails:
-                cut = tail_start(len(document))
+            elif self.held_out.tails:
+                cut = self.held_out.tail_start(len(document))
                 yield document[:cut], "train", True
                 yield document[cut:], "val", True
             else:
-                yield document, split_of(document), True
+                yield document, self.held_out.of(document), True
 
 
 def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
