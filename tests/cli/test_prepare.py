@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -508,6 +509,8 @@ def flip(path: Path, content: bytes) -> None:
         (lambda folder: change(folder / "manifest.json", splits__val__sha256=5), r"is broken \(sha256 is 5\)"),
         (lambda folder: change(folder / "manifest.json", sources=[1]), "manifest of .* is broken"),
         (lambda folder: change(folder / "manifest.json", asked=[1]), r"is broken \(asked is \[1\]\)"),
+        (lambda folder: change(folder / "manifest.json", notes=[1]), r"is broken \(notes is \[1\]\)"),
+        (lambda folder: change(folder / "manifest.json", rules="x"), r"is broken \(rules is 'x'\)"),
         (lambda folder: change(folder / "manifest.json", schema=99), "prepared by a newer version of twingpt"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest of .* is broken"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
@@ -539,3 +542,29 @@ def test_train_finds_a_data_set_by_its_name(gpt, dump, home, tmp_path, monkeypat
     error = mistake(gpt, "train", "--data", "docs", "--tokenizer", "char", "--out", "other")
     assert "docs is prepared with --tokenizer byte: leave out --tokenizer char" in error
     assert "no text files" in mistake(gpt, "train", "--data", "./docs", "--out", "other")
+
+
+@needs("torch")
+def test_train_on_held_out_text_of_its_own(gpt, dump, home, tmp_path):
+    val = tmp_path / "val.txt"
+    val.write_text("held out text. " * 20)
+    where = ["--backend", "torch", *SMALL, "--eval-interval", 0]
+    train(gpt, "--data", dump, "--val-data", val, "--out", tmp_path / "run", *where, "--stop-after", 3)
+    described = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    data = TokenDataset(Path(described["data"]["folder"]))
+    assert described["train"]["val_data"] == str(val) and texts_of(data, "val") == [val.read_text("utf-8")]
+    shutil.rmtree(home)
+    moved = val.rename(tmp_path / "moved.txt")
+    train(gpt, "--resume", tmp_path / "run", "--val-data", moved, "--data", dump)
+    prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
+    error = mistake(gpt, "train", "--data", "docs", "--val-data", moved, "--out", tmp_path / "x", *where)
+    assert "docs is prepared with what it holds out" in error
+
+
+@needs("torch")
+def test_a_run_without_evaluations_needs_no_held_out_block(gpt, prose, tmp_path):
+    val = tmp_path / "val.txt"
+    val.write_text("short")
+    where = ["--data", prose, "--val-data", val, "--backend", "torch", *SMALL]
+    assert "The val split of prose has 6 tokens, fewer than one block" in mistake(gpt, "train", *where)
+    assert train(gpt, *where, "--eval-interval", 0, "--out", tmp_path / "run")["val_loss"] > 0

@@ -35,6 +35,8 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     """Raise ValueError, KeyError or TypeError unless a manifest has every key that is read, of the right type."""
     _check_types(manifest, REQUIRED)
     _check_types({**{key: kind() for key, kind in OPTIONAL.items()}, **manifest}, OPTIONAL)
+    if not all(isinstance(note, str) for note in manifest.get("notes", [])):
+        raise ValueError(f"notes is {short(manifest['notes'])}")
     for split in SPLITS:
         facts = {"token_bytes": 0, **manifest["splits"][split], "documents": manifest["documents"][split]}
         _check_types(facts, {"tokens": int, "bytes": int, "token_bytes": int, "documents": int, "sha256": str})
@@ -144,10 +146,13 @@ class TokenDataset:
         parts = [self.manifest["tokenizer"], *(self.manifest["splits"][s]["sha256"] for s in SPLITS)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    def check(self, config: GPTConfig) -> None:
-        """Raise UserError unless both splits hold at least one window, and the model knows every token."""
+    def check(self, config: GPTConfig, *, evaluated: bool = True) -> None:
+        """Raise UserError unless both splits hold at least one window, and the model knows every token.
+
+        Of a run that is not `evaluated` but at its end, what is held out may be shorter: a token and its target.
+        """
         for split, tokens in self.splits.items():
-            if len(tokens) <= config.block_size:
+            if len(tokens) <= (config.block_size if evaluated or split == "train" else 1):
                 raise UserError(
                     f"The {split} split of {self.manifest['name']} has {len(tokens)} tokens, fewer than one block of "
                     f"{config.block_size} and its target: give more text, or a smaller --block-size."
