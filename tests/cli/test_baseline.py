@@ -38,7 +38,7 @@ def write_data(folder, train: bytes, val: bytes) -> TokenDataset:
     writers = {}
     for name, text in (("train", train), ("val", val)):
         with shards.ShardWriter(folder / f"{name}.bin", np.dtype("<u2")) as writers[name]:
-            writers[name].append(np.frombuffer(text, np.uint8).astype("<u2").tobytes(), len(text))
+            writers[name].append(np.frombuffer(text, np.uint8).astype("<u2").tobytes(), len(text), len(text))
     shards.finish_dataset(folder, ByteTokenizer(), {"name": folder.name, "documents": {"train": 1, "val": 1}}, writers)
     return TokenDataset(folder)
 

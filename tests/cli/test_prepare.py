@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -16,10 +18,11 @@ from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, train
 from tests.conftest import kills, needs
 from twingpt.core.errors import UserError
-from twingpt.data import builder, documents, prepare, readers
+from twingpt.data import builder, compression, documents, prepare, readers
 from twingpt.data.builder import TokenizerChoice
-from twingpt.data.prepare import ReadOptions, prepare_named
+from twingpt.data.prepare import prepare_named
 from twingpt.data.shards import ShardWriter, TokenDataset
+from twingpt.data.sources import ReadOptions
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +60,7 @@ def test_prepare_says_what_it_made(gpt, dump, home):
     result = prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
     lines = [json.loads(line)["text"] for line in dump.read_text("utf-8").splitlines()]
     assert set(result) == {
-        "name", "path", "documents", "bytes", "tokens", "val_tokens", "seconds", "peak_rss_bytes",
+        "name", "path", "documents", "bytes", "tokens", "val_tokens", "seconds", "peak_rss_bytes", "left_out", "notes",
     }  # fmt: skip
     assert result["path"] == str(home / "docs") and result["documents"] == 200
     assert result["bytes"] == sum(map(len, lines)) == result["tokens"] + result["val_tokens"] - 200
@@ -190,7 +193,7 @@ def test_a_long_document_in_pieces_is_the_same_as_in_one(gpt, prose, home, monke
     prose.write_text(text, "utf-8")
     prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "whole")
     monkeypatch.setattr(documents, "PIECE", 500)
-    monkeypatch.setattr(readers, "BLOCK", 300)
+    monkeypatch.setattr(compression, "BLOCK", 300)
     prepared(gpt, prose, "--tokenizer", kind, "--vocab-size", 300, "--name", "pieces")
     whole, pieces = (TokenDataset(home / name) for name in ("whole", "pieces"))
     assert whole.fingerprint == pieces.fingerprint
@@ -198,6 +201,91 @@ def test_a_long_document_in_pieces_is_the_same_as_in_one(gpt, prose, home, monke
         text[: int(len(text) * 0.9)],
         text[int(len(text) * 0.9) :],
     ]
+
+
+def test_held_out_text_of_its_own(gpt, dump, tmp_path, home, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 100)
+    val = tmp_path / "val.txt"
+    val.write_text("held out and longer than a piece é " * 20, "utf-8")
+    for kind in ("byte", "char", "bpe"):  # the alphabet is that of both, what is learned is from what is trained on
+        how = ["--tokenizer", kind, "--vocab-size", 300, "--name", kind]
+        prepared(gpt, dump, "--val", val, *how)
+        data = TokenDataset(home / kind)
+        assert texts_of(data, "val") == [val.read_text("utf-8")] and len(texts_of(data, "train")) == 200
+        prepared(gpt, dump, "--val", val, *how)  # and is found again
+    assert [row["source"] for row in data.manifest["sources"]] == [str(dump), str(val)]
+    assert data.manifest["learned_from"]["of"] == sum(map(len, texts_of(data, "train")))
+    assert json.loads(gpt("data", "verify", "bpe", "--json")[1])["ok"]
+    assert sum(row["documents"] for row in json.loads(gpt("data", "info", "bpe", "--json")[1])["histogram"]) == 201
+    assert "is prepared already" in mistake(gpt, "data", "prepare", dump, *how)
+    assert "is also what is trained on" in mistake(gpt, "data", "prepare", dump, "--val", dump, "--name", "x")
+    (tmp_path / "empty.txt").touch()
+    assert "empty.txt is empty" in mistake(gpt, "data", "prepare", dump, "--val", tmp_path / "empty.txt", "--name", "x")
+
+
+def test_another_share_is_held_out(gpt, dump, prose, home):
+    for name, share in (("none", "0"), ("fifth", "0.2"), ("half", "0.5")):
+        prepared(gpt, dump, "--val", share, "--tokenizer", "byte", "--name", name)
+        held_out = len(texts_of(TokenDataset(home / name), "val"))
+        assert abs(held_out - 200 * float(share)) < 25 and (held_out > 0) == (name != "none")
+        prepared(gpt, dump, "--val", share, "--tokenizer", "byte", "--name", name)
+        assert "is prepared already" in mistake(
+            gpt, "data", "prepare", dump, "--val", "0.3", "--tokenizer", "byte", "--name", name
+        )
+    prepared(gpt, prose, "--val", "0.25", "--tokenizer", "byte", "--name", "tail")
+    text, data = prose.read_text("utf-8"), TokenDataset(home / "tail")
+    assert texts_of(data, "val") == [text[int(len(text) * 0.75) :]]
+    assert data.manifest["split"] == "the last 25% of each document" and data.manifest["val"] == 0.25
+    for share in ("1", "-0.1", "nan", "0.00001"):
+        assert "a share must be 0, or from 0.0001" in mistake(
+            gpt, "data", "prepare", dump, "--val", share, "--name", "x"
+        )
+
+
+def save_table(folder, texts) -> Path:
+    """A table as save_to_disk of `datasets` writes it; its file."""
+    import pyarrow
+
+    folder.mkdir(parents=True)
+    table = pyarrow.table({"text": texts})
+    with pyarrow.OSFile(str(folder / "data.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    return folder / "data.arrow"
+
+
+def test_the_validation_split_of_a_data_set_is_held_out(gpt, dump, tmp_path, home):
+    pytest.importorskip("pyarrow")
+    train, val = ([f"{name} {i}" for i in range(30)] for name in ("train", "val"))
+    for name, texts in (("train", train), ("validation", val), ("test", ["test"])):
+        save_table(tmp_path / "saved" / name, texts)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "validation", "test"]}')
+    prepared(gpt, tmp_path / "saved", "--tokenizer", "byte", "--name", "saved")
+    data = TokenDataset(home / "saved")
+    assert texts_of(data, "train") == train and texts_of(data, "val") == val
+    prepared(gpt, tmp_path / "saved", dump, "--tokenizer", "byte", "--name", "both")
+    both = TokenDataset(home / "both")
+    assert set(texts_of(both, "val")) > set(val) and set(texts_of(both, "train")) > set(train)
+    assert 5 < len(texts_of(both, "val")) - 30 < 40  # of the others a share, as ever
+    prepared(gpt, tmp_path / "saved", "--val", "0.5", "--tokenizer", "byte", "--name", "share")
+    share = TokenDataset(home / "share")
+    assert set(texts_of(share, "train") + texts_of(share, "val")) == set(train)
+
+
+def test_a_hubs_validation_split_is_held_out(gpt, tmp_path, home, monkeypatch):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("huggingface_hub")
+    tables = {}
+    for name in ("train", "validation"):
+        file = save_table(tmp_path / name, [f"{name} {i}" for i in range(9)])
+        info = SimpleNamespace(splits={"train": 1, "validation": 2, "test": 3})
+        tables[name] = SimpleNamespace(cache_files=[{"filename": str(file)}], info=info)
+    hub = SimpleNamespace(config=SimpleNamespace(), load_dataset=lambda name, config, split: tables[split])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    prepared(gpt, "org/name", "--tokenizer", "byte", "--name", "hub")
+    data = TokenDataset(home / "hub")
+    assert texts_of(data, "val") == [f"validation {i}" for i in range(9)] and len(texts_of(data, "train")) == 9
 
 
 def test_one_long_document_among_others_by_hash(gpt, dump, tmp_path, home, monkeypatch):
@@ -251,11 +339,11 @@ def test_replaced_errors(gpt, tmp_path, home):
 def test_a_full_disk(gpt, dump, home, monkeypatch):
     real, written = ShardWriter.append, []
 
-    def append(self, content, n_bytes):
+    def append(self, content, n_bytes, token_bytes):
         written.append(content)
         if len(written) > 1:
             raise OSError(28, "No space left on device")
-        real(self, content, n_bytes)
+        real(self, content, n_bytes, token_bytes)
 
     monkeypatch.setattr(ShardWriter, "append", append)
     error = mistake(gpt, "data", "prepare", dump, "--tokenizer", "byte", "--name", "docs")
@@ -422,6 +510,8 @@ def flip(path: Path, content: bytes) -> None:
         (lambda folder: change(folder / "manifest.json", splits__val__sha256=5), r"is broken \(sha256 is 5\)"),
         (lambda folder: change(folder / "manifest.json", sources=[1]), "manifest of .* is broken"),
         (lambda folder: change(folder / "manifest.json", asked=[1]), r"is broken \(asked is \[1\]\)"),
+        (lambda folder: change(folder / "manifest.json", notes=[1]), r"is broken \(notes is \[1\]\)"),
+        (lambda folder: change(folder / "manifest.json", rules="x"), r"is broken \(rules is 'x'\)"),
         (lambda folder: change(folder / "manifest.json", schema=99), "prepared by a newer version of twingpt"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest of .* is broken"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
@@ -453,3 +543,29 @@ def test_train_finds_a_data_set_by_its_name(gpt, dump, home, tmp_path, monkeypat
     error = mistake(gpt, "train", "--data", "docs", "--tokenizer", "char", "--out", "other")
     assert "docs is prepared with --tokenizer byte: leave out --tokenizer char" in error
     assert "no text files" in mistake(gpt, "train", "--data", "./docs", "--out", "other")
+
+
+@needs("torch")
+def test_train_on_held_out_text_of_its_own(gpt, dump, home, tmp_path):
+    val = tmp_path / "val.txt"
+    val.write_text("held out text. " * 20)
+    where = ["--backend", "torch", *SMALL, "--eval-interval", 0]
+    train(gpt, "--data", dump, "--val-data", val, "--out", tmp_path / "run", *where, "--stop-after", 3)
+    described = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    data = TokenDataset(Path(described["data"]["folder"]))
+    assert described["train"]["val_data"] == str(val) and texts_of(data, "val") == [val.read_text("utf-8")]
+    shutil.rmtree(home)
+    moved = val.rename(tmp_path / "moved.txt")
+    train(gpt, "--resume", tmp_path / "run", "--val-data", moved, "--data", dump)
+    prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
+    error = mistake(gpt, "train", "--data", "docs", "--val-data", moved, "--out", tmp_path / "x", *where)
+    assert "docs is prepared with what it holds out" in error
+
+
+@needs("torch")
+def test_a_run_without_evaluations_needs_no_held_out_block(gpt, prose, tmp_path):
+    val = tmp_path / "val.txt"
+    val.write_text("short")
+    where = ["--data", prose, "--val-data", val, "--backend", "torch", *SMALL]
+    assert "The val split of prose has 6 tokens, fewer than one block" in mistake(gpt, "train", *where)
+    assert train(gpt, *where, "--eval-interval", 0, "--out", tmp_path / "run")["val_loss"] > 0

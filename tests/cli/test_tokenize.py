@@ -192,3 +192,36 @@ def test_another_tokenizer_json_of_that_name_is_other_data(gpt, prose, tmp_path)
 def test_gpt2s_special_token(gpt):
     rows = result(gpt, "show", "a<|endoftext|>", "-t", "gpt2", "--special")["tokens"]
     assert [row["id"] for row in rows] == [64, 50256]
+
+
+def test_train_and_compare_take_what_prepare_takes(gpt, tmp_path, monkeypatch, stdin):
+    monkeypatch.setenv("TWINGPT_HOME", str(tmp_path / "home"))
+    dump, latin = tmp_path / "dump.json", tmp_path / "latin.txt"
+    records = [{"body": {"en": f"record {i}"}} for i in range(40)]
+    dump.write_text("".join(json.dumps(record) + "\n" for record in records) + "{}\n")
+    latin.write_bytes(b"caf\xe9 " * 20)
+    how = ["--field", "body.en", "--errors", "replace", "--skip-bad-lines", 1]
+    said = result(gpt, "train", dump, latin, *how, "-o", tmp_path / "bpe")
+    assert said["documents"] == 41 and said["bytes"] == sum(len(f"record {i}") for i in range(40)) + 20 * 7
+    assert said["notes"][0].startswith("1 bad record left out, the first: ")
+    assert result(gpt, "compare", dump, "-t", "char", *how)["documents"] == 40
+    stdin(dump.read_bytes())
+    assert result(gpt, "compare", "-", "-t", "byte", *how)["bytes"] == said["bytes"] - 140
+    assert "no field 'text'" in mistake(gpt, "tokenize", "compare", dump, "-t", "byte")
+    assert "is not UTF-8 text" in mistake(gpt, "tokenize", "train", latin, "-o", tmp_path / "x")
+    code, _, err = gpt("data", "prepare", dump, *how, "--tokenizer", "byte", "--name", "docs", "--json")
+    assert code == 0, err
+    compared = result(gpt, "compare", "docs", "-t", "byte", "-t", tmp_path / "bpe")
+    assert compared["bytes"] == said["bytes"] - 140 and compared["rows"][0]["bytes_per_token"] == 1
+    assert result(gpt, "train", "docs", dump, *how, "-o", tmp_path / "both")["bytes"] == 2 * compared["bytes"]
+    assert "--field body has no use" in mistake(gpt, "tokenize", "compare", "docs", "-t", "byte", "--field", "body")
+
+
+def test_compare_shows_what_can_not_be_spelled(gpt, tmp_path):
+    models = pytest.importorskip("tokenizers").models
+    from tokenizers import Tokenizer
+
+    Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "words.json"))
+    (tmp_path / "text.txt").write_text("b")
+    code, out, _ = gpt("tokenize", "compare", tmp_path / "text.txt", "-t", tmp_path / "words.json", "-t", "byte")
+    assert code == 0 and "can't spell" in out and "100%" in out

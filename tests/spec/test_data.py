@@ -9,7 +9,7 @@ import pytest
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.locks import locked
-from twingpt.core.paths import new_folder
+from twingpt.core.paths import new_folder, write_atomically
 from twingpt.data import shards
 from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset, token_dtype
@@ -204,6 +204,15 @@ def test_python_without_its_topics(monkeypatch):
 def test_manifest_is_json(prose):
     manifest = json.loads((prepare(str(prose), "char", 0).folder / "manifest.json").read_text("utf-8"))
     assert manifest["name"] == "prose" and manifest["documents"] == {"train": 1, "val": 1}
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "语" * 85])
+def test_names_as_long_as_a_file_system_has(tmp_path, name):
+    for content in (b"one", b"two"):
+        with new_folder(tmp_path / name) as temporary:
+            write_atomically(temporary / name, content)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name / name).read_bytes() == content
 
 
 def test_what_was_to_be_replaced_stays_where_nothing_replaced_it(tmp_path):

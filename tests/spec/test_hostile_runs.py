@@ -151,7 +151,7 @@ def test_mutated_manifests_of_data(tmp_path):
     writers = {}
     for split in ("train", "val"):
         with ShardWriter(tmp_path / f"{split}.bin", np.dtype("<u2")) as writer:
-            writer.append(np.arange(100, dtype=np.uint16).tobytes(), 100)
+            writer.append(np.arange(100, dtype=np.uint16).tobytes(), 100, 100)
         writers[split] = writer
     finish_dataset(tmp_path, tokenizer, {"name": "x", "documents": {"train": 1, "val": 1}}, writers)
     path = tmp_path / "manifest.json"

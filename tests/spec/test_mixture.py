@@ -91,6 +91,7 @@ def test_a_mixture_in_a_configuration():
 def test_a_run_of_a_mixture_has_a_short_name():
     assert title(["books/novel.txt:0.7", "notes/:0.3"]) == "novel+notes" and title("novel.txt") == "novel"
     assert len(title([f"a-long-name-{i}.txt" for i in range(50)])) == 60
+    assert len(title(["😀" * 60 + ".txt"]).encode()) == 180 and title("l\udce9.txt") == "l\ufffd"
 
 
 def is_digits(windows) -> np.ndarray:

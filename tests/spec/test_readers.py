@@ -9,7 +9,7 @@ import pytest
 
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import ByteTokenizer
-from twingpt.data import documents, readers, workers
+from twingpt.data import compression, documents, readers, workers
 from twingpt.data.documents import pieces, split_at
 from twingpt.data.readers import DocumentFile
 
@@ -32,7 +32,7 @@ def lines(*texts, field="text"):
 def small(monkeypatch):
     """Pieces and blocks of some bytes, as if a gigabyte were a kilobyte."""
     monkeypatch.setattr(documents, "PIECE", 64)
-    monkeypatch.setattr(readers, "BLOCK", 50)
+    monkeypatch.setattr(compression, "BLOCK", 50)
 
 
 def zstd(content):
@@ -63,7 +63,7 @@ def test_blocks_cut_anywhere_change_nothing(tmp_path, small):
 
 @pytest.mark.parametrize("block", [1, 50])
 def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(compression, "BLOCK", block)
     path = tmp_path / "novel.txt"
     path.write_bytes(b"\xef\xbb\xbfIt was. \xef\xbb\xbf")
     assert documents_of(path) == ["It was. \ufeff"]  # elsewhere it is a character like others
@@ -228,7 +228,7 @@ def test_results_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PROCESSES", 2)
     texts = [f"{i} " + "word and " * 40_000 for i in range(12)]
     (tmp_path / "dump.jsonl").write_bytes(lines(*texts))
-    encode = workers.ChunkEncoder(ByteTokenizer(), "<u2", tails=False)
+    encode = workers.ChunkEncoder(ByteTokenizer(), "<u2")
     one, many = (list(workers.run(encode, DocumentFile(tmp_path / "dump.jsonl").items(), cores)) for cores in (1, 3))
     assert one == many and len(one) > 2
     assert sum(result.n_tokens for result in one) == sum(map(len, texts)) + len(texts)
@@ -239,6 +239,6 @@ def test_results_do_not_depend_on_the_workers(tmp_path, monkeypatch):
 def test_an_error_in_a_worker_is_the_commands(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "SMALL", 1)
     (tmp_path / "dump.jsonl").write_bytes(lines("a" * 2**20) * 3 + b"no")
-    encode = workers.ChunkEncoder(None, "", tails=False)
+    encode = workers.ChunkEncoder(None, "")
     with pytest.raises(UserError, match="line 4, is not JSON"):
         list(workers.run(encode, DocumentFile(tmp_path / "dump.jsonl").items(), 2))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from twingpt.core.config import KINDS, GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.presets import PRESETS, SHAPES, preset
+from twingpt.core.reading import read_json
 from twingpt.training import settings
 from twingpt.training.settings import FIELDS, TABLES, gather, read
 
@@ -32,6 +33,14 @@ def test_flat_keys_and_tables_are_the_same(tmp_path):
     }  # fmt: skip
     assert read(written(tmp_path, flat)) == expected == read(written(tmp_path, tables))
     assert isinstance(read(written(tmp_path, flat))["learning_rate"], float)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_any_line_ends_and_a_byte_order_mark(tmp_path, end):
+    (tmp_path / "train.toml").write_bytes(f"\ufeff[model]{end}n_layer = 2{end}".encode())
+    assert read(tmp_path / "train.toml") == {"n_layer": 2}
+    (tmp_path / "a.json").write_bytes(f'\ufeff{{{end}"a": 1}}{end}'.encode())
+    assert read_json(tmp_path / "a.json") == {"a": 1}
 
 
 def test_every_field_of_both_configurations_is_a_setting():

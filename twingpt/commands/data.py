@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from twingpt.commands.options import TOKENIZERS, Json, Yes
+from twingpt.commands.options import TOKENIZERS, Errors, Field, Json, SkipBadLines, Yes
 from twingpt.commands.output import ask_to_remove, make_console, print_json
 from twingpt.core.paths import quote
 
@@ -32,7 +32,10 @@ DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data s
     "gpt data prepare dump.jsonl.zst --field body --tokenizer gpt2 --name dump\n\n"
     "zcat books.gz | gpt data prepare - --errors replace --name books\n\n"
     'gpt data prepare roneneldan/TinyStories --name stories     with pip install "twingpt\\[hf]"\n\n'
-    "Files are .txt, .md, .rst and .jsonl, also as .gz or .zst, .parquet, and what save_to_disk of datasets wrote.\n",
+    "gpt data prepare 'code/**/*.py' --name code               a glob takes files of any name\n\n"
+    "gpt data prepare train.jsonl --val test.jsonl --name mine\n\n"
+    "Files are text, JSON (lines or an array), also as .gz, .zst, .xz or .bz2, .parquet, .arrow, and what save_to_disk "
+    "of datasets wrote.\n",
 )
 def prepare_data(
     sources: Annotated[
@@ -42,16 +45,18 @@ def prepare_data(
     name: Annotated[str, typer.Option(help="What --data of gpt train will call it.")],
     tokenizer: Annotated[str, typer.Option(help=TOKENIZERS)] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Ids of a BPE that is trained on the data.")] = 2048,
-    field: Annotated[str, typer.Option(help="What has the text in JSON lines and tables.")] = "text",
-    errors: Annotated[str, typer.Option(help="What is not UTF-8: strict stops, replace takes U+FFFD.")] = "strict",
+    field: Field = None,
+    errors: Errors = "strict",
+    skip_bad_lines: SkipBadLines = 0,
+    val: Annotated[str | None, typer.Option(help="What is held out: a share, or a source. (default: 0.1)")] = None,
     licence: Annotated[str | None, typer.Option(help="Noted of sources that have no licence of their own.")] = None,
     json_: Json = False,
 ) -> None:
     """Tokenize text of any size on all cores, and keep it under a name.
 
     A document is a file of text, a line of JSON, or a row of a table. A tenth of them is held out, by
-    hash; of few documents the last tenth of each. For --data a NAME goes before a file or folder
-    of that name, which ./NAME names.
+    hash; of few documents the last tenth of each; of a hub's data set its validation split, if it has
+    one. For --data a NAME goes before a file or folder of that name, which ./NAME names.
     """
     import time
 
@@ -60,17 +65,21 @@ def prepare_data(
     from twingpt.commands import show_data as show
     from twingpt.data import library
     from twingpt.data.builder import Progress, TokenizerChoice
-    from twingpt.data.prepare import ReadOptions, prepare_named
+    from twingpt.data.prepare import prepare_named
+    from twingpt.data.sources import ReadOptions
     from twingpt.data.workers import PeakMemory
 
-    choice, options = TokenizerChoice(tokenizer, vocab_size), ReadOptions(field, errors, licence)
+    choice = TokenizerChoice(tokenizer, vocab_size)
+    options = ReadOptions(field, errors, licence, skip_bad_lines)
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
     start, memory = time.perf_counter(), PeakMemory()
     with memory.watch(), bar as progress:
-        summary = library.summarize(prepare_named(sources, name, choice, options, progress))
+        data = prepare_named(sources, name, choice, options, progress, val)
+    summary = library.summarize(data)
     seconds = time.perf_counter() - start
     names = ("name", "path", "documents", "bytes", "tokens", "val_tokens")
     result = {key: getattr(summary, key) for key in names} | {"seconds": seconds, "peak_rss_bytes": memory.bytes}
+    result |= {"left_out": data.manifest.get("left_out", {}), "notes": data.manifest.get("notes", [])}
     if json_:
         print_json(result)
     else:

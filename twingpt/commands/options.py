@@ -18,6 +18,11 @@ Device = Annotated[
     str | None, typer.Option(help="A device of the backend: cpu, cuda, cuda:1, mps, gpu … (default: best)")
 ]
 Backends = Annotated[str, typer.Option("--backend", help="mlx, torch, or auto for all that are installed.")]
+Field = Annotated[
+    str | None, typer.Option(help="What has the text in JSON and tables, a.b within another. (default: text)")
+]
+Errors = Annotated[str, typer.Option(help="What is not UTF-8: strict stops, replace takes U+FFFD.")]
+SkipBadLines = Annotated[int, typer.Option(help="Leave out so many JSON records that have no text.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
 
 
@@ -40,6 +45,6 @@ def read_stdin(what: str = "prompt") -> str:
     if sys.stdin is None:
         raise UserError(f"There is no stdin to read the {what} from.")
     try:
-        return sys.stdin.buffer.read().decode()
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"The {what} on stdin is not UTF-8 text: byte {error.start}.") from None

@@ -60,6 +60,10 @@ def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
         f"{human_count(result['val_tokens'])} held out; {human_time(result['seconds'])}, "
         f"{human_bytes(result['peak_rss_bytes'])} of memory at most"
     )
+    for note in result["notes"]:
+        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
+    if any(what.startswith((".", "without")) for what in result["left_out"]):
+        console.print("A glob takes files of any name: gpt data prepare 'FOLDER/**/*.py'", soft_wrap=True)
     console.print(f"{escape(result['path'])}\nTrain on it: [bold]gpt train --data {escape(word)}[/]", soft_wrap=True)
 
 

@@ -33,19 +33,20 @@ def print_tokens(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
-    """Print the result of `tokenizers.compare` as a table."""
+    """Print the result of `learning.compare` as a table."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    from twingpt.core.units import human_documents
+    from twingpt.core.units import human_documents, human_share
 
-    table = Table("tokenizer", box=box.SIMPLE_HEAD)
-    for name in ("vocabulary", "tokens", "bytes per token", "MB/s"):
+    table, unspelled = Table("tokenizer", box=box.SIMPLE_HEAD), any(row["unspelled"] for row in result["rows"])
+    for name in ("vocabulary", "tokens", "bytes per token", "MB/s", *["can't spell"] * unspelled):
         table.add_column(name, justify="right")
     for row in result["rows"]:
         figures = (f"{row['vocab_size']:,}", f"{row['tokens']:,}", f"{row['bytes_per_token']:.2f}")
-        table.add_row(Text(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
+        last = [human_share(row["unspelled"])] * unspelled
+        table.add_row(Text(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}", *last)
     documents = human_documents(result["documents"])
     console.print(f"{result['source']}: {result['bytes']:,} bytes in {documents}", markup=False)
     console.print(table)

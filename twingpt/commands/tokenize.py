@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from twingpt.commands.options import Json, read_stdin
+from twingpt.commands.options import Errors, Field, Json, SkipBadLines, read_stdin
 from twingpt.commands.output import make_console, print_json
 
 app = typer.Typer(
@@ -29,24 +29,32 @@ TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, a tokenizer.json, its folder, 
     "gpt train --data novel.txt --tokenizer bpe8k\n",
 )
 def tokenize_train(
-    data: Annotated[list[str], typer.Argument(metavar="SOURCE…", help="Text files, folders or named sources.")],
+    data: Annotated[list[str], typer.Argument(metavar="SOURCE…", help="As of gpt data prepare, or prepared data.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for tokenizer.json and its settings.")],
     vocab_size: Annotated[int, typer.Option(help="Ids at most, special tokens included.")] = 2048,
     pattern: Annotated[str, typer.Option(help="gpt2, llama3 or qwen2: how text is split into words.")] = "gpt2",
     chat: Annotated[bool, typer.Option("--chat", help="Add <|im_start|>, <|im_end|> and a chat template.")] = False,
+    field: Field = None,
+    errors: Errors = "strict",
+    skip_bad_lines: SkipBadLines = 0,
     json_: Json = False,
 ) -> None:
     """Learn a byte-level BPE from texts, for gpt train --tokenizer, transformers and mlx-lm."""
     from rich.console import Console
+    from rich.markup import escape
 
-    from twingpt.data.tokenizers import learn_to_folder
+    from twingpt.data.learning import learn_to_folder
+    from twingpt.data.sources import ReadOptions, printable
 
-    with Console(stderr=True).status(f"Learning from {', '.join(data)}"):
-        result = learn_to_folder(data, vocab_size, pattern, out, chat=chat)
+    options = ReadOptions(field, errors, skip_bad_lines=skip_bad_lines)
+    with Console(stderr=True).status(f"Learning from {escape(printable(', '.join(data)))}"):
+        result = learn_to_folder(data, vocab_size, pattern, out, options, chat=chat)
     if json_:
         print_json(result)
         return
     print(f"{out}: {result['vocab_size']} ids from {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s")
+    for note in result["notes"]:
+        print(note)
     if result["vocab_size"] < vocab_size:
         print(f"The text has no more pairs to join, so it is fewer than {vocab_size}.")
 
@@ -83,15 +91,19 @@ def tokenize_show(
     "gpt tokenize compare python-docs -t char -t runs/first -t gpt2 --json\n",
 )
 def tokenize_compare(
-    data: Annotated[str, typer.Argument(metavar="SOURCE", help="A text file, a folder or a named source.")],
+    data: Annotated[str, typer.Argument(metavar="SOURCE", help="As of gpt data prepare, or prepared data.")],
     tokenizer: Annotated[list[str], typer.Option("--tokenizer", "-t", help=f"{TOKENIZER} Repeatable.")],
+    field: Field = None,
+    errors: Errors = "strict",
+    skip_bad_lines: SkipBadLines = 0,
     json_: Json = False,
 ) -> None:
     """Compare tokenizers on a text: tokens, bytes per token, vocabulary, speed on one core."""
     from twingpt.commands.show_tokens import print_comparison
-    from twingpt.data.tokenizers import compare
+    from twingpt.data.learning import compare
+    from twingpt.data.sources import ReadOptions
 
-    result = compare(tokenizer, data)
+    result = compare(tokenizer, data, ReadOptions(field, errors, skip_bad_lines=skip_bad_lines))
     if json_:
         print_json(result)
     else:

@@ -44,6 +44,7 @@ def train(
         list[str] | None,
         option("What gpt data sources or list names, or a file or folder; several as SOURCE:WEIGHT, repeated.", DATA),
     ] = None,
+    val_data: Annotated[str | None, option("What is held out: a source, or a share. (default: 0.1)", DATA)] = None,
     tokenizer: Annotated[str | None, option(TOKENIZERS, DATA)] = None,
     vocab_size: Annotated[int | None, option("Ids of a BPE that is trained on the data.", DATA)] = None,
     preset: Annotated[str | None, option("micro, tiny, small, medium, gpt2 or large.", MODEL)] = None,

@@ -340,7 +340,8 @@ class TrainConfig:
 
     A step is `gradient_accumulation_steps` micro-batches of `batch_size` windows of the model's `block_size` tokens.
     Intervals are in steps; 0 is off. `eval_iters` is in batches of each source's fixed validation windows, 0 for the
-    whole split. The latest `keep` checkpoints stay. `data` is one source, or several as SOURCE:WEIGHT.
+    whole split. The latest `keep` checkpoints stay. `data` is one source, or several as SOURCE:WEIGHT;
+    `val_data` is a source that is held out instead of a tenth of it, or another share.
 
     The optimizer `muon` steps the blocks' matrices by Muon, with `matrix_lr` and `momentum`, which warms up from 0.85,
     and the rest by AdamW. `embedding_lr` and `head_lr` replace `learning_rate` for those two groups. All learning
@@ -352,6 +353,7 @@ class TrainConfig:
     """
 
     data: str | tuple[str, ...] = "python-docs"
+    val_data: str | None = None
     tokenizer: str = "bpe"
     vocab_size: int = 2048
     seed: int = 1337

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import shutil
 import sys
@@ -74,6 +75,14 @@ def rename(source: Path, target: Path) -> None:
         time.sleep(POLL)
 
 
+def _shortened(name: str) -> str:
+    """A file's name, cut where temporary ones made of it would have more than the 255 bytes that a name may have."""
+    content = os.fsencode(name)
+    if len(content) <= 200:
+        return name
+    return f"{content[:150].decode('utf-8', 'ignore')}-{hashlib.sha256(content).hexdigest()[:8]}"
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Let an OSError within name `path`, which is what its reader knows."""
@@ -86,7 +95,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file by one rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{_shortened(path.name)}.{os.getpid()}.tmp")
     with naming(path):
         try:
             write_synced(temporary, content.encode() if isinstance(content, str) else content)
@@ -105,10 +114,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # What was to be replaced is all that there is where a killed process left nothing at `path`.
-    endings = ("tmp", "old") if path.exists() else ("tmp",)
-    remove_leftovers(path.parent, *(f".{glob.escape(path.name)}.*.{ending}" for ending in endings))
+    endings, name = ("tmp", "old") if path.exists() else ("tmp",), _shortened(path.name)
+    remove_leftovers(path.parent, *(f".{glob.escape(name)}.*.{ending}" for ending in endings))
     # Not by mkdtemp, whose folders are their owner's alone: on Windows for good, however they are renamed.
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    temporary = path.with_name(f".{name}.{os.urandom(4).hex()}.tmp")
     temporary.mkdir()
     try:
         with locked(temporary):

@@ -46,13 +46,13 @@ def read_json(path: Path, most: int = MAX_JSON) -> Any:
 
 
 def read_text(path: Path, most: int = MAX_JSON) -> str:
-    """Read a UTF-8 text file; UserError where it can't be read, or has more than `most` bytes."""
+    """Read a UTF-8 text file, BOM or not; UserError where it can't be read, or has more than `most` bytes."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block, and a device never end
             raise UserError(f"{path} can't be read: it is not a file.")
         if (size := path.stat().st_size) > most:
             raise UserError(f"{path} can't be read: it has {size:,} bytes, and at most {most:,} are read.")
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from None
     except ValueError as error:

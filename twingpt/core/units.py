@@ -21,9 +21,14 @@ def human_count(count: float) -> str:
     return f"{count:.1f}B"
 
 
+def counted(count: int, what: str) -> str:
+    """A count of things: 1 document, 12,345 documents."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def human_documents(count: int) -> str:
     """A count of documents: 1 document, 12,345 documents."""
-    return f"{count:,} document{'s' * (count != 1)}"
+    return counted(count, "document")
 
 
 def visible(text: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,12 +17,12 @@ from typing import Any
 from twingpt.core import rng
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
-from twingpt.data import shards, sources, workers
+from twingpt.core.units import human_share
+from twingpt.data import shards, sources, spelling, workers
 from twingpt.data.documents import pieces
-from twingpt.data.readers import DocumentFile
 from twingpt.data.shards import SPLITS, ShardWriter
 from twingpt.data.sources import Source
-from twingpt.data.split import BY_HASH, BY_TAIL, VAL_FRACTION, pieces_by_hash, pieces_by_tail
+from twingpt.data.split import VAL_FRACTION, Split
 from twingpt.data.tokenizers import find, learn_or_find
 from twingpt.data.workers import ChunkEncoder, EncodedChunk
 
@@ -76,14 +78,51 @@ class Progress:
         self.show(self)
 
 
+@dataclass(frozen=True)
+class LoadedSources:
+    """The sources of a data set, by what --data calls them, and what is held out: a share of them, or `val`.
+
+    Without either it is a source's own held-out text, and a tenth of those that have none.
+    """
+
+    sources: Mapping[str, Source]
+    share: float | None = None
+    val: Mapping[str, Source] = field(default_factory=dict)
+
+    def all(self) -> dict[str, Source]:
+        """Every source, the held-out ones last, by a name for each."""
+        own = {f"{spec}, its validation split": one.held_out for spec, one in self.sources.items() if one.held_out}
+        return {**self.sources, **(own if self.share is None and not self.val else {}), **self.val}
+
+    def groups(self) -> list[tuple[Source, Split]]:
+        """The sources that are split alike, as one: those without held-out text, those with, and that text."""
+        with_val = [one for one in self.sources.values() if self.val or (one.held_out and self.share is None)]
+        others = [one for one in self.sources.values() if one not in with_val]
+        held_out = [one for name, one in self.all().items() if name not in self.sources]
+        by_share = Split(only="train") if self.share == 0 else Split(self.share or VAL_FRACTION)
+        splits = ((others, by_share), (with_val, Split(only="train")), (held_out, Split(only="val")))
+        return [(joined("", one), split) for one, split in splits if one]
+
+
+def joined(name: str, several: Iterable[Source]) -> Source:
+    """Several sources as one."""
+    found = list(several)
+    return Source(
+        name,
+        [one for source in found for one in source.inputs],
+        left_out=sum((Counter(source.left_out) for source in found), Counter()),
+        most_bad=max((source.most_bad for source in found), default=0),
+    )
+
+
 class DatasetBuilder:
-    """Builds one data set from sources, by what --data calls them, in as many passes as it takes."""
+    """Builds one data set from sources, in as many passes as it takes."""
 
     def __init__(
-        self, loaded: Mapping[str, Source], name: str, choice: TokenizerChoice, progress: Progress, n_cores: int
+        self, loaded: LoadedSources, name: str, choice: TokenizerChoice, progress: Progress, n_cores: int
     ) -> None:
         self.loaded, self.name, self.choice, self.progress, self.n_cores = loaded, name, choice, progress, n_cores
-        self.source = Source(name, [one for source in loaded.values() for one in source.inputs])
+        self.source, self.groups = joined(name, loaded.all().values()), loaded.groups()
         self.size = self.source.size
         # Whether the tail of each document is held out, and the characters of each document that comes in pieces.
         self.tails, self.lengths, self.counted = False, list[int](), False
@@ -92,7 +131,7 @@ class DatasetBuilder:
         """Fill the folder: shards, tokenizer and, last, the manifest."""
         stamp = self.source.stamp()
         with ThreadPoolExecutor(1, "digests") as thread:
-            digests = thread.submit(lambda: {spec: source.digest for spec, source in self.loaded.items()})
+            digests = thread.submit(lambda: {spec: source.digest for spec, source in self.loaded.all().items()})
             if len(self.source.inputs) < FEW and all(one.kind == "text" for one in self.source.inputs):
                 self.count()
             given = self.choice.tokenizer
@@ -102,71 +141,97 @@ class DatasetBuilder:
         if self.source.stamp() != stamp:
             raise UserError(f"A file of {self.name} changed while it was read: prepare it again.")
         (folder / "stdin").unlink(missing_ok=True)  # sources.spool's
-        split = BY_TAIL if self.tails else BY_HASH
+        split = self._split(self.groups[0][1]).description
         facts: dict[str, Any] = {"name": self.name, "asked": self.choice.asked, "sources": rows, "split": split}
-        facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned}
+        facts["val"] = next(map(sources.printable, self.loaded.val), self.loaded.share)
+        facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned, "rules": sources.RULES}
+        facts |= {"left_out": dict(self.source.left_out), "notes": self._notes(counts)}
         shards.finish_dataset(folder, tokenizer, facts, writers)
+
+    def _notes(self, counts: EncodedChunk) -> list[str]:
+        """What whoever uses the data must know, a sentence each. Raises UserError where too little could be spelled."""
+        notes, unspelled, name = [], counts.unspelled, self.source.display_name
+        if unspelled.share > spelling.MOST:
+            raise UserError(
+                f"The tokenizer can't spell {unspelled.share:.0%} of {name}: learn one from it (--tokenizer bpe), or "
+                "take one of bytes."
+            )
+        if unspelled.share:
+            notes.append(
+                f"The tokenizer can't spell {human_share(unspelled.share)} of the text: {unspelled.unknown:,} of "
+                f"{unspelled.ids:,} ids stand for what is unknown, and {unspelled.lost:,} of {unspelled.characters:,} "
+                "characters are lost."
+            )
+        return [*notes, *self.source.notes(counts.bad)]
 
     def _source_rows(self, digests: Mapping[str, str]) -> list[dict[str, Any]]:
         """The manifest's entry of each source."""
         return [
             {
-                "source": spec,
+                "source": sources.printable(spec),
                 "files": len(source.inputs),
                 "bytes": source.size,
                 "sha256": digests[spec],
                 "licence": source.licence,
             }
-            for spec, source in self.loaded.items()
+            for spec, source in self.loaded.all().items()
         ]
 
-    def _pass(
-        self, encode: ChunkEncoder, task: str, writers: Mapping[str, ShardWriter] = MappingProxyType({})
-    ) -> EncodedChunk:
-        """Run `encode` over everything, to the shards; the counts, from which `self.tails` is decided."""
-        self.progress.begin(task, self.size)
-        counts, lengths = EncodedChunk(), list[int]()
-        items = self.source.items(self.progress.advance)
-        placed = pieces_by_tail(items, self.lengths) if encode.tails else pieces_by_hash(items, lengths)
-        for chunk in workers.run(encode, placed, self.n_cores):
-            for split, writer in writers.items():
-                writer.append(chunk.tokens[split], chunk.bytes[split])
-            counts.count(chunk)
-            self.progress.documents, self.progress.tokens = sum(counts.documents.values()), counts.n_tokens
-        total = sum(counts.characters.values())
-        if not total:
-            raise sources.empty(self._display_name())
-        if not encode.tails:
-            share = counts.characters["val"] / total
-            self.tails, self.lengths = not VAL_FRACTION / 2 < share < VAL_FRACTION * 2, lengths
-            self.counted = True
-        return counts
+    def _split(self, split: Split) -> Split:
+        """The way of a group to split, where tails are held out if it turned out so."""
+        return dataclasses.replace(split, tails=self.tails and not split.only)
 
-    def _display_name(self) -> object:
-        first, *others = self.source.inputs
-        return first.display_name if isinstance(first, DocumentFile) and not others else self.name
+    def _pass(
+        self,
+        tokenizer: Tokenizer | None,
+        task: str,
+        dtype: str = "",
+        writers: Mapping[str, ShardWriter] = MappingProxyType({}),
+    ) -> EncodedChunk:
+        """Encode everything, to the shards, or count without a tokenizer; from the counts `self.tails` is decided."""
+        self.progress.begin(task, self.size)
+        counts, splits = EncodedChunk(), [self._split(split) for _, split in self.groups]
+        for (source, _), split in zip(self.groups, splits, strict=True):
+            lengths = self.lengths if split.tails else list[int]()
+            before = dict(counts.characters)
+            items = split.pieces(source.items(self.progress.advance), lengths)
+            for chunk in workers.run(ChunkEncoder(tokenizer, dtype, split), items, self.n_cores):
+                for name, writer in writers.items():
+                    writer.append(chunk.tokens[name], chunk.bytes[name], chunk.token_bytes[name])
+                counts.count(chunk)
+                self.source.check_bad(counts.bad)
+                self.progress.documents, self.progress.tokens = sum(counts.documents.values()), counts.n_tokens
+            total = sum(counts.characters.values()) - sum(before.values())
+            if not total:
+                raise sources.empty(source.display_name if len(self.groups) > 1 else self.source.display_name)
+            if not split.tails and not split.only:
+                self.tails = split.misses((counts.characters["val"] - before["val"]) / total)
+                self.lengths = lengths
+        self.counted = True
+        return counts
 
     def _encode(self, folder: Path, tokenizer: Tokenizer) -> tuple[EncodedChunk, dict[str, ShardWriter]]:
         """Write the shards; again where only the first pass shows that by hash too little or too much is held out."""
         dtype = shards.token_dtype(tokenizer.vocab_size)
         while True:
-            encode = ChunkEncoder(tokenizer, dtype.str, tails=self.tails)
+            tails = self.tails
             with ExitStack() as stack:
                 writers = {split: stack.enter_context(ShardWriter(folder / f"{split}.bin", dtype)) for split in SPLITS}
-                counts = self._pass(encode, "tokenizing", writers)
-            if encode.tails == self.tails:
+                counts = self._pass(tokenizer, "tokenizing", dtype.str, writers)
+            if tails == self.tails:
                 return counts, writers
 
     def count(self) -> None:
         """Decide how the data is split, by a pass that only counts, unless one was made."""
         if not self.counted:
-            self._pass(ChunkEncoder(None, "", tails=False), "counting")
+            self._pass(None, "counting")
 
     def training_texts(self) -> Iterator[str]:
         """What is not held out, in order."""
-        encode, items = ChunkEncoder(None, "", tails=self.tails), self.source.items()
-        for item in pieces_by_tail(items, self.lengths) if self.tails else pieces_by_hash(items, []):
-            yield from (text for text, split, _ in encode.split(item, EncodedChunk()) if split == "train")
+        for source, split in ((source, self._split(split)) for source, split in self.groups):
+            encode = ChunkEncoder(None, "", split)
+            for item in split.pieces(source.items(), self.lengths if split.tails else []):
+                yield from (text for text, where, _ in encode.split(item, EncodedChunk()) if where == "train")
 
     def alphabet(self) -> Iterator[str]:
         """Every character that occurs, once."""

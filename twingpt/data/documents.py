@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -34,55 +36,29 @@ class DocumentPiece:
     def __len__(self) -> int:
         return len(self.text)
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, bad: list[str] | None = None) -> Iterator[str]:
         """The one document."""
         yield self.text
 
 
 @dataclass(frozen=True)
-class JsonLines:
-    """A block of JSON lines, a document each, to be parsed by whoever encodes it, in parallel.
+class RecordText:
+    """Where the text of a JSON record is: in `field`, a key or a path of keys `a.b`; `path` is for messages.
 
-    It begins at byte `offset` and line `first` of `path`, which errors name; the text of a document is in `field`.
+    With `skip_bad`, a record without text is left out and reported, and does not end the reading.
     """
 
-    content: bytes
     path: str
-    offset: int
-    first: int
     field: str
     errors: str
+    skip_bad: bool = False
 
-    def __len__(self) -> int:
-        return len(self.content)
-
-    def documents(self) -> Iterator[str]:
-        """The documents, parsed; a UserError names the line that has none."""
-        offset = self.offset
-        for number, line in enumerate(self.content.split(b"\n"), self.first):
-            if line.strip():
-                yield self._document(line, f"{self.path}, line {number},", offset)
-            offset += len(line) + 1
-
-    def _record(self, line: bytes) -> Any:
-        """The value of a line; the standard library reads what orjson refuses, or says what is wrong with it."""
-        import orjson
-
+    def text(self, record: Any, where: str) -> str:
+        """The text of a record; a UserError says what it has instead."""
         try:
-            return orjson.loads(line)
-        except orjson.JSONDecodeError:  # NaN, lone surrogates, bytes that are no UTF-8, a byte order mark
-            return json.loads(line.decode("utf-8", self.errors).lstrip("\ufeff"))
-
-    def _document(self, line: bytes, where: str, offset: int) -> str:
-        try:
-            record = self._record(line)
-        except UnicodeDecodeError as error:
-            raise not_utf8(self.path, offset + error.start, line[error.start]) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON: {error}.") from None
-        if not isinstance(record, dict) or self.field not in record:
-            raise no_field(where, self.field, record if isinstance(record, dict) else ())
-        text = record[self.field]
+            text = find_field(record, self.field)
+        except KeyError:
+            raise no_field(where, self.field, field_names(record)) from None
         if text is not None and not isinstance(text, str):
             raise UserError(
                 f"{where} has no text in {self.field!r}, but {json.dumps(text)[:40]}: choose another --field."
@@ -90,7 +66,112 @@ class JsonLines:
         return _without_surrogates(text or "", where, self.errors)
 
 
-Item = DocumentPiece | JsonLines
+@dataclass(frozen=True)
+class JsonLines:
+    """A block of JSON lines, a document each, to be parsed by whoever encodes it, in parallel.
+
+    It begins at byte `offset` and line `first` of its file, which errors name.
+    """
+
+    content: bytes
+    offset: int
+    first: int
+    how: RecordText
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def documents(self, bad: list[str] | None = None) -> Iterator[str]:
+        """The documents, parsed; a UserError names the line that has none, or is added to `bad`."""
+        offset = self.offset
+        for number, line in enumerate(self.content.split(b"\n"), self.first):
+            if line.strip():
+                yield from _kept(lambda: self._document(line, number, offset), self.how, bad)  # noqa: B023, called here
+            offset += len(line) + 1
+
+    def _document(self, line: bytes, number: int, offset: int) -> str:
+        where = f"{self.how.path}, line {number},"
+        try:
+            record = self._record(line)
+        except UnicodeDecodeError as error:
+            raise not_utf8(self.how.path, offset + error.start, line, offset) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON: {error}.") from None
+        return self.how.text(record, where)
+
+    def _record(self, line: bytes) -> Any:
+        """The value of a line; the standard library reads what orjson refuses, or says what is wrong with it."""
+        import orjson
+
+        try:
+            return orjson.loads(line)
+        except orjson.JSONDecodeError:  # NaN, long integers, lone surrogates, bytes that are no UTF-8, a BOM
+            text = line.decode("utf-8", self.how.errors).lstrip("\ufeff")
+            return json.loads(text, parse_int=any_integer)
+
+
+@dataclass(frozen=True)
+class JsonValues:
+    """Values of a JSON file that is no JSON lines, parsed: records, or documents themselves; each with its line."""
+
+    values: list[tuple[Any, int]]
+    size: int
+    how: RecordText
+
+    def __len__(self) -> int:
+        return self.size
+
+    def documents(self, bad: list[str] | None = None) -> Iterator[str]:
+        """The documents; a UserError names the line of a value that has none, or is added to `bad`."""
+        for value, line in self.values:
+            where = f"{self.how.path}, line {line},"
+            record = {self.how.field: value} if isinstance(value, str) else value
+            yield from _kept(lambda: self.how.text(record, where), self.how, bad)  # noqa: B023, called here
+
+
+Item = DocumentPiece | JsonLines | JsonValues
+
+
+def _kept(read: Callable[[], str], how: RecordText, bad: list[str] | None) -> Iterator[str]:
+    """What `read` returns; nothing where it raises and bad records are left out, which are added to `bad`."""
+    try:
+        document = read()
+    except UserError as error:
+        if not how.skip_bad:
+            raise
+        if bad is not None:
+            bad.append(str(error))
+    else:
+        yield document
+
+
+def any_integer(digits: str) -> int | float:
+    """An integer of any length; Python refuses to convert more than 4300 digits, which no text is."""
+    return int(digits) if len(digits) < 4000 else float(digits)
+
+
+def find_field(record: Any, field: str) -> Any:
+    """The value of a record under a key, or under keys joined by dots; None within a null; KeyError for no such key."""
+    if record is None:
+        return None
+    if isinstance(record, dict):
+        if field in record:
+            return record[field]
+        for i in (i for i, character in enumerate(field) if character == "."):
+            if field[:i] in record:
+                return find_field(record[field[:i]], field[i + 1 :])
+    raise KeyError(field)
+
+
+def field_names(record: Any, prefix: str = "") -> list[str]:
+    """The fields that may be chosen of a record, those within others by their paths."""
+    if not isinstance(record, dict):
+        return []
+    return [
+        name
+        for key, value in record.items()
+        for name in ([*field_names(value, f"{prefix}{key}.")] or [f"{prefix}{key}"])
+    ]
 
 
 def _without_surrogates(text: str, where: str, errors: str) -> str:
@@ -109,14 +190,47 @@ def _without_surrogates(text: str, where: str, errors: str) -> str:
     return text
 
 
-def not_utf8(path: object, offset: int, byte: int) -> UserError:
-    """The error of a byte that UTF-8 does not have there."""
-    # A UTF-16 file begins with its byte order mark: ff fe, or fe ff.
-    coding = "utf-16" if offset == 0 and byte in (0xFE, 0xFF) else "latin1"
+def not_utf8(path: object, at: int, sample: bytes, sample_at: int) -> UserError:
+    """The error of what UTF-8 does not have, at byte `at` of a file, within `sample`, the bytes at `sample_at`."""
+    byte, coding = sample[at - sample_at], guess_encoding(sample, sample_at)
+    convert = f"Convert it (iconv -f {coding} -t utf-8)" if coding else "Convert it (file -i may name its encoding)"
     return UserError(
-        f"{path} is not UTF-8 text: byte {offset} is 0x{byte:02x}. Convert it (iconv -f {coding} -t utf-8), "
-        "or give gpt data prepare --errors replace."
+        f"{path} is not UTF-8 text: byte {at} is 0x{byte:02x}. {convert}, or give gpt data prepare --errors replace."
     )
+
+
+# Byte order marks, the longest first, as UTF-32's begins with UTF-16's.
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def guess_encoding(sample: bytes, offset: int) -> str | None:
+    """What iconv calls the encoding of bytes that are no UTF-8, which stand at `offset` of a file; None: unknown.
+
+    UTF-16 and UTF-32 have NULs at every second, or three of four places; Western letters are rare among ASCII.
+    """
+    for mark, coding in BYTE_ORDER_MARKS:
+        if offset == 0 and sample.startswith(mark):
+            return coding
+    sample = sample[-offset % 4 :][: 2**16]
+    nuls = [sample[i::4].count(0) for i in range(4)]
+    most = len(sample) / 4 * 0.9
+    if any(nuls):
+        for coding, zeros, others in (("utf-32le", (2, 3), (0,)), ("utf-32be", (0, 1), (3,)),
+                                      ("utf-16le", (1, 3), (0, 2)), ("utf-16be", (0, 2), (1, 3))):  # fmt: skip
+            least = most if "32" in coding else 0
+            if min(nuls[i] for i in zeros) > least and 9 * sum(nuls[i] for i in others) < sum(nuls[i] for i in zeros):
+                return coding
+        return None
+    high = sum(byte >= 0x80 for byte in sample)
+    with contextlib.suppress(UnicodeDecodeError):
+        sample.decode("cp1252")
+        return "cp1252" if high <= len(sample) / 4 + 1 else None
+    return None
 
 
 def no_field(where: object, field: str, names: Iterable[str]) -> UserError:

@@ -58,7 +58,7 @@ def summarize(data: TokenDataset) -> DatasetSummary:
 
 def _holds_out_tails(data: TokenDataset) -> bool:
     """Whether the tail of each document is held out, so that each is in both splits."""
-    return bool(data.manifest.get("split", BY_HASH) != BY_HASH)
+    return str(data.manifest.get("split", BY_HASH)).startswith("the last ")
 
 
 def folder_size(folder: Path) -> int:
@@ -170,7 +170,7 @@ def verify(data: TokenDataset) -> dict[str, Any]:
         if sha.hexdigest() != facts["sha256"]:
             raise _damaged(data, f"{split}.bin is not what was written (its SHA-256 differs)")
         for what, count, expected in (
-            ("bytes of text", n_bytes, facts["bytes"]),
+            ("bytes of text", n_bytes, facts.get("token_bytes", facts["bytes"])),
             ("documents", documents, manifest["documents"][split]),
         ):
             if count != expected:

@@ -23,6 +23,7 @@ from twingpt.core.order import interleave, source_counts
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.data.prepare import find, prepare, shared_tokenizer
 from twingpt.data.shards import SPLITS, TokenDataset
+from twingpt.data.sources import printable
 
 Array = np.ndarray
 
@@ -58,7 +59,8 @@ def _weighted(text: str) -> tuple[str, float]:
 
 def title(data: str | Sequence[str]) -> str:
     """A short name for what --data names, to name a run by."""
-    return "+".join(Path(spec).stem for spec, _ in parse(data))[:60]
+    name = "+".join(printable(Path(spec).stem) for spec, _ in parse(data))[:60]
+    return name.encode()[:180].decode("utf-8", "ignore")  # a file's name has 255 bytes at most
 
 
 def spell(data: str | Sequence[str]) -> str:
@@ -138,10 +140,10 @@ class Mixture:
         parts = [f"{part.data.fingerprint} {share}" for part, share in zip(self.parts, self.shares, strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def check(self, config: GPTConfig) -> None:
+    def check(self, config: GPTConfig, *, evaluated: bool = True) -> None:
         """Raise UserError unless every source can train the model (see TokenDataset.check)."""
         for part in self.parts:
-            part.data.check(config)
+            part.data.check(config, evaluated=evaluated)
 
     def batch(self, first: int, batch_size: int, block_size: int, seed: int) -> tuple[Array, Array]:
         """Tokens and targets, (B, T) int32, of the run's training windows `first` to `first + batch_size`.
@@ -192,22 +194,28 @@ def parts(data: Data) -> list[MixturePart]:
     return data.parts if isinstance(data, Mixture) else [MixturePart(str(data.manifest["name"]), 1.0, data)]
 
 
-def prepare_all(data: str | Sequence[str], kind: str, vocab_size: int, tokenizer: Tokenizer | None = None) -> Data:
+def prepare_all(
+    data: str | Sequence[str],
+    kind: str,
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    val: str | None = None,
+) -> Data:
     """Prepare what --data names under the tokenizer called `kind`, or under the one given.
 
     A kind that is learned is learned from the training texts of all sources; where one of them was
-    prepared by name, its tokenizer is that of all.
+    prepared by name, its tokenizer is that of all. `val` is what is held out of each, as in `prepare`.
     """
     sources = parse(data)
     specs = [spec for spec, _ in sources]
     if len(sources) == 1:
-        return prepare(specs[0], kind, vocab_size, tokenizer)
+        return prepare(specs[0], kind, vocab_size, tokenizer, val)
     named = {spec: TokenDataset(folder) for spec in specs if (folder := find(spec))}
     first = next(iter(named.values()), None)
     if not tokenizer:
         _check_tokenizers(list(named), list(named.values()))
-        tokenizer = first.tokenizer if first else shared_tokenizer(specs, kind, vocab_size)
-    datasets = [prepare(spec, kind, vocab_size, tokenizer) for spec in specs]
+        tokenizer = first.tokenizer if first else shared_tokenizer(specs, kind, vocab_size, val)
+    datasets = [prepare(spec, kind, vocab_size, tokenizer, val) for spec in specs]
     asked = first.manifest.get("asked", {}) if first else {}
     return Mixture(datasets, [weight for _, weight in sources], specs, asked)
 

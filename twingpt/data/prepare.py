@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from twingpt.core import paths
@@ -15,10 +13,11 @@ from twingpt.core.errors import UserError
 from twingpt.core.locks import locked
 from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
-from twingpt.data import named, readers, shards, sources, workers
-from twingpt.data.builder import DatasetBuilder, Progress, TokenizerChoice, learn_tokenizer
+from twingpt.data import named, shards, sources, workers
+from twingpt.data.builder import DatasetBuilder, LoadedSources, Progress, TokenizerChoice, learn_tokenizer
 from twingpt.data.shards import TokenDataset
-from twingpt.data.sources import Source
+from twingpt.data.sources import ReadOptions
+from twingpt.data.split import parse_share
 from twingpt.data.tokenizers import find as find_tokenizer
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
@@ -37,38 +36,58 @@ def find(spec: str) -> Path | None:
     return folder if (folder / "manifest.json").is_file() else None
 
 
-def prepare(spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None = None) -> TokenDataset:
+def prepare(
+    spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None = None, val: str | None = None
+) -> TokenDataset:
     """The data set that was prepared under the name `spec`; else the source `spec` under the tokenizer `kind`.
 
-    `kind` and `vocab_size` give way to `tokenizer`, and to what a named data set has. The data set of a
-    source is found again by the digest of all it depends on, in `paths.home()/data`.
+    `kind` and `vocab_size` give way to `tokenizer`, and to what a named data set has. `val` is the share that is held
+    out, or a source. The data set of a source is found again by the digest of all it depends on, in
+    `paths.home()/data`.
     """
     if there := find(spec):
         data = TokenDataset(there)
         if tokenizer and tokenizer.digest != data.manifest["tokenizer"]:
             raise UserError(f"{spec} is prepared with another tokenizer than the model's: prepare its text with that.")
+        if val is not None:
+            raise UserError(f"{spec} is prepared with what it holds out: prepare its text again, with --val {val}.")
         return data
-    source, choice = sources.load(spec), TokenizerChoice(kind, vocab_size, tokenizer)
-    folder = folder_of(f"{source.name[:40]}-{_key(source.digest, choice.key)}")
+    loaded, choice = _load([spec], val, ReadOptions(), None), TokenizerChoice(kind, vocab_size, tokenizer)
+    [name] = [source.name for source in loaded.sources.values()]
+    folder = folder_of(f"{sources.slug(name)[:40]}-{_key(*_digests(loaded), choice.key)}")
     if not folder.exists():
-        _build(folder, source.name, lambda _: {spec: source}, choice)
+        _build(folder, name, lambda _: loaded, choice)
     return TokenDataset(folder)
 
 
-def shared_tokenizer(specs: Sequence[str], kind: str, vocab_size: int) -> Tokenizer:
+def _load(specs: Sequence[str], val: str | None, options: ReadOptions, spool: Path | None) -> LoadedSources:
+    """The sources and what is held out; with `spool`, a hub's and stdin too. Raises UserError for what is both."""
+    share = None if val is None else parse_share(val)
+    others = [val] if val is not None and share is None else []
+    if set(others) & set(specs):
+        raise UserError(f"--val {val} is also what is trained on: give other text, or a share.")
+    wanted = [*specs, *others]
+    found = options.load(wanted, spool) if spool else {spec: sources.load(spec, options) for spec in wanted}
+    return LoadedSources({spec: found[spec] for spec in specs}, share, {spec: found[spec] for spec in others})
+
+
+def _digests(loaded: LoadedSources) -> list[str]:
+    """What the content of a data set depends on, but for the tokenizer."""
+    found = [source.digest for source in loaded.all().values()]
+    return [*found, f"{len(loaded.val)} to hold out, or {loaded.share}"]
+
+
+def shared_tokenizer(specs: Sequence[str], kind: str, vocab_size: int, val: str | None = None) -> Tokenizer:
     """The tokenizer called `kind` for several sources: where it learns, from the training texts of them all.
 
     It is kept in `paths.home()/tokenizers`, under the digest of all it depends on.
     """
     if kind not in TOKENIZERS:
         return find_tokenizer(kind)
-    loaded, choice = {spec: sources.load(spec) for spec in specs}, TokenizerChoice(kind, vocab_size)
-    folder = paths.home() / "tokenizers" / _key(choice.key, *(source.digest for source in loaded.values()))
+    choice, loaded = TokenizerChoice(kind, vocab_size), [_load([spec], val, ReadOptions(), None) for spec in specs]
+    folder = paths.home() / "tokenizers" / _key(choice.key, *(digest for one in loaded for digest in _digests(one)))
     if not folder.exists():
-        builders = [
-            DatasetBuilder({spec: source}, source.name, choice, Progress(), workers.cores())
-            for spec, source in loaded.items()
-        ]
+        builders = [DatasetBuilder(one, "", choice, Progress(), workers.cores()) for one in loaded]
         tokenizer, _ = learn_tokenizer(builders, choice)
         with _unless_there(folder), _new_folder(folder, alone=False) as temporary:
             shards.write_tokenizer(temporary, tokenizer)
@@ -80,53 +99,43 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("/".join([str(shards.SCHEMA), *parts]).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How sources are read: see `sources.load`; `licence` is noted of those that have none of their own."""
-
-    field: str = "text"
-    errors: str = "strict"
-    licence: str | None = None
-
-    def load(self, spec: str, spool: Path) -> Source:
-        """The source `spec`; what comes on stdin is kept in the folder `spool`."""
-        if spec == "-":
-            source = sources.spool(spool, self.errors)
-        elif (
-            sources.HUB_ID.fullmatch(spec) and not paths.expand(spec).exists() and not readers.is_data_file(Path(spec))
-        ):
-            source = sources.load_hub(spec, self.field, self.errors)
-        else:
-            source = sources.load(spec, self.field, self.errors)
-        return dataclasses.replace(source, licence=source.licence or self.licence)
-
-
 def prepare_named(
-    specs: Sequence[str], name: str, choice: TokenizerChoice, options: ReadOptions, progress: Progress | None = None
+    specs: Sequence[str],
+    name: str,
+    choice: TokenizerChoice,
+    options: ReadOptions,
+    progress: Progress | None = None,
+    val: str | None = None,
 ) -> TokenDataset:
-    """Prepare sources under a name; the same again is found, anything else under that name is a UserError."""
+    """Prepare sources under a name; the same again is found, anything else under that name is a UserError.
+
+    `val` is the share that is held out, or a source.
+    """
     if named.parse(name):
         raise UserError(f"{name} is the name of a source: choose another --name.")
     if not NAME.fullmatch(name):
         raise UserError(f"A data set can't be called {name!r}: give a --name of letters, digits, - _ and . alone.")
     folder, specs = folder_of(name), list(dict.fromkeys(specs))
+
+    def load(spool: Path) -> LoadedSources:
+        return _load(specs, val, options, spool)
+
     if folder.exists():
-        return _same(folder, specs, name, choice, options)
-
-    def load(spool: Path) -> dict[str, Source]:
-        return {spec: options.load(spec, spool) for spec in specs}
-
+        return _same(folder, name, choice, None if "-" in (*specs, val) else load(folder))
     _build(folder, name, load, choice, progress, alone=True)
     return TokenDataset(folder)
 
 
-def _same(folder: Path, specs: Sequence[str], name: str, choice: TokenizerChoice, options: ReadOptions) -> TokenDataset:
-    """The data set that is there, if it is what would be prepared now."""
+def _same(folder: Path, name: str, choice: TokenizerChoice, loaded: LoadedSources | None) -> TokenDataset:
+    """The data set that is there, if it is what would be prepared now; stdin, which is not loaded, never is."""
     data = TokenDataset(folder)
     alike = not choice.tokenizer or choice.tokenizer.digest == data.manifest["tokenizer"]
-    if "-" not in specs and alike and data.manifest.get("asked") == choice.asked:
-        digests = [options.load(spec, folder).digest for spec in specs]
-        if digests == [row["sha256"] for row in data.manifest["sources"]]:
+    if loaded and alike and data.manifest.get("asked") == choice.asked:
+        rules, val = data.manifest.get("rules", 1), data.manifest.get("val")
+        known = loaded.all() if rules > 1 else loaded.sources  # which had no validation splits
+        digests = [source.digest_under(rules) for source in known.values()]
+        same_share = isinstance(val, str) if loaded.val else val == loaded.share
+        if same_share and digests == [row["sha256"] for row in data.manifest["sources"]]:
             return data
     raise UserError(f"{name} is prepared already, from something else: gpt data rm {name}, or choose another --name.")
 
@@ -137,7 +146,7 @@ def _same(folder: Path, specs: Sequence[str], name: str, choice: TokenizerChoice
 def _build(
     folder: Path,
     name: str,
-    load: Callable[[Path], Mapping[str, Source]],
+    load: Callable[[Path], LoadedSources],
     choice: TokenizerChoice,
     progress: Progress | None = None,
     *,

@@ -27,7 +27,7 @@ SPLITS = ("train", "val")
 
 # The keys that a manifest must and may have, and their JSON types.
 REQUIRED = {"name": str, "dtype": str, "vocab_size": int, "tokenizer": str, "documents": dict, "splits": dict}
-OPTIONAL = {"asked": dict, "split": str, "sources": list}
+OPTIONAL = {"asked": dict, "split": str, "sources": list, "rules": int, "left_out": dict, "notes": list}
 SOURCE = {"source": str, "files": int, "bytes": int, "sha256": str}
 
 
@@ -35,9 +35,11 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     """Raise ValueError, KeyError or TypeError unless a manifest has every key that is read, of the right type."""
     _check_types(manifest, REQUIRED)
     _check_types({**{key: kind() for key, kind in OPTIONAL.items()}, **manifest}, OPTIONAL)
+    if not all(isinstance(note, str) for note in manifest.get("notes", [])):
+        raise ValueError(f"notes is {short(manifest['notes'])}")
     for split in SPLITS:
-        facts = {**manifest["splits"][split], "documents": manifest["documents"][split]}
-        _check_types(facts, {"tokens": int, "bytes": int, "documents": int, "sha256": str})
+        facts = {"token_bytes": 0, **manifest["splits"][split], "documents": manifest["documents"][split]}
+        _check_types(facts, {"tokens": int, "bytes": int, "token_bytes": int, "documents": int, "sha256": str})
     for row in manifest.get("sources", []):
         _check_types(row, SOURCE)
         if not isinstance(row["licence"], str | None):
@@ -64,7 +66,7 @@ class ShardWriter:
         self.file = path.open("wb")
         self.itemsize = dtype.itemsize
         self.sha = hashlib.sha256()
-        self.tokens = self.bytes = 0
+        self.tokens = self.bytes = self.token_bytes = 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -75,16 +77,18 @@ class ShardWriter:
                 self.file.flush()
                 os.fsync(self.file.fileno())
 
-    def append(self, content: bytes, n_bytes: int) -> None:
-        """Append `content`, tokens in the shard's dtype, which encode `n_bytes` of text."""
+    def append(self, content: bytes, n_bytes: int, token_bytes: int) -> None:
+        """Append `content`, tokens in the shard's dtype, of `n_bytes` of text, of which they have `token_bytes`."""
         self.file.write(content)
         self.sha.update(content)
         self.tokens += len(content) // self.itemsize
         self.bytes += n_bytes
+        self.token_bytes += token_bytes
 
     def facts(self) -> dict[str, Any]:
         """The split's entry in the manifest."""
-        return {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha.hexdigest()}
+        facts = {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha.hexdigest()}
+        return facts if self.token_bytes == self.bytes else {**facts, "token_bytes": self.token_bytes}
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -142,10 +146,13 @@ class TokenDataset:
         parts = [self.manifest["tokenizer"], *(self.manifest["splits"][s]["sha256"] for s in SPLITS)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    def check(self, config: GPTConfig) -> None:
-        """Raise UserError unless both splits hold at least one window, and the model knows every token."""
+    def check(self, config: GPTConfig, *, evaluated: bool = True) -> None:
+        """Raise UserError unless both splits hold at least one window, and the model knows every token.
+
+        Of a run that is not `evaluated` but at its end, what is held out may be shorter: a token and its target.
+        """
         for split, tokens in self.splits.items():
-            if len(tokens) <= config.block_size:
+            if len(tokens) <= (config.block_size if evaluated or split == "train" else 1):
                 raise UserError(
                     f"The {split} split of {self.manifest['name']} has {len(tokens)} tokens, fewer than one block of "
                     f"{config.block_size} and its target: give more text, or a smaller --block-size."
@@ -175,6 +182,16 @@ class TokenDataset:
         found = np.lib.stride_tricks.sliding_window_view(tokens, length)[starts]
         self._check_ids(found)
         windows[rows] = found
+
+    def text_bytes(self, split: str, tokens: Array) -> float:
+        """The bytes of text that some tokens of a split are.
+
+        Where the tokenizer can't spell all of it, so that these have more bytes or fewer, each is an average token.
+        """
+        facts = self.manifest["splits"][split]
+        if "token_bytes" not in facts:
+            return float(self.tokenizer.byte_lengths[tokens].sum())
+        return float(len(tokens) * facts["bytes"] / facts["tokens"])
 
     def epochs(self, windows: int, block_size: int) -> float:
         """Epochs that so many training windows are."""

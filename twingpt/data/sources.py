@@ -2,42 +2,83 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand
-from twingpt.data import named, readers
+from twingpt.core.units import counted
+from twingpt.data import compression, folders, named, readers
 from twingpt.data.documents import DocumentPiece, Item
 from twingpt.data.readers import Advance, DocumentFile, InMemoryDocuments
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
+class DocumentInput(Protocol):
+    """A part of a source: a file, or what is in memory or prepared already."""
+
+    @property
+    def kind(self) -> str:
+        """What it holds: text, jsonl, json, parquet, arrow, memory or prepared."""
+
+    @property
+    def size(self) -> int:
+        """Bytes to read."""
+
+    def digest(self) -> str:
+        """SHA-256 of its content."""
+
+    def items(self, advance: Advance = ...) -> Iterator[Item]:
+        """Its documents, in order."""
+
+
+VALIDATION = ("validation", "valid", "val", "dev")  # what a data set calls what it holds out itself
+RULES = 2  # how sources are read, by version; 1 went by names alone, and noted no version
+
+
 @dataclass(frozen=True)
 class Source:
-    """A data source: documents under a short name, in files or in memory; nothing is read before it is asked for."""
+    """A data source: documents under a short name, in files or in memory; nothing is read before it is asked for.
+
+    `left_out` counts what of its folders is no document, by a word for it. More than `most_bad` records without text
+    are a UserError. `held_out` is what a data set has for validation itself.
+    """
 
     name: str
-    inputs: Sequence[DocumentFile | InMemoryDocuments]
+    inputs: Sequence[DocumentInput]
     licence: str | None = None
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    most_bad: int = 0
+    held_out: Source | None = None
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 over the inputs' digests, and over how they are read."""
-        sha = hashlib.sha256()
-        for one in self.inputs:
+        return self.digest_under(RULES)
+
+    def digest_under(self, rules: int) -> str:
+        """The digest that it has, or had, where sources are read by these RULES."""
+        sha = hashlib.sha256() if rules == 1 else hashlib.sha256(f"rules {rules}/".encode())
+        for one, content in zip(self.inputs, self._content, strict=True):
             parts = [one.kind, one.field, one.errors, one.separator] if isinstance(one, DocumentFile) else [one.kind]
-            sha.update(f"{'/'.join(map(str, parts))}/{one.digest()}/".encode())
+            sha.update(f"{'/'.join(map(str, parts))}/{content}/".encode())
         return sha.hexdigest()
+
+    @cached_property
+    def _content(self) -> list[str]:
+        return [one.digest() for one in self.inputs]
 
     @property
     def size(self) -> int:
@@ -54,6 +95,29 @@ class Source:
         for one in self.inputs:
             yield from one.items(advance)
 
+    def texts(self, bad: list[str]) -> Iterator[tuple[str, bool]]:
+        """The documents, long ones in pieces, each with whether a document begins there; bad records go to `bad`."""
+        for item in self.items():
+            for text in item.documents(bad):
+                yield text, not isinstance(item, DocumentPiece) or item.begins
+            self.check_bad(bad)
+
+    def notes(self, bad: Sequence[str]) -> list[str]:
+        """What is left out, in sentences, where `bad` says what is wrong with records."""
+        notes = [f"{counted(len(bad), 'bad record')} left out, the first: {bad[0]}"] if bad else []
+        return notes + ([folders.say_left_out(self.left_out)] if self.left_out else [])
+
+    def check_bad(self, bad: Sequence[str]) -> None:
+        """Raise UserError for more bad records than may be left out."""
+        if len(bad) > self.most_bad:
+            raise UserError(f"More than {self.most_bad:,} records are bad, the next: {bad[self.most_bad]}")
+
+    @property
+    def display_name(self) -> object:
+        """What a message calls it: its only file, or its name."""
+        first, *others = self.inputs
+        return first.display_name if isinstance(first, DocumentFile) and not others else self.name
+
     @property
     def documents(self) -> list[str]:
         """All documents whole, for a source that fits in memory."""
@@ -66,31 +130,113 @@ class Source:
         return documents
 
 
-def load(spec: str, field: str = "text", errors: str = "strict") -> Source:
+@dataclass(frozen=True)
+class ReadOptions:
+    """How sources are read; `licence` is noted of those that have none of their own.
+
+    JSON records and tables have their text in `field` (None: in "text", and nothing need have one); `errors` is
+    "strict" or "replace", for what is not UTF-8; so many records without text are left out.
+    """
+
+    field: str | None = None
+    errors: str = "strict"
+    licence: str | None = None
+    skip_bad_lines: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values, before anything is read."""
+        if self.errors not in ("strict", "replace"):
+            raise unknown_choice("way with errors", self.errors, ("strict", "replace"))
+        if self.skip_bad_lines < 0:
+            raise UserError(f"--skip-bad-lines must be at least 0, and is {self.skip_bad_lines}.")
+
+    def file(self, path: Path, name: str = "") -> DocumentFile:
+        """A file that is read so."""
+        return DocumentFile(path, self.field or "text", self.errors, None, name, self.skip_bad_lines > 0)
+
+    def load(self, specs: Sequence[str], spool: Path) -> dict[str, Source]:
+        """The sources that are called so: as `load` knows them, a hub's data sets, and stdin, kept in `spool`.
+
+        Raises UserError for a field that nothing has a use for.
+        """
+        found = {spec: self._load(spec, spool) for spec in specs}
+        self.check_field([one for source in found.values() for one in source.inputs])
+        return found
+
+    def check_field(self, inputs: Sequence[DocumentInput]) -> None:
+        """Raise UserError for a field that none of the inputs has a use for."""
+        if self.field is not None and all(one.kind in ("text", "memory", "prepared") for one in inputs):
+            raise UserError(
+                f"--field {self.field} has no use: no JSON and no tables are given, but text (JSON in a .txt is text: "
+                "name it .jsonl)."
+            )
+
+    def _load(self, spec: str, spool: Path) -> Source:
+        if spec == "-":
+            source = spool_stdin(spool, self)
+        elif HUB_ID.fullmatch(spec) and not expand(spec).exists() and not readers.is_data_file(Path(spec)):
+            source = load_hub(spec, self)
+        else:
+            source = load(spec, self)
+        return dataclasses.replace(source, licence=source.licence or self.licence, most_bad=self.skip_bad_lines)
+
+
+AS_THEY_ARE = ReadOptions()
+
+
+def load(spec: str, options: ReadOptions = AS_THEY_ARE) -> Source:
     """The data source `spec`: a name in named.TABLE, the path of a file or of a folder of files, or a glob.
 
-    Tables and JSON lines have their text in `field`; `errors` is "strict" or "replace", for what is not
-    UTF-8. Raises UserError where there is nothing to read.
+    Raises UserError where there is nothing to read.
     """
-    if errors not in ("strict", "replace"):
-        raise unknown_choice("way with errors", errors, ("strict", "replace"))
     if name_and_shards := named.parse(spec):
         return _named(spec, *name_and_shards)
     if not spec:
         raise UserError(f"--data is empty: give a file, a folder, or one of {', '.join(named.NAMES)}.")
     path = expand(spec)
     if path.is_dir():
-        files = _saved_to_disk(path) or _files_in(path)
-        return Source(path.resolve().name, [DocumentFile(file, field, errors) for file in files])
+        return _folder(spec, path, options)
     if path.is_file():
-        return Source(_stem(path), [DocumentFile(path, field, errors)])
+        return Source(printable(_stem(path)), [options.file(path)])
     if path.exists():
         raise UserError(f"{spec} is neither a regular file nor a folder: save its text to a file first.")
     if glob.has_magic(spec):
-        return Source(_slug(path.name), [DocumentFile(file, field, errors) for file in _matches(spec)])
-    if path.suffix or path.name != spec:
-        raise UserError(f"There is no file or folder {spec}: check the path.")
-    raise unknown_choice("data source", spec, named.NAMES)
+        found = folders.match(path, options.file)
+        if not found.files:
+            raise UserError(f"No file matches {spec}{f'; {found.said}' if found.left_out else ''}.")
+        return Source(slug(path.name), found.files, left_out=found.left_out)
+    raise _missing(spec)
+
+
+def _folder(spec: str, path: Path, options: ReadOptions) -> Source:
+    """The documents of a folder, or of a table that was saved as one."""
+    name = printable(path.resolve().name)
+    if tables := _saved_to_disk(path):
+        val = next(filter(None, (_saved_to_disk(path / split) for split in VALIDATION)), None)
+        held_out = Source(name, [*map(options.file, val)]) if val else None
+        return Source(name, [*map(options.file, tables)], held_out=held_out)
+    found = folders.walk(path, options.file)
+    if not found.files:
+        kinds = f"{', '.join(readers.KINDS)}, {' or '.join(compression.SUFFIXES)}"
+        raise UserError(f"{spec} has no text files ({kinds}){f'; {found.said}' if found.left_out else ''}.")
+    return Source(name, found.files, left_out=found.left_out)
+
+
+def _missing(spec: str) -> UserError:
+    """The error of a source that is not there."""
+    if HUB_ID.fullmatch(spec) and not readers.is_data_file(Path(spec)):
+        return UserError(
+            f"There is no file or folder {spec}: check the path, or, if it is a data set's id on Hugging Face's hub, "
+            f"gpt data prepare {spec} --name {slug(spec.rpartition('/')[2])}."
+        )
+    if Path(spec).suffix or Path(spec).name != spec:
+        return UserError(f"There is no file or folder {spec}: check the path.")
+    return unknown_choice("data source", spec, named.NAMES)
+
+
+def printable(text: str) -> str:
+    """A file's name with U+FFFD for bytes that are not UTF-8, as it can be written to JSON and shown."""
+    return os.fsencode(text).decode("utf-8", "replace")
 
 
 def empty(what: object) -> UserError:
@@ -105,8 +251,11 @@ def _named(spec: str, name: str, shards: int | None) -> Source:
     return Source(spec, [DocumentFile(file, separator=source.separator) for file in files], source.licence)
 
 
-def load_hub(spec: str, field: str, errors: str) -> Source:
-    """The training split of the Hugging Face data set `org/name` or `org/name:config`, downloaded by `datasets`."""
+def load_hub(spec: str, options: ReadOptions) -> Source:
+    """The Hugging Face data set `org/name` or `org/name:config`, downloaded by `datasets`: its split train.
+
+    Its validation split, where it has one, is held out.
+    """
     try:
         import datasets
     except ImportError:
@@ -117,13 +266,20 @@ def load_hub(spec: str, field: str, errors: str) -> Source:
     _go_offline_unless_reachable(name)
     try:
         table = datasets.load_dataset(name, config or None, split="train")
+        split = next((split for split in VALIDATION if split in (table.info.splits or ())), None)
+        val = datasets.load_dataset(name, config or None, split=split) if split else None
     except Exception as error:  # the hub's, the network's, and those of every format's reader
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"There is no file or folder {spec}, and it can't be fetched as a Hugging Face data set: {reason}"
         ) from None
-    files = [DocumentFile(Path(file["filename"]), field, errors) for file in table.cache_files]
-    return Source(_slug(spec.rpartition("/")[2]), files)
+
+    def source(table: Any) -> Source:
+        return Source(
+            slug(spec.rpartition("/")[2]), [options.file(Path(file["filename"])) for file in table.cache_files]
+        )
+
+    return dataclasses.replace(source(table), held_out=source(val) if val else None)
 
 
 def _go_offline_unless_reachable(name: str) -> None:
@@ -139,7 +295,7 @@ def _go_offline_unless_reachable(name: str) -> None:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def spool(folder: Path, errors: str) -> Source:
+def spool_stdin(folder: Path, options: ReadOptions) -> Source:
     """The source of what comes in on stdin, spooled to a file in `folder`, because it is read more than once."""
     path = folder / "stdin"
     if sys.stdin is None:
@@ -147,14 +303,14 @@ def spool(folder: Path, errors: str) -> Source:
     with path.open("wb") as file:
         while block := sys.stdin.buffer.read(readers.BLOCK):
             file.write(block)
-    return Source("stdin", [DocumentFile(path, errors=errors, name="stdin")])
+    return Source("stdin", [options.file(path, "stdin")])
 
 
 def _stem(path: Path) -> str:
-    return Path(path.stem).stem if path.suffix.lower() in readers.COMPRESSED else path.stem
+    return Path(path.stem).stem if path.suffix.lower() in compression.SUFFIXES else path.stem
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """`text` as a name: what is not a letter, digit, _, . or - becomes a -."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "data"
 
@@ -170,37 +326,17 @@ def _python_docs() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if readers.is_data_file(path) and path.is_file())
-
-
-def _files_in(folder: Path) -> list[Path]:
-    files = _data_files(folder)
-    if not files:
-        raise UserError(f"{folder} has no text files ({', '.join(readers.KINDS)}, {' or '.join(readers.COMPRESSED)}).")
-    return files
-
-
-def _matches(pattern: str) -> list[Path]:
-    """The files that a glob matches, and those in the folders that it matches."""
-    found = [Path(name) for name in sorted(glob.glob(str(expand(pattern)), recursive=True))]  # noqa: PTH207, it may be absolute
-    files = [file for path in found for file in (_data_files(path) if path.is_dir() else [path])]
-    if not files:
-        raise UserError(f"No file matches {pattern}.")
-    return list(dict.fromkeys(files))
-
-
 def _saved_to_disk(folder: Path) -> list[Path] | None:
     """The tables that `save_to_disk` of `datasets` wrote to a folder, of its split train; None for other folders."""
     splits = folder / "dataset_dict.json"
     try:
         if splits.is_file():
-            names = json.loads(splits.read_text("utf-8"))["splits"]
+            names = json.loads(splits.read_text("utf-8-sig"))["splits"]
             if "train" not in names:
                 raise UserError(f"{folder} has no split called train: give the folder of one of {', '.join(names)}.")
             return _saved_to_disk(folder / "train")
         if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
-            state = json.loads((folder / "state.json").read_text("utf-8"))
+            state = json.loads((folder / "state.json").read_text("utf-8-sig"))
             return [folder / file["filename"] for file in state["_data_files"]]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder} is a damaged copy of a Hugging Face data set: save it again.") from None

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 
 import numpy as np
@@ -21,7 +22,8 @@ from twingpt.core.tokenizer import Tokenizer
 from twingpt.data import documents
 from twingpt.data.documents import DocumentPiece, Item, pieces
 from twingpt.data.shards import SPLITS
-from twingpt.data.split import split_of, tail_start
+from twingpt.data.spelling import Spelling, Unspelled
+from twingpt.data.split import DEFAULT, Split
 
 Array = np.ndarray
 
@@ -31,14 +33,20 @@ PROCESSES = 4  # at most; each takes some 70 MB, and threads within use the core
 
 @dataclass
 class EncodedChunk:
-    """The tokens of a chunk of documents, as bytes in the shard's dtype, and counts; all by split."""
+    """The tokens of a chunk of documents, as bytes in the shard's dtype, and counts; all by split.
+
+    `bytes` are those of the text, `token_bytes` those that its tokens have: others where a tokenizer can't spell it.
+    """
 
     tokens: dict[str, bytes] = field(default_factory=lambda: dict.fromkeys(SPLITS, b""))
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     characters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    token_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     empty: int = 0  # documents without text, which are left out
+    bad: list[str] = field(default_factory=list)  # what is wrong with records that are left out
     n_tokens: int = 0
+    unspelled: Unspelled = field(default_factory=Unspelled)
 
     def count(self, other: EncodedChunk) -> None:
         """Add another chunk's counts, not its tokens."""
@@ -46,6 +54,8 @@ class EncodedChunk:
             self.characters[split] += other.characters[split]
             self.documents[split] += other.documents[split]
         self.empty += other.empty
+        self.bad += other.bad
+        self.unspelled += other.unspelled
         self.n_tokens += other.n_tokens
 
 
@@ -53,12 +63,12 @@ class EncodedChunk:
 class ChunkEncoder:
     """Splits, encodes and counts a chunk of documents; without a tokenizer it only counts.
 
-    With `tails`, the last tenth of each document is held out; else whole documents are, by their hash.
+    `held_out` says which of them are, or which part of each.
     """
 
     tokenizer: Tokenizer | None
     dtype: str
-    tails: bool = field(kw_only=True)
+    held_out: Split = DEFAULT
 
     def __call__(self, chunk: Iterable[Item]) -> EncodedChunk:
         """The chunk's tokens and counts."""
@@ -69,30 +79,42 @@ class ChunkEncoder:
                 result.characters[split] += len(text)
                 result.documents[split] += ends
                 if self.tokenizer:
-                    arrays[split] += [self.tokenizer.encode(piece) for piece, _ in pieces([text])]
+                    result.bytes[split] += len(text.encode())
+                    arrays[split] += [self._encode(piece, result) for piece, _ in pieces([text])]
                     arrays[split] += [np.array([self.tokenizer.end_of_text], np.int32)] * ends
         if self.tokenizer:
             for split in SPLITS:
                 ids = np.concatenate(arrays[split])
                 result.n_tokens += len(ids)
-                result.bytes[split] = int(self.tokenizer.byte_lengths[ids].sum())
+                result.token_bytes[split] = int(self.tokenizer.byte_lengths[ids].sum())
                 result.tokens[split] = ids.astype(self.dtype).tobytes()
         return result
+
+    def _encode(self, text: str, result: EncodedChunk) -> Array:
+        assert self.tokenizer
+        ids = self.tokenizer.encode(text)
+        if self._spelling:
+            result.unspelled += self._spelling.count(text, ids)
+        return ids
+
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        return Spelling.of(self.tokenizer) if self.tokenizer else None
 
     def split(self, item: Item, result: EncodedChunk) -> Iterator[tuple[str, str, bool]]:
         """The texts of an item, each with its split and whether its document ends there; empty ones are counted."""
         if isinstance(item, DocumentPiece) and item.split:
             yield item.text, item.split, item.ends
             return
-        for document in item.documents():
+        for document in item.documents(result.bad):
             if not document.strip():
                 result.empty += 1
-            elif self.tails:
-                cut = tail_start(len(document))
+            elif self.held_out.tails:
+                cut = self.held_out.tail_start(len(document))
                 yield document[:cut], "train", True
                 yield document[cut:], "val", True
             else:
-                yield document, split_of(document), True
+                yield document, self.held_out.of(document), True
 
 
 def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -74,7 +74,7 @@ def measure(data: TokenDataset, orders: Sequence[int], targets: int | None = Non
     if len(val) < 2:
         raise UserError(f"The val split of {name} has {len(val)} tokens, and a loss needs two: give more text.")
     val = val[: targets + 1] if targets else val
-    size = max(1, int(data.tokenizer.byte_lengths[val[1:]].sum()))
+    size = max(1, data.text_bytes("val", val[1:]))
     model, rows, counting = NGram(train, data.tokenizer.vocab_size), [], 0.0
     for n in range(1, longest + 1):
         begin = time.perf_counter()

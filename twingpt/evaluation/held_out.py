@@ -78,12 +78,12 @@ def evaluate(engine: InferenceEngine, data: Data, batch_size: int, block_size: i
 def _source_loss(
     engine: InferenceEngine, data: TokenDataset, batch_size: int, block_size: int, n_batches: int
 ) -> HeldOutLoss:
-    handles, count, size = [], 0, 0
+    handles, count, size = [], 0, 0.0
     for tokens, targets in data.validation(batch_size, block_size, n_batches):
         handles.append(engine.log_probs(tokens, targets))
         counted = targets[targets >= 0]
         count += counted.size
-        size += int(data.tokenizer.byte_lengths[counted].sum())
+        size += data.text_bytes("val", counted)
     nats = -sum(float(engine.read(handle).targets.sum(dtype=np.float64)) for handle in handles)
     return HeldOutLoss(nats / count, max(1, size) / count, count)
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from twingpt.core.units import beginning, human_bytes, human_count, human_share, human_time
 from twingpt.runs.events import (
     Baseline,
+    DataNoted,
     Evaluated,
     Event,
     MemoryPlanned,
@@ -91,7 +92,7 @@ class ConsoleReporter:
             self.console.print(Panel(escape(beginning(event.text, SAMPLE_LINES)), title=title, border_style="dim"))
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
-        elif isinstance(event, MemoryPlanned | SaveFailed | ReporterFailed):
+        elif isinstance(event, DataNoted | MemoryPlanned | SaveFailed | ReporterFailed):
             self.console.print(f"[yellow]{escape(_warning(event))}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
@@ -163,7 +164,7 @@ class ConsoleReporter:
             )
 
 
-def _warning(event: MemoryPlanned | SaveFailed | ReporterFailed) -> str:
+def _warning(event: DataNoted | MemoryPlanned | SaveFailed | ReporterFailed) -> str:
     if isinstance(event, ReporterFailed):
         return f"{event.reporter} failed and reports no more of this run, which goes on: {event.error}"
     return f"step {event.step:,}: {event.message}" if isinstance(event, SaveFailed) else event.message

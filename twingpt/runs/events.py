@@ -164,9 +164,18 @@ class MemoryPlanned:
     message: str
 
 
+@dataclass(frozen=True)
+class DataNoted:
+    """What was noted of the run's data as they were prepared, as `message` says: what is left out or not spelled."""
+
+    step: int
+    message: str
+
+
 Event = (
     RunStarted
     | MemoryPlanned
+    | DataNoted
     | Trained
     | Evaluated
     | Baseline

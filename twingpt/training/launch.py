@@ -49,7 +49,8 @@ def new_run(
     _, train = resolve(options, target, 256)  # wrong before any work is done
     run = expand(out) if out else Path("runs") / f"{mixture.title(train.data)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     _check_free(run)
-    data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, init.tokenizer() if init else None)
+    tokenizer = init.tokenizer() if init else None
+    data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, tokenizer, train.val_data)
     options = _as_prepared(options, data)
     if vocab_size not in (None, data.tokenizer.vocab_size):
         raise UserError(
@@ -58,7 +59,7 @@ def new_run(
     config, train = resolve(options, target, data.tokenizer.vocab_size)
     config = with_end_of_text(model, data.tokenizer) if init else config
     train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), chosen)
-    data.check(config)
+    data.check(config, evaluated=train.eval_interval > 0)
     state = RunState(
         folder=run,
         config=config,

@@ -27,6 +27,7 @@ RESUME_KEYS = {
     "batch_size",  # as long as a step has as many windows
     "gradient_accumulation_steps",
     "data",
+    "val_data",
     "dtype",
     "gradient_checkpointing",
     "skip_nonfinite",
@@ -74,10 +75,10 @@ def resume_run(
             f"{run} was killed before its first checkpoint: start it again with "
             f"gpt train --config {quote(run / 'config.toml')} --out {quote(run)}."
         )
-    data = stored.open_data(train, training["data"], moved="data" in options)
+    data = stored.open_data(train, training["data"], moved=bool({"data", "val_data"} & options.keys()))
     # A run goes on exactly, so nothing of it changes unasked.
     _, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), memory.CHANGES)
-    data.check(config)
+    data.check(config, evaluated=train.eval_interval > 0)
     engine = make_engine(config, train, engines, target, compile=compile)
     measured = peak(engines, target, train.dtype)
     engine.load(stored.tensors(config, train.seed))

@@ -89,7 +89,7 @@ def _load(path: Path) -> dict[str, Any]:
     if expand(path).is_dir():
         raise UserError(f"{path} is a folder: give the TOML file in it, as --config {path / 'config.toml'}.")
     try:
-        text = expand(path).read_text("utf-8")
+        text = expand(path).read_text("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"There is no file {path}: check the path given to --config.") from None
     except OSError as error:

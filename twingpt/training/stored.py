@@ -83,7 +83,7 @@ class StoredRun:
         data = None if moved else mixture.open_folders(self.data_folder, train.data)
         if data is None:
             tokenizer = self.checkpoint.tokenizer() if self.checkpoint else None
-            data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, tokenizer)
+            data = mixture.prepare_all(train.data, train.tokenizer, train.vocab_size, tokenizer, train.val_data)
         if data.fingerprint != fingerprint:
             raise UserError(
                 f"The data {mixture.spell(train.data)} is not what {self.folder} was trained on (its fingerprint "

@@ -41,8 +41,9 @@ def convert(
 ) -> dict[str, Any]:
     """Write a model in the format `to` at `folder`, atomically; what was written, as `gpt convert --json` prints it.
 
-    `source` is a model that is open, or what `open_model` takes. Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
-    Hugging Face directory, and any other one of ours. A `tokenizer` takes the place of the model's own.
+    `source` is a model that is open, or what `open_model` takes. Without `to`, a `folder` that ends in .gguf becomes
+    a file of that format; else a model of ours becomes a Hugging Face directory, and any other one of ours. A
+    `tokenizer` takes the place of the model's own.
     `progress` is told the bytes of each parameter as it passes. Raises UserError, before anything is written,
     for a format that can't hold the model, a tokenizer of more ids than it has, and for a `folder` that exists,
     unless it holds a model and `force` is given.

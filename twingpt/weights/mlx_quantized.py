@@ -81,9 +81,9 @@ class Packing:
         bits = stream.reshape(len(words), -1, self.group_size, self.bits)
         codes = np.packbits(bits, axis=-1, bitorder="little")[..., 0]
         if biases is not None:
-            return codes.astype(np.float32) * scales + biases
+            return np.asarray(codes.astype(np.float32) * scales + biases)
         numbers = E2M1[codes] if self.bits == 4 else E4M3[codes]
-        return numbers * (E4M3 if self.mode == "nvfp4" else E8M0)[scales]
+        return np.asarray(numbers * (E4M3 if self.mode == "nvfp4" else E8M0)[scales])
 
 
 @dataclass(frozen=True)
