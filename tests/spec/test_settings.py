@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twingpt.core.config import KINDS, GPTConfig, TrainConfig
+from twingpt.core.config import KINDS, GPTConfig, TrainConfig, without_none
 from twingpt.core.errors import UserError
 from twingpt.core.presets import PRESETS, SHAPES, preset
 from twingpt.training import settings
@@ -37,7 +37,7 @@ def test_flat_keys_and_tables_are_the_same(tmp_path):
 def test_every_field_of_both_configurations_is_a_setting():
     for config in (GPTConfig, TrainConfig):
         for field in dataclasses.fields(config):
-            assert FIELDS[field.name].removesuffix(" | None") in KINDS
+            assert without_none(FIELDS[field.name].hint) in KINDS
     assert set(FIELDS) == {key for table in TABLES.values() for key in table}
     assert sum(map(len, TABLES.values())) == len(FIELDS)  # no key has two homes
 
