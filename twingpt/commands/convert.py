@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twingpt.commands.help import App
 from twingpt.commands.options import Backend, Device, Json
 from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
@@ -15,7 +16,7 @@ from twingpt.core.errors import UserError
 if TYPE_CHECKING:
     from twingpt.core.config import GPTConfig
 
-app = typer.Typer()
+app = App()
 
 
 @app.command(

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from twingpt.commands.options import TOKENIZERS, Json, Yes
+from twingpt.commands.help import App
+from twingpt.commands.options import Json, SettingsCommand, Yes
 from twingpt.commands.output import ask_to_remove, make_console, print_json
 
-app = typer.Typer(
+app = App(
     name="data",
     no_args_is_help=True,
     help="Prepare text for training; list, describe, verify and remove it.",
@@ -24,8 +25,15 @@ app = typer.Typer(
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data set: gpt data list shows them.")]
 
 
+class PrepareCommand(SettingsCommand):
+    """A command with the tokenizer's settings."""
+
+    keys = ("tokenizer", "vocab_size")
+
+
 @app.command(
     "prepare",
+    cls=PrepareCommand,
     epilog="[bold]Examples[/]\n\n"
     "gpt data prepare novel.txt --name novel\n\n"
     "gpt data prepare notes/ 'more/**/*.md' --tokenizer char --name notes\n\n"
@@ -35,13 +43,12 @@ DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data s
     "Files are .txt, .md, .rst and .jsonl, also as .gz or .zst, .parquet, and what save_to_disk of datasets wrote.\n",
 )
 def prepare_data(
+    ctx: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(metavar="SOURCE…", help="Files, folders, globs, - for stdin, a hub's org/name[:config]."),
     ],
     name: Annotated[str, typer.Option(help="What --data of gpt train will call it.")],
-    tokenizer: Annotated[str, typer.Option(help=TOKENIZERS)] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="Ids of a BPE that is trained on the data.")] = 2048,
     field: Annotated[str, typer.Option(help="What has the text in JSON lines and tables.")] = "text",
     errors: Annotated[str, typer.Option(help="What is not UTF-8: strict stops, replace takes U+FFFD.")] = "strict",
     licence: Annotated[str | None, typer.Option(help="Noted of sources that have no licence of their own.")] = None,
@@ -58,12 +65,14 @@ def prepare_data(
     from rich.console import Console
 
     from twingpt.commands import show_data as show
+    from twingpt.core.config import TrainConfig
     from twingpt.data import library
     from twingpt.data.builder import Progress, TokenizerChoice
     from twingpt.data.prepare import ReadOptions, prepare_named
     from twingpt.data.workers import PeakMemory
 
-    choice, options = TokenizerChoice(tokenizer, vocab_size), ReadOptions(field, errors, licence)
+    choice = TokenizerChoice(*(ctx.obj.get(key, getattr(TrainConfig, key)) for key in PrepareCommand.keys))
+    options = ReadOptions(field, errors, licence)
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
     start, memory = time.perf_counter(), PeakMemory()
     with memory.watch(), bar as progress:

@@ -82,6 +82,12 @@ class Setting:
         """Whether None is a value."""
         return NoneType in get_args(self.hint)
 
+    @property
+    def sentence(self) -> str:
+        """The help, with the choices."""
+        *most, last = self.choices or ("",)
+        return f"{self.help}: {', '.join(most)} or {last}." if most else f"{self.help}."
+
 
 def setting(
     default: Any,
@@ -233,7 +239,7 @@ class GPTConfig:
     """
 
     vocab_size: int = setting(MISSING, "Ids of the vocabulary: the tokenizer's", flag=False)
-    block_size: int = setting(256, "Context", unit="tokens")
+    block_size: int = setting(256, "Context length", unit="tokens")
     n_layer: int = setting(4, "Blocks")
     n_head: int = setting(4, "Query heads")
     n_embd: int = setting(256, "Width")
@@ -426,10 +432,10 @@ class TrainConfig:
         flag="--skip-nonfinite/--stop-nonfinite",
         derived="stop",
     )
-    batch_size: int = setting(12, "Size of a micro-batch", unit="windows")
-    gradient_accumulation_steps: int = setting(1, "Accumulated before each step", unit="micro-batches")
+    batch_size: int = setting(12, "Windows of a micro-batch")
+    gradient_accumulation_steps: int = setting(1, "Micro-batches of a step, whose gradients are added")
     max_iters: int = setting(2000, "Length of the whole schedule", unit="steps")
-    optimizer: str = setting("adamw", "Optimizer of the blocks' matrices; the rest has AdamW", choices=OPTIMIZERS)
+    optimizer: str = setting("adamw", "Optimizer of the blocks' matrices, with AdamW for the rest", choices=OPTIMIZERS)
     learning_rate: float = setting(1e-3, "AdamW's learning rate at its highest")
     min_lr: float = setting(1e-4, "Learning rate at the end", derived="a tenth of learning_rate")
     matrix_lr: float = setting(0.02, "Muon's learning rate")
@@ -446,11 +452,11 @@ class TrainConfig:
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient")
     adam_eps: float = setting(1e-8, "Added to AdamW's divisor", flag=False)
     grad_clip: float = setting(1.0, "Largest norm of all gradients; 0 is off")
-    eval_interval: int = setting(250, "Between evaluations; 0 is off", unit="steps")
-    eval_iters: int = setting(0, "An evaluation of each source's fixed windows; 0 is the whole split", unit="batches")
-    log_interval: int = setting(10, "Between reports", unit="steps")
-    sample_interval: int = setting(500, "Between samples; 0 is off", unit="steps")
-    checkpoint_interval: int = setting(250, "Between checkpoints; 0 is off", unit="steps")
+    eval_interval: int = setting(250, "Interval between evaluations; 0 is off", unit="steps")
+    eval_iters: int = setting(0, "Length of an evaluation of each source; 0 is the whole split", unit="batches")
+    log_interval: int = setting(10, "Interval between reports", unit="steps")
+    sample_interval: int = setting(500, "Interval between samples; 0 is off", unit="steps")
+    checkpoint_interval: int = setting(250, "Interval between checkpoints; 0 is off", unit="steps")
     keep: int = setting(2, "Latest checkpoints to keep, beside the best")
 
     def __post_init__(self) -> None:

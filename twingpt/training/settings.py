@@ -38,7 +38,7 @@ Settings = dict[str, Any]
 class SizeSettings:
     """What stands for many fields of GPTConfig, each of which replaces one of its values."""
 
-    preset: str = setting(MISSING, "Size", choices=PRESETS, derived="micro on a CPU, tiny on a GPU")
+    preset: str = setting(MISSING, "Size by name", choices=PRESETS, derived="micro on a CPU, tiny on a GPU")
     depth: int = setting(MISSING, f"1 to {DEEPEST}: size, batch, rates and length follow from it")
     shape: str = setting(MISSING, "Kind of block", choices=SHAPES, derived="qwen3, or the preset's")
 
@@ -49,8 +49,8 @@ class RunSettings:
 
     out: str | None = setting(None, "The run's folder", derived="runs/DATA-DATE")
     init_from: str | None = setting(None, "Fine-tune this model: a run, a checkpoint, or what gpt convert reads")
-    backend: str | None = setting(None, "What computes", choices=("auto", "mlx", "torch"), derived="auto")
-    device: str | None = setting(None, "cpu, cuda, cuda:1, mps, gpu …", derived="the best")
+    backend: str | None = setting(None, "Backend", choices=("auto", "mlx", "torch"), derived="auto")
+    device: str | None = setting(None, "A device of the backend: cpu, cuda, cuda:1, mps or gpu", derived="the best")
     compile: bool | None = setting(None, "Compile the step", derived="not on a CPU")
     report_to: str | None = setting(None, "tensorboard, wandb, mlflow: one or several, with commas", derived="none")
 
