@@ -73,7 +73,7 @@ class SettingsCommand(Command):
 
 def setting_options(settings: Iterable[Setting]) -> list[Any]:
     """An option for each setting, as Typer makes it of a parameter."""
-    from twingpt.training.settings import TABLES
+    from twingpt.training.settings import TABLES, default_text
 
     def accept() -> None: ...
 
@@ -82,9 +82,9 @@ def setting_options(settings: Iterable[Setting]) -> list[Any]:
         table = next(table for table, fields in TABLES.items() if about.name in fields)
         panel = OTHER_PANELS.get(about.name, TABLE_PANELS[table])
         names = [about.flag] if isinstance(about.flag, str) else []
-        default = f" (default: {about.derived})" if about.derived else ""
-        unit = f" [{about.unit}]" if about.unit else ""
-        described = option(f"{about.sentence}{default}{unit}", panel, *names)
+        default, unit = default_text(about), f" [{about.unit}]" if about.unit else ""
+        help = f"{about.sentence}{f' (default: {default})' if default else ''}{unit}"
+        described = option(help, panel, *names)
         hint = Annotated[_option_type(about), described]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(about.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
     accept.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

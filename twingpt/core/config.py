@@ -51,11 +51,14 @@ def _fail(problem: str) -> None:
 
 
 def unknown_choice(what: str, value: object, choices: Iterable[str]) -> UserError:
-    """The UserError for a value that is not among `choices`; it names the nearest one."""
-    names = sorted(choices)
-    many = len(names) > 12  # too many for a line
-    near = difflib.get_close_matches(str(value)[:100], names, n=1, cutoff=0.0 if many else 0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}."
+    """The UserError for a value that is not among `choices`: it names the nearest, or all if few and none is near."""
+    names, text = sorted(choices), str(value)[:100]
+    if near := difflib.get_close_matches(text, names, n=1, cutoff=0.5):
+        hint = f"did you mean {near[0]!r}?"
+    elif len(names) <= 12:
+        hint = f"choose from {', '.join(names)}."
+    else:
+        hint = f"the nearest of {len(names)} is {difflib.get_close_matches(text, names, n=1, cutoff=0.0)[0]!r}."
     return UserError(f"Unknown {what} {short(value)}: {hint}")
 
 
@@ -239,11 +242,11 @@ class GPTConfig:
     """
 
     vocab_size: int = setting(MISSING, "Ids of the vocabulary: the tokenizer's", flag=False)
-    block_size: int = setting(256, "Context length", unit="tokens")
-    n_layer: int = setting(4, "Blocks")
-    n_head: int = setting(4, "Query heads")
-    n_embd: int = setting(256, "Width")
-    n_kv_head: int = setting(0, "Key-value heads; divides n_head", derived="n_head")
+    block_size: int = setting(256, "Context length", unit="tokens", derived="the preset's")
+    n_layer: int = setting(4, "Blocks", derived="the preset's")
+    n_head: int = setting(4, "Query heads", derived="the preset's")
+    n_embd: int = setting(256, "Width", derived="the preset's")
+    n_kv_head: int = setting(0, "Key-value heads; divides n_head", derived="the preset's, or n_head")
     head_dim: int = setting(0, "Width of a head", flag=False, derived="n_embd / n_head")
     n_inner: int = setting(
         0,
@@ -293,7 +296,7 @@ class GPTConfig:
     local_rope_theta: float = setting(
         0.0, "rope_theta of the layers with a sliding window, unscaled; 0 is as in the others", flag=False
     )
-    dropout: float = setting(0.0, "Dropout of the embedding and of each branch")
+    dropout: float = setting(0.0, "Dropout of the embedding and of each branch", derived="the recipe's")
     init_std: float = setting(0.02, "Standard deviation of initial weights", flag=False)
     zero_init: bool = setting(
         False, "Projections into the residual stream begin at 0, each block as the identity", flag=False
@@ -415,7 +418,7 @@ class TrainConfig:
     data: str | tuple[str, ...] = setting(
         "python-docs",
         "What gpt data sources or list names, or a file or folder; several as SOURCE:WEIGHT, repeated",
-        examples=("novel.txt", '["novel.txt:0.7", "notes/:0.3"]'),
+        examples=('["novel.txt:0.7", "notes/:0.3"]',),
     )
     tokenizer: str = setting(
         "bpe", "bpe, char, byte, gpt2, cl100k_base, o200k_base, or a tokenizer.json, its folder, or a run"
@@ -432,17 +435,22 @@ class TrainConfig:
         flag="--skip-nonfinite/--stop-nonfinite",
         derived="stop",
     )
-    batch_size: int = setting(12, "Windows of a micro-batch")
+    batch_size: int = setting(12, "Windows of a micro-batch", derived="the recipe's")
     gradient_accumulation_steps: int = setting(1, "Micro-batches of a step, whose gradients are added")
-    max_iters: int = setting(2000, "Length of the whole schedule", unit="steps")
-    optimizer: str = setting("adamw", "Optimizer of the blocks' matrices, with AdamW for the rest", choices=OPTIMIZERS)
-    learning_rate: float = setting(1e-3, "AdamW's learning rate at its highest")
+    max_iters: int = setting(2000, "Length of the whole schedule", unit="steps", derived="the recipe's")
+    optimizer: str = setting(
+        "adamw",
+        "Optimizer of the blocks' matrices, with AdamW for the rest",
+        choices=OPTIMIZERS,
+        derived="the recipe's",
+    )
+    learning_rate: float = setting(1e-3, "AdamW's learning rate at its highest", derived="the recipe's")
     min_lr: float = setting(1e-4, "Learning rate at the end", derived="a tenth of learning_rate")
     matrix_lr: float = setting(0.02, "Muon's learning rate")
     embedding_lr: float | None = setting(None, "The embedding's learning rate", derived="learning_rate")
     head_lr: float | None = setting(None, "An untied head's learning rate", derived="learning_rate")
     warmup_iters: int = setting(100, "Linear warm-up", unit="steps", derived="100, a tenth of max_iters at most")
-    lr_schedule: str = setting("cosine", "Schedule of the learning rates", choices=SCHEDULES)
+    lr_schedule: str = setting("cosine", "Schedule of the learning rates", choices=SCHEDULES, derived="the recipe's")
     warmdown_fraction: float = setting(0.5, "Share of the run, at its end, in which wsd falls")
     weight_decay: float = setting(0.1, "Weight decay of matrices and embeddings")
     decay_weight_decay: bool = setting(False, "Weight decay falls linearly to 0", flag=False)
@@ -452,11 +460,13 @@ class TrainConfig:
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient")
     adam_eps: float = setting(1e-8, "Added to AdamW's divisor", flag=False)
     grad_clip: float = setting(1.0, "Largest norm of all gradients; 0 is off")
-    eval_interval: int = setting(250, "Interval between evaluations; 0 is off", unit="steps")
+    eval_interval: int = setting(250, "Interval between evaluations; 0 is off", unit="steps", derived="the recipe's")
     eval_iters: int = setting(0, "Length of an evaluation of each source; 0 is the whole split", unit="batches")
     log_interval: int = setting(10, "Interval between reports", unit="steps")
-    sample_interval: int = setting(500, "Interval between samples; 0 is off", unit="steps")
-    checkpoint_interval: int = setting(250, "Interval between checkpoints; 0 is off", unit="steps")
+    sample_interval: int = setting(500, "Interval between samples; 0 is off", unit="steps", derived="the recipe's")
+    checkpoint_interval: int = setting(
+        250, "Interval between checkpoints; 0 is off", unit="steps", derived="the recipe's"
+    )
     keep: int = setting(2, "Latest checkpoints to keep, beside the best")
 
     def __post_init__(self) -> None:

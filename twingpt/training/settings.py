@@ -79,6 +79,13 @@ DECIDES: dict[str, set[str]] = {
 }
 
 
+def default_text(about: Setting) -> str:
+    """A setting's default in words, or as --set takes it; nothing where it has none."""
+    if about.derived or about.default in (MISSING, None):
+        return about.derived
+    return as_text(_plain(about.default))
+
+
 def gather(file: Path | None, flags: Mapping[str, Any], pairs: Sequence[str]) -> tuple[Settings, dict[str, str]]:
     """Settings by key, and for each how it was given, to be named in errors.
 
@@ -231,10 +238,11 @@ def to_toml(settings: Mapping[str, Any], comment: str) -> str:
 
 def as_pairs(settings: Mapping[str, Any]) -> str:
     """Settings in one line, as --set takes them on a command line."""
-    return " ".join(shlex.quote(f"{key}={_text(value)}") for key, value in settings.items())
+    return " ".join(shlex.quote(f"{key}={as_text(value)}") for key, value in settings.items())
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as --set takes it."""
     if isinstance(value, dict):  # of a RoPE scaling, what is not as usual
         usual = dataclasses.asdict(RopeScaling(type="linear", factor=1.0))
         parts = (f"{key}={_quoted(item)}" for key, item in value.items() if item != usual[key] or key == "type")
