@@ -26,7 +26,7 @@ HEAD = """# Settings
 
 `python docs/settings.py` writes this page from the descriptions of the fields in `twingpt/core/config.py` and
 `twingpt/training/settings.py`. A setting is a key of a TOML file, below its table or at the top, for `--config`; any is
-`--set KEY=VALUE` too, and most are flags. `none` empties what may be empty.
+`--set KEY=VALUE` too, and most are flags. In [model] and [train] `none` empties what may be empty.
 """
 
 RECIPES_HEAD = """## Recipes, presets and shapes

@@ -51,6 +51,8 @@ def test_no_name_is_cut(help_of, name, columns, terminal):
     for word in [word for word in words if word.startswith("-")] + [*getattr(command, "commands", {})]:
         assert re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", out), word
     assert not re.search(r"-\w*…", out)
+    text = f"{command.help}\n{command.epilog or ''}".replace("[bold]", "").replace("[/]", "").replace("\\[", "[")
+    assert set(text.split()) <= set(out.split())
     panels = [line for line in out.splitlines() if line.startswith(("│", "╭", "╰"))]
     assert {cell_len(line) for line in panels} <= {max(columns, 72)}
     if terminal and columns == 80:

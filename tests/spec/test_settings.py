@@ -1,6 +1,7 @@
 """Settings from a file, flags and --set: layers, types, mistakes, and TOML there and back."""
 
 import dataclasses
+import json
 import os
 import runpy
 from dataclasses import MISSING
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twingpt.backends import registry
 from twingpt.core.config import KINDS, GPTConfig, RopeScaling, TrainConfig, coerce, settings_of, without_none
 from twingpt.core.errors import UserError
 from twingpt.core.presets import PRESETS, SHAPES, preset
@@ -53,6 +55,17 @@ def test_every_field_is_described(kind):
         if about.default not in (MISSING, None):
             assert coerce(about.name, about.hint, about.default) == about.default
             assert not about.choices or about.default in about.choices
+
+
+def test_the_backends_are_those_there_are():
+    assert set(FIELDS["backend"].choices) == {"auto", *registry.BACKENDS}
+
+
+def test_an_integer_in_a_numbers_place_stays_as_it_is_written():
+    config = GPTConfig.from_dict({"vocab_size": 9, "rope_theta": 1000000, "no_rope_layers": [2, 0]})
+    assert type(config.rope_theta) is int and config.no_rope_layers == (0, 2)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert GPTConfig.from_dict(config.to_dict()) == config
 
 
 def test_examples_are_what_set_takes():
@@ -121,6 +134,7 @@ def test_what_decides_others_replaces_them_in_the_file(tmp_path, file, flags, pa
         ("embedding_lr=none", None),
         ("embedding_lr=0.1", 0.1),
         ("rope_scaling=none", None),
+        ("out=none", "none"),
         ("optimizer=none", "none"),  # text where nothing is no answer: the configuration refuses it
     ],
 )

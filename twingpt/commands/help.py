@@ -61,9 +61,12 @@ def print_help(command: Any, ctx: Any, commands: Panels) -> None:
     for title, rows in (_option_panels(command, ctx) | commands).items():
         _print_panel(console, title, rows)
     console.print()
-    for line in (command.epilog or "").strip().split("\n\n"):  # in a pipe an example is one line, to be copied
+    for line in (command.epilog or "").strip().split("\n\n"):
         text = Text.from_markup(line)
-        console.print(Padding.indent(text, 1) if console.is_terminal else Text(" ") + text, soft_wrap=True)
+        if console.is_terminal:
+            console.print(Padding.indent(text, 1))
+        else:  # in a pipe an example is one line, to be copied
+            console.print(Text(" ") + text, soft_wrap=True)
 
 
 def _option_panels(command: Any, ctx: Any) -> Panels:

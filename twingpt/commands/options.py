@@ -62,7 +62,7 @@ class SettingsCommand(Command):
             chosen = [about for key, about in FIELDS.items() if (key in self.keys if self.keys else about.flag)]
             self.options = tuple(setting_options(chosen))
         params = [*self.options, *super().get_params(ctx)]
-        return sorted(params, key=lambda param: PANELS.index(param.rich_help_panel or "Options"))
+        return sorted(params, key=lambda param: PANELS.index(getattr(param, "rich_help_panel", None) or "Options"))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the function; Typer would refuse parameters that are not its own."""

@@ -50,9 +50,9 @@ def train(
     """
     given: dict[str, Any] = ctx.obj
     if wizard:
-        others = {"config": config, "set": set_, "stop_after": stop_after, "resume": resume}
-        beside = {**others, **given, "json": json_, "report_to": None}
-        config = _ask_wizard([key for key, value in beside.items() if value not in (None, False, [])])
+        others = {"config": config, "set": set_, "stop_after": stop_after, "resume": resume, "json": json_ or None}
+        beside = [key for key, value in others.items() if value is not None]
+        config = _ask_wizard([*(key for key in given if key != "report_to"), *beside])
         given = {key: given[key] for key in given.keys() & {"report_to"}}
     from rich.console import Console
 

@@ -168,7 +168,7 @@ def _checked(where: str, key: str, value: Any) -> Any:
     try:
         if key not in FIELDS:
             raise unknown_choice("key", key, FIELDS)
-        if value == "none" and FIELDS[key].optional:
+        if value == "none" and FIELDS[key].optional and key not in TABLES["run"]:  # where it may be a name
             return None
         return _plain(coerce(key, FIELDS[key].hint, value))
     except UserError as error:
