@@ -13,12 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from twingpt.commands import baseline, bench, convert, data, doctor, generate, parity, plot, runs, tokenize, train
+from twingpt.commands.help import App
 from twingpt.core.errors import UserError
 from twingpt.version import __version__
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that Typer uses, which may be a copy of its own
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

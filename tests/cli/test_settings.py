@@ -149,6 +149,7 @@ def test_resuming_with_a_file(gpt, prose, file, tmp_path):
         (["--depth", 4, "--preset", "tiny"], "--preset and --depth both say how large the model is"),
         (["--wizard"], "--wizard asks questions, so it needs a terminal"),
         (["--wizard", "--json", "--depth", 3], "leave out --depth, --json"),
+        (["--wizard", "--seed", 0, "--no-compile"], "leave out --seed, --compile"),
     ],
 )
 def test_mistakes_write_nothing(gpt, tmp_path, monkeypatch, arguments, message):

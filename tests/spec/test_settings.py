@@ -1,18 +1,23 @@
 """Settings from a file, flags and --set: layers, types, mistakes, and TOML there and back."""
 
 import dataclasses
+import json
 import os
+import runpy
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twingpt.core.config import KINDS, GPTConfig, TrainConfig
+from twingpt.backends import registry
+from twingpt.core.config import KINDS, GPTConfig, RopeScaling, TrainConfig, coerce, settings_of, without_none
 from twingpt.core.errors import UserError
 from twingpt.core.presets import PRESETS, SHAPES, preset
 from twingpt.core.reading import read_json
 from twingpt.training import settings
+from twingpt.training.recipes import FINE_TUNING, RECIPES
 from twingpt.training.settings import FIELDS, TABLES, gather, read
 
 
@@ -46,9 +51,50 @@ def test_any_line_ends_and_a_byte_order_mark(tmp_path, end):
 def test_every_field_of_both_configurations_is_a_setting():
     for config in (GPTConfig, TrainConfig):
         for field in dataclasses.fields(config):
-            assert FIELDS[field.name].removesuffix(" | None") in KINDS
+            assert without_none(FIELDS[field.name].hint) in KINDS
     assert set(FIELDS) == {key for table in TABLES.values() for key in table}
     assert sum(map(len, TABLES.values())) == len(FIELDS)  # no key has two homes
+
+
+@pytest.mark.parametrize("kind", [GPTConfig, TrainConfig, RopeScaling, settings.SizeSettings, settings.RunSettings])
+def test_every_field_is_described(kind):
+    for about in settings_of(kind).values():
+        assert about.help and not about.help.endswith(".") and without_none(about.hint) in KINDS
+        assert all(isinstance(choice, str) for choice in about.choices)
+        if about.default not in (MISSING, None):
+            assert coerce(about.name, about.hint, about.default) == about.default
+            assert not about.choices or about.default in about.choices
+
+
+def test_the_backends_are_those_there_are():
+    assert set(FIELDS["backend"].choices) == {"auto", *registry.BACKENDS}
+
+
+def test_an_integer_in_a_numbers_place_stays_as_it_is_written():
+    config = GPTConfig.from_dict({"vocab_size": 9, "rope_theta": 1000000, "no_rope_layers": [2, 0]})
+    assert type(config.rope_theta) is int and config.no_rope_layers == (0, 2)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert GPTConfig.from_dict(config.to_dict()) == config
+
+
+def test_examples_are_what_set_takes():
+    given = [f"{key}={example}" for key, about in FIELDS.items() for example in about.examples]
+    assert len(given) >= 4
+    gather(None, {}, given)
+
+
+def test_a_default_that_a_recipe_or_preset_replaces_is_not_stated():
+    for values in (*RECIPES.values(), FINE_TUNING, *PRESETS.values()):
+        for key, value in values.items():
+            assert FIELDS[key].derived or value == FIELDS[key].default
+
+
+def test_the_page_of_settings_is_as_generated():
+    docs = Path(__file__).parents[2] / "docs"
+    page = runpy.run_path(str(docs / "settings.py"))["markdown"]()
+    assert (docs / "settings.md").read_text("utf-8") == page, "python docs/settings.py writes it anew"
+    for key, about in FIELDS.items():
+        assert f"| `{key}` |" in page and about.sentence in page
 
 
 def test_layers(tmp_path):
@@ -97,6 +143,7 @@ def test_what_decides_others_replaces_them_in_the_file(tmp_path, file, flags, pa
         ("embedding_lr=none", None),
         ("embedding_lr=0.1", 0.1),
         ("rope_scaling=none", None),
+        ("out=none", "none"),
         ("optimizer=none", "none"),  # text where nothing is no answer: the configuration refuses it
     ],
 )
@@ -116,6 +163,7 @@ def test_a_rope_scaling_is_a_table():
     [
         ("n_layres=3", "--set: Unknown key 'n_layres': did you mean 'n_layer'?"),
         ("=3", "--set: Unknown key ''"),
+        ("foo=1", f"--set: Unknown key 'foo': the nearest of {len(FIELDS)} is 'dropout'."),
         ("n_layer", "--set n_layer: write it as key=value"),
         ("n_layer=two", "--set: n_layer must be of type int, and is 'two'"),
         ("n_layer=2.5", "n_layer must be of type int, and is '2.5'"),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twingpt.commands.help import App
 from twingpt.commands.options import Json
 from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
@@ -12,7 +13,7 @@ from twingpt.core.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer()
+app = App()
 
 
 @app.command(

@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twingpt.commands.options import MODEL, Backends, Device, Json, installed_backends, option
+from twingpt.commands.help import App
+from twingpt.commands.options import MODEL, Backends, Device, Json, SettingsCommand, installed_backends, option
 from twingpt.commands.output import make_console, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer(
+app = App(
     name="bench",
     no_args_is_help=True,
     help="Measure speed and memory, both backends side by side.",
@@ -20,79 +21,64 @@ app = typer.Typer(
     "gpt bench memory                     the loss, plain and chunked\n",
 )
 
-Dtype = Annotated[str | None, typer.Option(help="Compute precision. (default: the device's)")]
-Compile = Annotated[bool | None, typer.Option(help="Compile the step. (default: not on a CPU)")]
-Preset = Annotated[str | None, option("micro, tiny, small, medium, gpt2 or large. (default: as gpt train)", MODEL)]
-Shape = Annotated[str | None, option("qwen3, llama, gpt2 or nano.", MODEL)]
-VocabSize = Annotated[int | None, option("Tokens.", MODEL)]
-Layers = Annotated[int | None, option("Blocks.", MODEL)]
-Heads = Annotated[int | None, option("Query heads.", MODEL)]
-KVHeads = Annotated[int | None, option("Key-value heads.", MODEL)]
-Width = Annotated[int | None, option("Width.", MODEL)]
-Context = Annotated[int | None, option("Context, in tokens.", MODEL)]
-BatchSize = Annotated[int | None, typer.Option(help="Windows of a micro-batch. (default: as gpt train)")]
+SIZES = ("preset", "shape", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "batch_size")
+
+VocabSize = Annotated[int | None, option("Ids of the vocabulary. (default: 2048)", MODEL)]
 Repeats = Annotated[int, typer.Option(help="Measurements; the median and their spread are shown.")]
 Steps = Annotated[int, typer.Option(help="Steps of a measurement.")]
 
 
+class BenchForward(SettingsCommand):
+    """A command with the settings that matter to a forward pass."""
+
+    keys = ("dtype", "compile", *SIZES)
+
+
+class BenchTrain(SettingsCommand):
+    """A command with those that matter to a training step."""
+
+    keys = (*BenchForward.keys, "gradient_accumulation_steps", "gradient_checkpointing", "optimizer")
+
+
 @app.command(
     "train",
+    cls=BenchTrain,
     epilog="[bold]Examples[/]\n\n"
     "gpt bench train\n\n"
     "gpt bench train --preset small --batch-size 8 --optimizer adamw --dtype bfloat16\n\n"
     "gpt bench train --json | jq '.rows[] | {backend, tokens_per_second, mfu}'\n",
 )
 def bench_train(
+    ctx: typer.Context,
     backend: Backends = "auto",
     device: Device = None,
-    dtype: Dtype = None,
-    compile: Compile = None,
-    preset: Preset = None,
-    shape: Shape = None,
     vocab_size: VocabSize = None,
-    n_layer: Layers = None,
-    n_head: Heads = None,
-    n_kv_head: KVHeads = None,
-    n_embd: Width = None,
-    block_size: Context = None,
-    batch_size: BatchSize = None,
-    gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again.")] = False,
-    optimizer: Annotated[str | None, typer.Option(help="adamw or muon. (default: as gpt train)")] = None,
     repeats: Repeats = 5,
     steps: Steps = 5,
     json_: Json = False,
 ) -> None:
     """Time training steps: forward, backward and update, on random tokens."""
-    _bench("train", locals())
+    _bench("train", backend, device, ctx.obj | {"vocab_size": vocab_size}, repeats, steps, json_)
 
 
 @app.command(
     "forward",
+    cls=BenchForward,
     epilog="[bold]Examples[/]\n\n"
     "gpt bench forward\n\n"
     "gpt bench forward --preset gpt2 --vocab-size 50304 --batch-size 2 --backend torch\n",
 )
 def bench_forward(
+    ctx: typer.Context,
     backend: Backends = "auto",
     device: Device = None,
-    dtype: Dtype = None,
-    compile: Compile = None,
-    preset: Preset = None,
-    shape: Shape = None,
     vocab_size: VocabSize = None,
-    n_layer: Layers = None,
-    n_head: Heads = None,
-    n_kv_head: KVHeads = None,
-    n_embd: Width = None,
-    block_size: Context = None,
-    batch_size: BatchSize = None,
     repeats: Repeats = 5,
     steps: Steps = 5,
     json_: Json = False,
 ) -> None:
     """Time the forward pass and the loss, as a run's evaluations compute them."""
-    _bench("forward", locals())
+    _bench("forward", backend, device, ctx.obj | {"vocab_size": vocab_size}, repeats, steps, json_)
 
 
 @app.command(
@@ -104,7 +90,7 @@ def bench_forward(
 def bench_memory(
     backend: Backends = "auto",
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute precision. (default: the device's)")] = None,
     vocab_size: Annotated[int, typer.Option(help="Ids.")] = 50304,
     n_embd: Annotated[int, typer.Option(help="Width.")] = 768,
     tokens: Annotated[int, typer.Option(help="Positions of a batch.")] = 16384,
@@ -131,16 +117,18 @@ def bench_memory(
     _print_skipped(console, result)
 
 
-def _bench(mode: str, values: dict[str, Any]) -> None:
+def _bench(
+    mode: str, backend: str, device: str | None, given: dict[str, Any], repeats: int, steps: int, json_: bool
+) -> None:
     from rich.console import Console
 
     from twingpt.checks.bench import measure
 
-    json_, names = values.pop("json_"), installed_backends(values.pop("backend"))
-    settings = {key: values.pop(key) for key in ("device", "dtype", "compile", "repeats", "steps")}
-    options = {key: value for key, value in values.items() if value is not None}
+    names = installed_backends(backend)
+    how = {key: given.pop(key, None) for key in ("dtype", "compile")}
+    options = {key: value for key, value in given.items() if value is not None}
     with Console(stderr=True).status(f"Measuring on {' and '.join(names)}"):
-        result = measure(mode, names, options, **settings)
+        result = measure(mode, names, options, device=device, repeats=repeats, steps=steps, **how)
     if json_:
         print_json(result)
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twingpt.commands.help import App
 from twingpt.commands.options import Backend, Device, Json
 from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from twingpt.core.config import GPTConfig
     from twingpt.core.tokenizer import Tokenizer
 
-app = typer.Typer()
+app = App()
 
 
 @app.command(

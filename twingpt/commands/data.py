@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from twingpt.commands.options import TOKENIZERS, Errors, Field, Json, SkipBadLines, Yes
+from twingpt.commands.help import App
+from twingpt.commands.options import Errors, Field, Json, SettingsCommand, SkipBadLines, Yes
 from twingpt.commands.output import ask_to_remove, make_console, print_json
 from twingpt.core.paths import quote
 
-app = typer.Typer(
+app = App(
     name="data",
     no_args_is_help=True,
     help="Prepare text for training; list, describe, verify and remove it.",
@@ -24,8 +25,15 @@ app = typer.Typer(
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data set: gpt data list shows them.")]
 
 
+class PrepareCommand(SettingsCommand):
+    """A command with the tokenizer's settings."""
+
+    keys = ("tokenizer", "vocab_size")
+
+
 @app.command(
     "prepare",
+    cls=PrepareCommand,
     epilog="[bold]Examples[/]\n\n"
     "gpt data prepare novel.txt --name novel\n\n"
     "gpt data prepare notes/ 'more/**/*.md' --tokenizer char --name notes\n\n"
@@ -38,13 +46,12 @@ DataName = Annotated[str, typer.Argument(metavar="NAME", help="A prepared data s
     "of datasets wrote.\n",
 )
 def prepare_data(
+    ctx: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(metavar="SOURCE…", help="Files, folders, globs, - for stdin, a hub's org/name[:config]."),
     ],
     name: Annotated[str, typer.Option(help="What --data of gpt train will call it.")],
-    tokenizer: Annotated[str, typer.Option(help=TOKENIZERS)] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="Ids of a BPE that is trained on the data.")] = 2048,
     field: Field = None,
     errors: Errors = "strict",
     skip_bad_lines: SkipBadLines = 0,
@@ -63,13 +70,14 @@ def prepare_data(
     from rich.console import Console
 
     from twingpt.commands import show_data as show
+    from twingpt.core.config import TrainConfig
     from twingpt.data import library
     from twingpt.data.builder import Progress, TokenizerChoice
     from twingpt.data.prepare import prepare_named
     from twingpt.data.sources import ReadOptions
     from twingpt.data.workers import PeakMemory
 
-    choice = TokenizerChoice(tokenizer, vocab_size)
+    choice = TokenizerChoice(*(ctx.obj.get(key, getattr(TrainConfig, key)) for key in PrepareCommand.keys))
     options = ReadOptions(field, errors, licence, skip_bad_lines)
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
     start, memory = time.perf_counter(), PeakMemory()

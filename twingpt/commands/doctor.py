@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from twingpt.commands.help import App
 from twingpt.commands.options import Backend, Device, Json
 from twingpt.commands.output import make_console, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer()
+app = App()
 
 
 @app.command(epilog="[bold]Examples[/]\n\ngpt doctor\n\ngpt doctor --json | jq .choice\n")

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
+from twingpt.commands.help import App
 from twingpt.commands.options import Backend, Device, Json, read_stdin
 from twingpt.commands.output import print_json
 
-app = typer.Typer()
+app = App()
 
 
 @app.command(

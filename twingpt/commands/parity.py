@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twingpt.commands.help import App
 from twingpt.commands.options import Backends, Json, installed_backends
 from twingpt.commands.output import make_console, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer()
+app = App()
 
 
 @app.command(

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from twingpt.commands.help import App
 from twingpt.commands.output import print_json
 
-app = typer.Typer()
+app = App()
 
 
 @app.command(

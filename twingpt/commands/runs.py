@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
+from twingpt.commands.help import App
 from twingpt.commands.options import Json, Yes
 from twingpt.commands.output import ask_to_remove, make_console, print_json
 from twingpt.core.errors import UserError
 
-app = typer.Typer(name="runs")
+app = App(name="runs")
 
 
 @app.callback(

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from twingpt.commands.help import App
 from twingpt.commands.options import Errors, Field, Json, SkipBadLines, read_stdin
 from twingpt.commands.output import make_console, print_json
 
-app = typer.Typer(
+app = App(
     name="tokenize",
     no_args_is_help=True,
     help="Learn a tokenizer, look at what one does, compare several.",

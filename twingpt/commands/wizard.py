@@ -20,7 +20,7 @@ from twingpt.core.config import GPTConfig, TrainConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand, quote
-from twingpt.core.presets import PRESETS
+from twingpt.core.presets import DEEPEST, PRESETS
 from twingpt.core.units import human_bytes, human_count, human_time
 from twingpt.data.named import NAMES
 from twingpt.data.prepare import prepare
@@ -166,12 +166,12 @@ def _ask_size(console: Console, device: Device, data: TokenDataset) -> Settings:
     def parse(text: str) -> Settings:
         size: Settings = {"depth": int(text)} if text.isdecimal() else {"preset": text}
         if not text.isdecimal() and text not in PRESETS:
-            raise unknown_choice("size", text, [*PRESETS, f"a depth from 1 to {depth.DEEPEST}"])
+            raise unknown_choice("size", text, [*PRESETS, f"a depth from 1 to {DEEPEST}"])
         data.check(recipes.resolve(size, device, vocab_size)[0])
         return size
 
     default = recipes.recipe(device)["preset"]
-    return _ask(console, f"Which size? [dim](a preset, or a depth from 1 to {depth.DEEPEST})[/]", default, parse)
+    return _ask(console, f"Which size? [dim](a preset, or a depth from 1 to {DEEPEST})[/]", default, parse)
 
 
 def parse_span(text: str) -> float | int:

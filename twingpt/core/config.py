@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from twingpt.core.errors import UserError
 from twingpt.core.reading import short
@@ -49,67 +51,126 @@ def _fail(problem: str) -> None:
 
 
 def unknown_choice(what: str, value: object, choices: Iterable[str]) -> UserError:
-    """The UserError for a value that is not among `choices`; it names the nearest one."""
-    names = sorted(choices)
-    near = difflib.get_close_matches(str(value)[:100], names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}."
+    """The UserError for a value that is not among `choices`: it names the nearest, or all if few and none is near."""
+    names, text = sorted(choices), str(value)[:100]
+    if near := difflib.get_close_matches(text, names, n=1, cutoff=0.5):
+        hint = f"did you mean {near[0]!r}?"
+    elif len(names) <= 12:
+        hint = f"choose from {', '.join(names)}."
+    else:
+        hint = f"the nearest of {len(names)} is {difflib.get_close_matches(text, names, n=1, cutoff=0.0)[0]!r}."
     return UserError(f"Unknown {what} {short(value)}: {hint}")
 
 
-def _check_choice(what: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise unknown_choice(what, value, choices)
+@dataclass(frozen=True)
+class Setting:
+    """What a field of a configuration is: flags, TOML, --set, --help and docs/settings.md all come from this.
+
+    `hint` is its type, by get_type_hints. `flag` is whether it has one, or the names of a switch. `derived` says what
+    an absent value becomes, where that is not `default`.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    flag: bool | str
+    unit: str
+    choices: tuple[str, ...]
+    derived: str
+    examples: tuple[str, ...]
+
+    @property
+    def optional(self) -> bool:
+        """Whether None is a value."""
+        return NoneType in get_args(self.hint)
+
+    @property
+    def sentence(self) -> str:
+        """The help, with the choices."""
+        *most, last = self.choices or ("",)
+        return f"{self.help}: {', '.join(most)} or {last}." if most else f"{self.help}."
 
 
-def _is_number(value: object, kind: str) -> bool:
-    if isinstance(value, bool):
-        return kind == "bool"
-    if kind == "int":
-        return isinstance(value, int)
-    return kind == "float" and isinstance(value, (int, float)) and math.isfinite(value)
+def setting(
+    default: Any,
+    help: str,
+    *,
+    flag: bool | str = True,
+    unit: str = "",
+    choices: Iterable[str] = (),
+    derived: str = "",
+    examples: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that is described (see Setting), required if its default is MISSING."""
+    about = {"help": help, "flag": flag, "unit": unit, "choices": tuple(choices), "derived": derived}
+    return dataclasses.field(default=default, metadata=about | {"examples": examples})
 
 
-# A field's annotation -> what messages call its type, and whether a value is of it.
-KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "int": ("of type int", lambda value: _is_number(value, "int")),
-    "float": ("a finite number", lambda value: _is_number(value, "float")),
-    "bool": ("of type bool", lambda value: _is_number(value, "bool")),
-    "str": ("of type str", lambda value: isinstance(value, str)),
-    "str | tuple[str, ...]": (
-        "of type str, or a list of them",
-        lambda value: (
-            isinstance(value, str)
-            or (isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(item, str) for item in value))
-        ),
-    ),
-    "tuple[int, ...]": (
-        "a list of layer numbers",
-        lambda value: isinstance(value, (list, tuple)) and all(_is_number(item, "int") for item in value),
-    ),
-    "RopeScaling": ("a set of keys or nothing", lambda value: isinstance(value, (Mapping, RopeScaling))),
-}
+@functools.cache
+def settings_of(cls: type) -> dict[str, Setting]:
+    """The fields of a dataclass of settings, by name."""
+    hints = get_type_hints(cls)
+    return {
+        field.name: Setting(field.name, hints[field.name], field.default, **field.metadata)
+        for field in dataclasses.fields(cls)
+    }
 
 
-def check_type(name: str, annotation: str, value: object) -> None:
-    """Raise UserError unless `value` is of the type that the field `name` is annotated with, one of KINDS."""
+def without_none(hint: Any) -> Any:
+    """X of the type X | None, or the type itself."""
+    kinds = get_args(hint)
+    return next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else hint
+
+
+def coerce(name: str, hint: Any, value: object) -> Any:
+    """A value from a constructor, JSON, TOML or a flag, made what the type `hint` (one of KINDS, or None) says.
+
+    A list becomes a tuple, a mapping the dataclass that it describes, an int a float. Raises UserError, which calls it
+    `name`, for a value of another type, an integer that is too large, and text that is not Unicode.
+    """
     if isinstance(value, int) and abs(value) >= LARGEST:
         _fail(f"{name} is {short(value)}, which is too large.")
-    kind, optional = annotation.removesuffix(" | None"), annotation.endswith(" | None")
-    what, fits = KINDS[kind]
-    if not fits(value) and not (optional and value is None):
+    if value is None and NoneType in get_args(hint):
+        return None
+    what, fits, convert = KINDS[without_none(hint)]
+    if not fits(value):
         _fail(f"{name} must be {what}, and is {short(value)}.")
     for text in [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []:
         if isinstance(text, str) and text != text.encode(errors="replace").decode():  # surrogates, from a file name
             _fail(f"{name} is {short(text)}, whose bytes are not UTF-8, as config.toml needs them: rename it.")
+    return convert(value)
 
 
-def _check_types(config: Any) -> None:
-    for field in dataclasses.fields(config):
-        check_type(field.name, str(field.type), getattr(config, field.name))
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are(fits: Callable[[object], bool], value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(fits, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _coerce_fields(config: Any, within: str = "") -> None:
+    """Coerce each field to its type and check its choices; an int in a float's place stays as it is written."""
+    for name, about in settings_of(type(config)).items():  # type: ignore[arg-type]
+        value = getattr(config, name)
+        typed = coerce(within + name, about.hint, value)
+        if about.choices and typed not in about.choices:
+            raise unknown_choice(within + name, typed, about.choices)
+        if typed != value:
+            object.__setattr__(config, name, typed)
 
 
 def _from_dict(cls: type[T], values: Mapping[str, Any], what: str) -> T:
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = settings_of(cls)  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             raise unknown_choice(f"{what} key", key, known)
@@ -124,21 +185,20 @@ class RopeScaling:
     """RoPE scaling: how the frequencies are stretched beyond the context that they were trained for.
 
     `type` is `linear` (Chen et al. 2023), `llama3` (Llama 3.1) or `yarn` (Peng et al. 2023), each as
-    transformers computes it; `original_block_size` is the context before scaling, in tokens.
+    transformers computes it.
     """
 
-    type: str
-    factor: float
-    original_block_size: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
+    type: str = setting(MISSING, "How frequencies are stretched", choices=ROPE_SCALINGS)
+    factor: float = setting(MISSING, "The new context by the old one, at least 1")
+    original_block_size: int = setting(0, "Context before scaling; llama3 and yarn need it", unit="tokens")
+    low_freq_factor: float = setting(1.0, "llama3: slower frequencies are divided by factor")
+    high_freq_factor: float = setting(4.0, "llama3: faster frequencies stay")
+    beta_fast: float = setting(32.0, "yarn: frequencies of more rotations in the old context stay")
+    beta_slow: float = setting(1.0, "yarn: frequencies of fewer rotations are divided by factor")
+    attention_factor: float | None = setting(None, "yarn: scale of cosines and sines", derived="0.1 ln factor + 1")
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_choice("rope_scaling type", self.type, ROPE_SCALINGS)
+        _coerce_fields(self, "rope_scaling ")
         if self.factor < 1:
             _fail(f"rope_scaling factor must be at least 1, and is {self.factor}.")
         if self.type != "linear" and self.original_block_size < 1:
@@ -154,74 +214,96 @@ class RopeScaling:
         return _from_dict(cls, values, "rope_scaling")
 
 
+# A field's type -> what messages call it, whether a value can be of it, and the value made so.
+KINDS: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+    int: ("of type int", _is_integer, int),
+    float: ("a finite number", _is_number, float),
+    bool: ("of type bool", lambda value: isinstance(value, bool), bool),
+    str: ("of type str", _is_text, str),
+    str | tuple[str, ...]: (
+        "of type str, or a list of them",
+        lambda value: _is_text(value) or (bool(value) and _are(_is_text, value)),
+        lambda value: value if _is_text(value) else tuple(value) if len(value) > 1 else value[0],
+    ),
+    tuple[int, ...]: ("a list of layer numbers", functools.partial(_are, _is_integer), tuple),
+    RopeScaling: (
+        "a set of keys or nothing",
+        lambda value: isinstance(value, (Mapping, RopeScaling)),
+        lambda value: value if isinstance(value, RopeScaling) else RopeScaling.from_dict(value),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class GPTConfig:
-    """Architecture of a decoder-only transformer. Field names follow nanoGPT; lengths and windows are in tokens.
-
-    0 derives a value: `n_kv_head` is `n_head`, `head_dim` is `n_embd / n_head`, `n_inner` (the MLP's hidden width) is
-    4 x `n_embd`, or 8/3 of it rounded up to a multiple of 32 for a gated MLP, `attn_scale` is head_dim^-1/2. For caps,
-    `sliding_window` and `local_rope_theta` 0 is off.
-
-    Norms: `norm_placement` is before attention and MLP (`pre`), after them (`post`, as in OLMo 2) or `both`.
-    `norm_offset` multiplies by 1 + weight (Gemma). `embed_norm` is a norm after the embedding. `qk_norm` is an RMSNorm
-    of queries and keys by head, with `qk_norm_whole` over all heads together.
-
-    Attention: `full_attention_layers` have no sliding window; the other layers rotate by `local_rope_theta`, unscaled,
-    where that is given. `no_rope_layers` don't rotate.
-
-    Residual stream: with `parallel_residual` attention and MLP read the same input (GPT-NeoX). `smear` adds to each
-    position's embedding a learned share, by channel, of the one before it (modded-nanogpt). `zero_init` initialises
-    the projections into the stream at 0, so that every block begins as the identity. `embed_scale` multiplies the
-    embedding, `residual_scale` what blocks add; `logit_divisor` divides the logits.
+    """Architecture of a decoder-only transformer. Field names follow nanoGPT.
 
     Raises UserError for an impossible value, in one sentence.
     """
 
-    vocab_size: int
-    block_size: int = 256
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 256
-    n_kv_head: int = 0
-    head_dim: int = 0
-    n_inner: int = 0
-    position: str = "rope"
-    no_rope_layers: tuple[int, ...] = ()
-    rope_theta: float = 10000.0
-    rope_fraction: float = 1.0
-    rope_scaling: RopeScaling | None = None
-    norm: str = "rmsnorm"
-    norm_eps: float = 1e-6
-    norm_bias: bool = False
-    norm_placement: str = "pre"
-    norm_offset: bool = False
-    parallel_residual: bool = False
-    mlp: str = "swiglu"
-    mlp_bias: bool = False
-    qkv_bias: bool = False
-    attn_out_bias: bool = False
-    qk_norm: bool = True
-    qk_norm_whole: bool = False
-    tie_embeddings: bool = True
-    embed_norm: bool = False
-    smear: bool = False
-    embed_scale: float = 1.0
-    residual_scale: float = 1.0
-    attn_scale: float = 0.0
-    attn_softcap: float = 0.0
-    logit_divisor: float = 1.0
-    logit_softcap: float = 0.0
-    sliding_window: int = 0
-    full_attention_layers: tuple[int, ...] = ()
-    local_rope_theta: float = 0.0
-    dropout: float = 0.0
-    init_std: float = 0.02
-    zero_init: bool = False
+    vocab_size: int = setting(MISSING, "Ids of the vocabulary: the tokenizer's", flag=False)
+    block_size: int = setting(256, "Context length", unit="tokens", derived="the preset's")
+    n_layer: int = setting(4, "Blocks", derived="the preset's")
+    n_head: int = setting(4, "Query heads", derived="the preset's")
+    n_embd: int = setting(256, "Width", derived="the preset's")
+    n_kv_head: int = setting(0, "Key-value heads; divides n_head", derived="the preset's, or n_head")
+    head_dim: int = setting(0, "Width of a head", flag=False, derived="n_embd / n_head")
+    n_inner: int = setting(
+        0,
+        "Hidden width of the MLP",
+        flag=False,
+        derived="4 x n_embd, or 8/3 of it rounded up to a multiple of 32 for a gated MLP",
+    )
+    position: str = setting("rope", "Position encoding", flag=False, choices=POSITIONS)
+    no_rope_layers: tuple[int, ...] = setting((), "Layers that don't rotate", flag=False, examples=("[3, 7]",))
+    rope_theta: float = setting(10000.0, "Base of the rotary frequencies", flag=False)
+    rope_fraction: float = setting(1.0, "Share of a head that rotates, its leading dimensions", flag=False)
+    rope_scaling: RopeScaling | None = setting(
+        None,
+        "Frequencies stretched beyond the context that they were trained for",
+        flag=False,
+        examples=('{type="yarn", factor=4, original_block_size=2048}',),
+    )
+    norm: str = setting("rmsnorm", "Normalization", flag=False, choices=NORMS)
+    norm_eps: float = setting(1e-6, "Added to a norm's variance or mean square", flag=False)
+    norm_bias: bool = setting(False, "Biases in layernorms", flag=False)
+    norm_placement: str = setting(
+        "pre", "Norms before attention and MLP, after them (OLMo 2), or both", flag=False, choices=NORM_SITES
+    )
+    norm_offset: bool = setting(False, "Norms multiply by 1 + weight (Gemma)", flag=False)
+    parallel_residual: bool = setting(False, "Attention and MLP read the same input (GPT-NeoX)", flag=False)
+    mlp: str = setting("swiglu", "Activation of the MLP, gated if it is a GLU", flag=False, choices=MLPS)
+    mlp_bias: bool = setting(False, "Biases in the MLP", flag=False)
+    qkv_bias: bool = setting(False, "Biases of queries, keys and values", flag=False)
+    attn_out_bias: bool = setting(False, "Bias of attention's output projection", flag=False)
+    qk_norm: bool = setting(True, "RMSNorm of queries and keys, by head", flag=False)
+    qk_norm_whole: bool = setting(False, "qk_norm over all heads together", flag=False)
+    tie_embeddings: bool = setting(True, "The head is the embedding", flag=False)
+    embed_norm: bool = setting(False, "A norm after the embedding", flag=False)
+    smear: bool = setting(
+        False, "Each embedding gets a learned share, by channel, of the one before it (modded-nanogpt)", flag=False
+    )
+    embed_scale: float = setting(1.0, "Factor of the embedding", flag=False)
+    residual_scale: float = setting(1.0, "Factor of what a block adds to the residual stream", flag=False)
+    attn_scale: float = setting(0.0, "Factor of attention's scores", flag=False, derived="head_dim^-1/2")
+    attn_softcap: float = setting(0.0, "Cap c of attention's scores, c tanh(x/c); 0 is off", flag=False)
+    logit_divisor: float = setting(1.0, "Divisor of the logits", flag=False)
+    logit_softcap: float = setting(0.0, "Cap c of the logits, c tanh(x/c); 0 is off", flag=False)
+    sliding_window: int = setting(0, "What a position attends to, itself included; 0 is all", flag=False, unit="tokens")
+    full_attention_layers: tuple[int, ...] = setting(
+        (), "Layers without the sliding window", flag=False, examples=("[5, 11]",)
+    )
+    local_rope_theta: float = setting(
+        0.0, "rope_theta of the layers with a sliding window, unscaled; 0 is as in the others", flag=False
+    )
+    dropout: float = setting(0.0, "Dropout of the embedding and of each branch", derived="the recipe's")
+    init_std: float = setting(0.02, "Standard deviation of initial weights", flag=False)
+    zero_init: bool = setting(
+        False, "Projections into the residual stream begin at 0, each block as the identity", flag=False
+    )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        if isinstance(self.rope_scaling, Mapping):
-            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        _coerce_fields(self)
         self._derive()
         self._validate()
 
@@ -256,10 +338,6 @@ class GPTConfig:
             _fail(f"dropout must be in [0, 1), and is {self.dropout}.")
         if self.n_head % self.n_kv_head:
             _fail(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}.")
-        _check_choice("position", self.position, POSITIONS)
-        _check_choice("norm", self.norm, NORMS)
-        _check_choice("mlp", self.mlp, MLPS)
-        _check_choice("norm_placement", self.norm_placement, NORM_SITES)
         if self.norm == "rmsnorm" and self.norm_bias:
             _fail("norm_bias needs norm='layernorm': an RMSNorm has no bias.")
         if self.qk_norm_whole and not self.qk_norm:
@@ -328,71 +406,72 @@ class GPTConfig:
         return _from_dict(cls, values, "model configuration")
 
 
-def _one_or_several(data: str | Iterable[str]) -> str | tuple[str, ...]:
-    """A list of one source as a string, as runs without a mixture have it."""
-    several = (data,) if isinstance(data, str) else tuple(data)
-    return several[0] if len(several) == 1 else several
-
-
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains: data, optimizer, schedule, evaluation and checkpoints. Names follow nanoGPT.
+    """How a run trains: data, optimizer, schedule, evaluation and checkpoints. Field names follow nanoGPT.
 
     A step is `gradient_accumulation_steps` micro-batches of `batch_size` windows of the model's `block_size` tokens.
-    Intervals are in steps; 0 is off. `eval_iters` is in batches of each source's fixed validation windows, 0 for the
-    whole split. The latest `keep` checkpoints stay. `data` is one source, or several as SOURCE:WEIGHT;
-    `val_data` is a source that is held out instead of a tenth of it, or another share.
-
-    The optimizer `muon` steps the blocks' matrices by Muon, with `matrix_lr` and `momentum`, which warms up from 0.85,
-    and the rest by AdamW. `embedding_lr` and `head_lr` replace `learning_rate` for those two groups. All learning
-    rates follow one `lr_schedule`, down to the share `min_lr / learning_rate`; `wsd` holds them until the last
-    `warmdown_fraction` of the run. With `decay_weight_decay`, `weight_decay` falls linearly to 0.
-
-    `gradient_checkpointing` keeps each block's input alone and recomputes its inside in the backward pass.
-    `skip_nonfinite` skips a step whose loss or gradient is not finite, where the run would stop.
+    Muon steps the blocks' matrices, AdamW the rest. All learning rates follow one `lr_schedule`, down to the share
+    `min_lr / learning_rate`.
     """
 
-    data: str | tuple[str, ...] = "python-docs"
-    val_data: str | None = None
-    tokenizer: str = "bpe"
-    vocab_size: int = 2048
-    seed: int = 1337
-    dtype: str = "float32"
-    gradient_checkpointing: bool = False
-    skip_nonfinite: bool = False
-    batch_size: int = 12
-    gradient_accumulation_steps: int = 1
-    max_iters: int = 2000
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    min_lr: float = 1e-4
-    matrix_lr: float = 0.02
-    embedding_lr: float | None = None
-    head_lr: float | None = None
-    warmup_iters: int = 100
-    lr_schedule: str = "cosine"
-    warmdown_fraction: float = 0.5
-    weight_decay: float = 0.1
-    decay_weight_decay: bool = False
-    momentum: float = 0.95
-    momentum_warmup_iters: int = 300
-    beta1: float = 0.9
-    beta2: float = 0.95
-    adam_eps: float = 1e-8
-    grad_clip: float = 1.0
-    eval_interval: int = 250
-    eval_iters: int = 0
-    log_interval: int = 10
-    sample_interval: int = 500
-    checkpoint_interval: int = 250
-    keep: int = 2
+    data: str | tuple[str, ...] = setting(
+        "python-docs",
+        "What gpt data sources or list names, or a file or folder; several as SOURCE:WEIGHT, repeated",
+        examples=('["novel.txt:0.7", "notes/:0.3"]',),
+    )
+    val_data: str | None = setting(None, "What is held out: a source, or a share", derived="0.1")
+    tokenizer: str = setting(
+        "bpe", "bpe, char, byte, gpt2, cl100k_base, o200k_base, or a tokenizer.json, its folder, or a run"
+    )
+    vocab_size: int = setting(2048, "Ids of a BPE that is trained on the data")
+    seed: int = setting(1337, "Seed of initial weights, data order and dropout")
+    dtype: str = setting("float32", "Compute precision", choices=DTYPES, derived="the device's")
+    gradient_checkpointing: bool = setting(
+        False, "Keep each block's input alone, and recompute its inside: less memory, a third more work"
+    )
+    skip_nonfinite: bool = setting(
+        False,
+        "Leave out and count a step whose loss or gradient is not finite, or stop there",
+        flag="--skip-nonfinite/--stop-nonfinite",
+        derived="stop",
+    )
+    batch_size: int = setting(12, "Windows of a micro-batch", derived="the recipe's")
+    gradient_accumulation_steps: int = setting(1, "Micro-batches of a step, whose gradients are added")
+    max_iters: int = setting(2000, "Length of the whole schedule", unit="steps", derived="the recipe's")
+    optimizer: str = setting(
+        "adamw",
+        "Optimizer of the blocks' matrices, with AdamW for the rest",
+        choices=OPTIMIZERS,
+        derived="the recipe's",
+    )
+    learning_rate: float = setting(1e-3, "AdamW's learning rate at its highest", derived="the recipe's")
+    min_lr: float = setting(1e-4, "Learning rate at the end", derived="a tenth of learning_rate")
+    matrix_lr: float = setting(0.02, "Muon's learning rate")
+    embedding_lr: float | None = setting(None, "The embedding's learning rate", derived="learning_rate")
+    head_lr: float | None = setting(None, "An untied head's learning rate", derived="learning_rate")
+    warmup_iters: int = setting(100, "Linear warm-up", unit="steps", derived="100, a tenth of max_iters at most")
+    lr_schedule: str = setting("cosine", "Schedule of the learning rates", choices=SCHEDULES, derived="the recipe's")
+    warmdown_fraction: float = setting(0.5, "Share of the run, at its end, in which wsd falls")
+    weight_decay: float = setting(0.1, "Weight decay of matrices and embeddings")
+    decay_weight_decay: bool = setting(False, "Weight decay falls linearly to 0", flag=False)
+    momentum: float = setting(0.95, "Muon's momentum, which warms up from 0.85")
+    momentum_warmup_iters: int = setting(300, "Warm-up of Muon's momentum", flag=False, unit="steps")
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient")
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient")
+    adam_eps: float = setting(1e-8, "Added to AdamW's divisor", flag=False)
+    grad_clip: float = setting(1.0, "Largest norm of all gradients; 0 is off")
+    eval_interval: int = setting(250, "Interval between evaluations; 0 is off", unit="steps", derived="the recipe's")
+    eval_iters: int = setting(0, "Length of an evaluation of each source; 0 is the whole split", unit="batches")
+    log_interval: int = setting(10, "Interval between reports", unit="steps")
+    sample_interval: int = setting(500, "Interval between samples; 0 is off", unit="steps", derived="the recipe's")
+    checkpoint_interval: int = setting(
+        250, "Interval between checkpoints; 0 is off", unit="steps", derived="the recipe's"
+    )
+    keep: int = setting(2, "Latest checkpoints to keep, beside the best")
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        object.__setattr__(self, "data", _one_or_several(self.data))
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
-        _check_choice("dtype", self.dtype, DTYPES)
+        _coerce_fields(self)
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "log_interval", "keep"):
             if getattr(self, name) < 1:
                 _fail(f"{name} must be at least 1, and is {getattr(self, name)}.")

@@ -41,6 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+DEEPEST = 48  # of --depth
+
+
 def preset(name: str, vocab_size: int, shape: str | None = None, **overrides: Any) -> GPTConfig:
     """The configuration of a preset (a key of PRESETS) for a vocabulary, with fields replaced by `overrides`.
 

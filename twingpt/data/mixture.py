@@ -209,13 +209,13 @@ def prepare_all(
     sources = parse(data)
     specs = [spec for spec, _ in sources]
     if len(sources) == 1:
-        return prepare(specs[0], kind, vocab_size, tokenizer, val)
+        return prepare(specs[0], tokenizer or kind, vocab_size, val)
     named = {spec: TokenDataset(folder) for spec in specs if (folder := find(spec))}
     first = next(iter(named.values()), None)
     if not tokenizer:
         _check_tokenizers(list(named), list(named.values()))
         tokenizer = first.tokenizer if first else shared_tokenizer(specs, kind, vocab_size, val)
-    datasets = [prepare(spec, kind, vocab_size, tokenizer, val) for spec in specs]
+    datasets = [prepare(spec, tokenizer or kind, vocab_size, val) for spec in specs]
     asked = first.manifest.get("asked", {}) if first else {}
     return Mixture(datasets, [weight for _, weight in sources], specs, asked)
 

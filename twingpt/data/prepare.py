@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from twingpt.core import paths
+from twingpt.core.config import TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.locks import locked
 from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
@@ -37,22 +38,27 @@ def find(spec: str) -> Path | None:
 
 
 def prepare(
-    spec: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None = None, val: str | None = None
+    spec: str | Path,
+    tokenizer: str | Tokenizer = TrainConfig.tokenizer,
+    vocab_size: int = TrainConfig.vocab_size,
+    val: str | None = None,
 ) -> TokenDataset:
-    """The data set that was prepared under the name `spec`; else the source `spec` under the tokenizer `kind`.
+    """The data set that was prepared under the name `spec`; else the source `spec` in a tokenizer, or a kind of one.
 
-    `kind` and `vocab_size` give way to `tokenizer`, and to what a named data set has. `val` is the share that is held
-    out, or a source. The data set of a source is found again by the digest of all it depends on, in
-    `paths.home()/data`.
+    `vocab_size` is that of one that learns. A named data set has its own kind, and is a UserError under another
+    Tokenizer. `val` is the share that is held out, or a source. The data set of a source is found again by the digest
+    of all it depends on, in `paths.home()/data`.
     """
+    spec = str(spec)
+    kind, given = (tokenizer, None) if isinstance(tokenizer, str) else (tokenizer.kind, tokenizer)
     if there := find(spec):
         data = TokenDataset(there)
-        if tokenizer and tokenizer.digest != data.manifest["tokenizer"]:
+        if given and given.digest != data.manifest["tokenizer"]:
             raise UserError(f"{spec} is prepared with another tokenizer than the model's: prepare its text with that.")
         if val is not None:
             raise UserError(f"{spec} is prepared with what it holds out: prepare its text again, with --val {val}.")
         return data
-    loaded, choice = _load([spec], val, ReadOptions(), None), TokenizerChoice(kind, vocab_size, tokenizer)
+    loaded, choice = _load([spec], val, ReadOptions(), None), TokenizerChoice(kind, vocab_size, given)
     [name] = [source.name for source in loaded.sources.values()]
     folder = folder_of(f"{sources.slug(name)[:40]}-{_key(*_digests(loaded), choice.key)}")
     if not folder.exists():

@@ -102,7 +102,7 @@ class HeldOut:
         engines = registry.get(backend)
         target = registry.find_device(engines, device)
         tokenizer = model.tokenizer()
-        data = prepare(source, tokenizer.kind, tokenizer.vocab_size, tokenizer)
+        data = prepare(source, tokenizer)
         data.check(dataclasses.replace(model.config, block_size=min(WINDOW, model.config.block_size)))
         return cls(data, engines, target)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from twingpt.backends import registry
 from twingpt.core.backend import Device
-from twingpt.core.config import GPTConfig, TrainConfig, check_type, unknown_choice
+from twingpt.core.config import GPTConfig, TrainConfig, coerce, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.presets import preset, shaped
 from twingpt.core.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def resolve(options: Options, device: Device, vocab_size: int) -> tuple[GPTConfi
     for key, value in options.items():
         if key not in known:
             raise unknown_choice("option", key, known)
-        check_type(key, FIELDS[key], value)
+        coerce(key, FIELDS[key].hint, value)
     values = depth.derive(options, vocab_size) if "depth" in options else recipe(device) | dict(options)
     values["dtype"] = registry.find_dtype(device, options.get("dtype"))
     if "min_lr" not in options and "learning_rate" in options:

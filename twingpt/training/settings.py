@@ -6,13 +6,24 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from twingpt.core.config import GPTConfig, RopeScaling, TrainConfig, check_type, unknown_choice
+from twingpt.core.config import (
+    GPTConfig,
+    RopeScaling,
+    Setting,
+    TrainConfig,
+    coerce,
+    setting,
+    settings_of,
+    unknown_choice,
+    without_none,
+)
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand, quote, write_atomically
-from twingpt.core.presets import PRESETS, SHAPES
+from twingpt.core.presets import DEEPEST, PRESETS, SHAPES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,17 +31,39 @@ else:
     import tomli as tomllib
 
 Settings = dict[str, Any]
-MODEL_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(GPTConfig) if field.name != "vocab_size"}
-TRAIN_FIELDS = {field.name: str(field.type) for field in dataclasses.fields(TrainConfig)}
 
-# A file's tables: key -> annotation. The vocabulary's size is the tokenizer's, so it is among [train].
-TABLES: dict[str, dict[str, str]] = {
-    "model": {"preset": "str", "depth": "int", "shape": "str", **MODEL_FIELDS},
+
+@dataclass(frozen=True)
+class SizeSettings:
+    """What stands for many fields of GPTConfig, each of which replaces one of its values."""
+
+    preset: str = setting(MISSING, "Size by name", choices=PRESETS, derived="micro on a CPU, tiny on a GPU")
+    depth: int = setting(MISSING, f"1 to {DEEPEST}: size, batch, rates and length follow from it")
+    shape: str = setting(MISSING, "Kind of block", choices=SHAPES, derived="qwen3, or the preset's")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run goes and comes from, what computes it, and who is told."""
+
+    out: str | None = setting(None, "The run's folder", derived="runs/DATA-DATE")
+    init_from: str | None = setting(None, "Fine-tune this model: a run, a checkpoint, or what gpt convert reads")
+    backend: str | None = setting(None, "Backend", choices=("auto", "mlx", "torch"), derived="auto")
+    device: str | None = setting(None, "A device of the backend: cpu, cuda, cuda:1, mps or gpu", derived="the best")
+    compile: bool | None = setting(None, "Compile the step", derived="not on a CPU")
+    report_to: str | None = setting(None, "tensorboard, wandb, mlflow: one or several, with commas", derived="none")
+
+
+MODEL_FIELDS = {key: about for key, about in settings_of(GPTConfig).items() if key != "vocab_size"}
+TRAIN_FIELDS = settings_of(TrainConfig)
+# A file's tables. The vocabulary's size is the tokenizer's, so it is among [train].
+TABLES: dict[str, dict[str, Setting]] = {
+    "model": settings_of(SizeSettings) | MODEL_FIELDS,
     "train": TRAIN_FIELDS,
-    "run": {"out": "str", "init_from": "str", "backend": "str", "device": "str", "compile": "bool", "report_to": "str"},
+    "run": settings_of(RunSettings),
 }
-FIELDS = {key: annotation for table in TABLES.values() for key, annotation in table.items()}
-SIZE_KEYS = {"preset", "depth", "shape"}
+FIELDS = {key: about for table in TABLES.values() for key, about in table.items()}
+SIZE_KEYS = set(settings_of(SizeSettings))
 
 # What each of these decides, and so replaces where the file has it: `--depth 6` on top of a file that
 # spells a model out would do nothing otherwise.
@@ -45,6 +78,13 @@ DECIDES: dict[str, set[str]] = {
 }
 
 
+def default_text(about: Setting) -> str:
+    """A setting's default in words, or as --set takes it; nothing where it has none."""
+    if about.derived or about.default in (MISSING, None):
+        return about.derived
+    return as_text(_plain(about.default))
+
+
 def gather(file: Path | None, flags: Mapping[str, Any], pairs: Sequence[str]) -> tuple[Settings, dict[str, str]]:
     """Settings by key, and for each how it was given, to be named in errors.
 
@@ -56,7 +96,7 @@ def gather(file: Path | None, flags: Mapping[str, Any], pairs: Sequence[str]) ->
     given = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     names |= {key: f"--{key.replace('_', '-')}" for key in given}
     for key in (FIELDS.keys() & given.keys()) - {"out"}:  # which no file keeps
-        check_type(key, FIELDS[key], given[key])
+        given[key] = _plain(coerce(key, FIELDS[key].hint, given[key]))
     for pair in pairs:
         key, value = _pair(pair)
         given[key], names[key] = value, f"--set {key}"
@@ -124,18 +164,22 @@ def _entries(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]
 
 
 def _checked(where: str, key: str, value: Any) -> Any:
-    """The value as its field takes it; "none" empties a field that may be empty, as TOML has no word for it."""
+    """The value as its field has it; "none" empties a field that may be empty, as TOML has no word for it."""
     try:
         if key not in FIELDS:
             raise unknown_choice("key", key, FIELDS)
-        if value == "none" and FIELDS[key].endswith("| None"):
+        if value == "none" and FIELDS[key].optional and key not in TABLES["run"]:  # where it may be a name
             return None
-        check_type(key, FIELDS[key], value)
-        if isinstance(value, dict):  # the only table among the fields; in full, to be compared
-            return dataclasses.asdict(RopeScaling.from_dict(value))
+        return _plain(coerce(key, FIELDS[key].hint, value))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return float(value) if FIELDS[key].startswith("float") else value
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON and TOML have it, to be compared with theirs."""
+    if isinstance(value, tuple):
+        return list(value)
+    return dataclasses.asdict(value) if isinstance(value, RopeScaling) else value
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -143,12 +187,15 @@ def _pair(text: str) -> tuple[str, Any]:
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
         raise UserError(f"--set {text}: write it as key=value.")
-    parse = PARSERS.get(FIELDS.get(key, "str").removesuffix(" | None"), _parse_toml)
     try:
-        parsed = value if value == "none" else parse(value)
+        parsed = value if value == "none" or key not in FIELDS else _parse(FIELDS[key], value)
     except (KeyError, ValueError):  # still text: the check says what it should be
         parsed = value
     return key, _checked("--set", key, parsed)
+
+
+def _parse(about: Setting, text: str) -> Any:
+    return PARSERS.get(without_none(about.hint), _parse_toml)(text)
 
 
 def _parse_toml(text: str) -> Any:
@@ -160,12 +207,12 @@ def _parse_texts(text: str) -> Any:
     return _parse_toml(text) if text.startswith("[") else text
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "str | tuple[str, ...]": _parse_texts,
-    "int": int,
-    "float": float,
-    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+PARSERS: dict[Any, Callable[[str], Any]] = {
+    str: str,
+    str | tuple[str, ...]: _parse_texts,
+    int: int,
+    float: float,
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
 }
 
 
@@ -191,10 +238,11 @@ def to_toml(settings: Mapping[str, Any], comment: str) -> str:
 
 def as_pairs(settings: Mapping[str, Any]) -> str:
     """Settings in one line, as --set takes them on a command line."""
-    return " ".join(quote(f"{key}={_text(value)}") for key, value in settings.items())
+    return " ".join(quote(f"{key}={as_text(value)}") for key, value in settings.items())
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as --set takes it."""
     if isinstance(value, dict):  # of a RoPE scaling, what is not as usual
         usual = dataclasses.asdict(RopeScaling(type="linear", factor=1.0))
         parts = (f"{key}={_quoted(item)}" for key, item in value.items() if item != usual[key] or key == "type")

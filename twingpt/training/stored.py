@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.checkpoint.schema import Checkpoint, open_checkpoint
-from twingpt.core.config import KINDS, GPTConfig, TrainConfig
+from twingpt.core.config import GPTConfig, TrainConfig, coerce
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
 from twingpt.core.reading import read_json
@@ -98,12 +98,9 @@ def read_run_json(run: Path) -> dict[str, Any]:
     try:
         described = read_json(run / "run.json")
         data = described["data"]
-        _, is_text_or_texts = KINDS["str | tuple[str, ...]"]
-        if (
-            all(isinstance(described[key], kind) for key, kind in kinds.items())
-            and is_text_or_texts(data["folder"])
-            and isinstance(data["fingerprint"], str)
-        ):
+        coerce("folder", str | tuple[str, ...], data["folder"])
+        coerce("fingerprint", str, data["fingerprint"])
+        if all(isinstance(described[key], kind) for key, kind in kinds.items()):
             return dict(described)
     except (UserError, KeyError, TypeError):
         pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.config import MAX_LAYERS, GPTConfig, check_type
+from twingpt.core.config import MAX_LAYERS, GPTConfig, coerce, settings_of
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.reading import short
@@ -72,18 +71,18 @@ class Family:
             if key in values and values[key] not in inert:
                 raise UserError(f"{key} = {short(values[key])} is not supported.")
         fields: Values = dict(self.fixed)
-        annotations = {field.name: str(field.type) for field in dataclasses.fields(GPTConfig)}
+        known = settings_of(GPTConfig)
         for key, names in self.keys.items():
             for name in (names,) if isinstance(names, str) else names:
                 if key not in values:
                     raise UserError(f"{key} is missing.")
                 if values[key] is None and name in DERIVED:
                     continue
-                check_type(key, annotations[name], values[key])
+                coerce(key, known[name].hint, values[key])
                 fields[name] = values[key]
         for name in ("n_layer", "n_embd", "n_head"):
             values[name] = fields[name]
-            positive(values, name, "int")
+            positive(values, name, int)
         if fields["n_layer"] > MAX_LAYERS:
             raise UserError(f"{short(fields['n_layer'])} layers are more than the {MAX_LAYERS} that are read.")
         return GPTConfig.from_dict(fields | self.read(values))

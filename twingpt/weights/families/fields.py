@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twingpt.core.config import GPTConfig, check_type
+from twingpt.core.config import GPTConfig, coerce
 from twingpt.core.errors import UserError
 from twingpt.core.reading import short
 
@@ -22,15 +22,15 @@ ACTIVATIONS = {
 }
 
 
-def typed(values: Values, key: str, annotation: str) -> Any:
-    """The value of a key; UserError unless it is of the type that `annotation` names."""
-    check_type(key, annotation, values.get(key))
+def typed(values: Values, key: str, hint: Any) -> Any:
+    """The value of a key as it stands; UserError unless it is of the type `hint`."""
+    coerce(key, hint, values.get(key))
     return values.get(key)
 
 
-def positive(values: Values, key: str, annotation: str) -> Any:
+def positive(values: Values, key: str, hint: type) -> Any:
     """The number of a key; UserError unless it is of the type and above 0."""
-    number = typed(values, key, annotation)
+    number = typed(values, key, hint)
     if number <= 0:
         raise UserError(f"{key} must be positive, and is {short(number)}.")
     return number

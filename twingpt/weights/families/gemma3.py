@@ -31,7 +31,7 @@ def _read_gemma(values: Values) -> Values:
     local = rope_from(mapping(nested, "sliding_attention"), values, values["rope_local_base_freq"])
     if "rope_scaling" in local:
         raise UserError("A scaled rope_type of sliding_attention is not supported.")
-    every = positive({"_sliding_window_pattern": 6, **values}, "_sliding_window_pattern", "int")
+    every = positive({"_sliding_window_pattern": 6, **values}, "_sliding_window_pattern", int)
     usual = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(values["n_layer"])]
     windows = read_windows(values, layer_kinds(values, usual), values["sliding_window"])
     return {
@@ -40,8 +40,8 @@ def _read_gemma(values: Values) -> Values:
         **read_activation(values, "hidden_activation", gated=True),
         "local_rope_theta": local["rope_theta"] if windows else 0.0,
         "embed_scale": math.sqrt(values["n_embd"]),
-        **read_scale(values, positive(values, "query_pre_attn_scalar", "int") ** -0.5),
-        "logit_softcap": typed(values, "final_logit_softcapping", "float | None") or 0.0,
+        **read_scale(values, positive(values, "query_pre_attn_scalar", int) ** -0.5),
+        "logit_softcap": typed(values, "final_logit_softcapping", float | None) or 0.0,
     }
 
 

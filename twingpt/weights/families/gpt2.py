@@ -9,7 +9,7 @@ from twingpt.weights.families.fields import Values, read_activation, typed, writ
 
 def _read_gpt2(values: Values) -> Values:
     fields = read_activation(values, "activation_function", gated=False)
-    return fields if typed(values, "scale_attn_weights", "bool") else fields | {"attn_scale": 1.0}
+    return fields if typed(values, "scale_attn_weights", bool) else fields | {"attn_scale": 1.0}
 
 
 def _write_gpt2(config: GPTConfig) -> Values:

@@ -9,7 +9,7 @@ from twingpt.weights.families.llama import ATTENTION_BIAS, MLP_BIAS, NO_QK_NORM,
 
 
 def _read_granite(values: Values) -> Values:
-    return read_llama(values) | read_scale(values, positive(values, "attention_multiplier", "float"))
+    return read_llama(values) | read_scale(values, positive(values, "attention_multiplier", float))
 
 
 def _write_granite(config: GPTConfig) -> Values:

@@ -13,9 +13,9 @@ WINDOWS: Values = {"use_sliding_window": False, "sliding_window": 4096, "max_win
 
 def read_qwen(values: Values) -> Values:
     """As Llama's, with windows in the layers from max_window_layers on, unless layer_types says otherwise."""
-    first = typed(values, "max_window_layers", "int")
+    first = typed(values, "max_window_layers", int)
     usual = ["full_attention" if i < first else "sliding_attention" for i in range(values["n_layer"])]
-    window = values["sliding_window"] if typed(values, "use_sliding_window", "bool") else None
+    window = values["sliding_window"] if typed(values, "use_sliding_window", bool) else None
     return read_llama(values) | read_windows(values, layer_kinds(values, usual), window)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from twingpt.core.config import check_type
+from twingpt.core.config import coerce
 from twingpt.core.errors import UserError
 from twingpt.core.reading import short
 from twingpt.weights.families.fields import Values, mapping, typed
@@ -25,7 +25,7 @@ def rope_from(described: Values, values: Values, theta: float) -> Values:
     `values` is the whole config.json, for what older ones have outside of that object.
     """
     theta = described.get("rope_theta", theta)
-    check_type("rope_theta", "float", theta)
+    coerce("rope_theta", float, theta)
     kind = described.get("rope_type", described.get("type", "default"))
     if kind == "default":
         return {"rope_theta": theta}
@@ -47,9 +47,9 @@ def _attention_factor(described: Values) -> float | None:
     """YaRN's factor on cos and sin; None is the usual one of its stretching factor."""
     if described.get("truncate", True) is not True:
         raise UserError("truncate = False of rope_type 'yarn' is not supported.")
-    mscale, all_dim = (typed(described, key, "float | None") for key in ("mscale", "mscale_all_dim"))
+    mscale, all_dim = (typed(described, key, float | None) for key in ("mscale", "mscale_all_dim"))
     factor: float | None = described.get("attention_factor")
     if factor is not None or not (mscale and all_dim):
         return factor
-    stretch = math.log(max(1.0, typed(described, "factor", "float")))
+    stretch = math.log(max(1.0, typed(described, "factor", float)))
     return float((0.1 * mscale * stretch + 1) / (0.1 * all_dim * stretch + 1))

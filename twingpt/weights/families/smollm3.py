@@ -12,13 +12,13 @@ from twingpt.weights.families.windows import layer_kinds, read_windows
 
 
 def _read_smollm3(values: Values) -> Values:
-    every, n_layer = positive(values, "no_rope_layer_interval", "int"), values["n_layer"]
+    every, n_layer = positive(values, "no_rope_layer_interval", int), values["n_layer"]
     rope = values["no_rope_layers"]
     if rope is None:
         rope = [int((i + 1) % every != 0) for i in range(n_layer)]
     if not isinstance(rope, list) or len(rope) < n_layer or any(flag not in (0, 1) for flag in rope):
         raise UserError(f"no_rope_layers must have a 0 or 1 for each of the {n_layer} layers.")
-    window = values["sliding_window"] if typed(values, "use_sliding_window", "bool") else None
+    window = values["sliding_window"] if typed(values, "use_sliding_window", bool) else None
     usual = ["full_attention" if rope[i] or window is None else "sliding_attention" for i in range(n_layer)]
     windows = read_windows(values, layer_kinds(values, usual), window)
     return read_llama(values) | windows | {"no_rope_layers": tuple(i for i in range(n_layer) if not rope[i])}

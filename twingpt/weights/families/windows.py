@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from twingpt.core.config import GPTConfig, check_type
+from twingpt.core.config import GPTConfig, coerce
 from twingpt.core.errors import UserError
 from twingpt.core.reading import short
 from twingpt.weights.families.fields import Values
@@ -27,7 +27,7 @@ def read_windows(values: Values, kinds: Sequence[str], window: Any) -> Values:
     """The fields sliding_window and full_attention_layers; none where no layer has a window."""
     if "sliding_attention" not in kinds or window is None:
         return {}
-    check_type("sliding_window", "int", window)
+    coerce("sliding_window", int, window)
     return {
         "sliding_window": window,
         "full_attention_layers": tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
