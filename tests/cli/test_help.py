@@ -60,7 +60,7 @@ def test_no_name_is_cut(help_of, name, columns, terminal):
 
 
 def test_an_example_is_one_line_in_a_pipe(help_of):
-    example = "gpt data prepare roneneldan/TinyStories --name stories     with pip install 'twingpt[hf]'"
+    example = 'gpt data prepare roneneldan/TinyStories --name stories     with pip install "twingpt[hf]"'
     assert example in help_of("data prepare", 80, terminal=False)
     assert example not in help_of("data prepare", 80, terminal=True)
 

@@ -287,7 +287,11 @@ def zstd(content, **options):
         ("a.txt.lzma", lzma.compress(TEXT, lzma.FORMAT_ALONE), 1),
         ("a.txt.gz", gzip.compress(TEXT, mtime=0) * 3, 3),
         ("a.txt.gz", gzip.compress(TEXT, mtime=0) + b"\0" * 2**11, 1),  # as tapes pad
-        ("a.txt.gz", gzip.compress(TEXT, mtime=0) + b"\0\0" + gzip.compress(TEXT, mtime=0) + b"garbage", 2),  # gzip ignores it
+        (
+            "a.txt.gz",
+            gzip.compress(TEXT, mtime=0) + b"\0\0" + gzip.compress(TEXT, mtime=0) + b"garbage",
+            2,
+        ),  # gzip ignores it
         ("a.txt.gz", lzma.compress(TEXT), 1),  # another format than its name says
         ("a.txt", gzip.compress(TEXT, mtime=0), 1),
     ],
