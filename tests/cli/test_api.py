@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +99,20 @@ def test_convert_by_paths(prose, tmp_path, backend):
 def test_prepare(prose):
     data = twingpt.prepare(prose, "byte")
     assert data.tokenizer.vocab_size == 257 and twingpt.prepare(str(prose), "byte").folder == data.folder
+
+
+@one
+def test_what_the_readme_shows(tmp_path, monkeypatch, backend, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    code = readme.split("## From Python\n\n```python\n")[1].split("```")[0]
+    assert all(f"twingpt.{name}(" in code for name in ("load", "prepare", "train", "convert"))
+    monkeypatch.chdir(tmp_path)
+    data = "the quick brown fox jumps over the lazy dog\n" * 2000
+    (tmp_path / "fox.txt").write_text(data)
+    tiny = dataclasses.replace(RUN, tokenizer="bpe", vocab_size=270)
+    config = twingpt.GPTConfig(**{**MODEL, "vocab_size": 270})
+    twingpt.train(config, tiny, data="fox.txt", out="runs/first", backend=backend, device="cpu")
+    exec(code.replace("python-docs", "fox.txt").replace("vocab_size=512", "vocab_size=270"), names := {})
+    assert names["logits"].shape == (1, 3, 270) and names["found"].top.shape == (1, 2, 5)
+    assert names["summary"]["step"] == 20 and len(names["texts"]) == 2
+    assert "RunEnded(" in capsys.readouterr().out and (tmp_path / "second-4bit" / "config.json").is_file()

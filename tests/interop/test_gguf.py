@@ -15,9 +15,10 @@ from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.presets import SHAPES
-from twingpt.core.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, train_bpe
+from twingpt.core.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.data.sources import load
+from twingpt.data.tokenizers import train_bpe
 from twingpt.weights import gguf as ours
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")

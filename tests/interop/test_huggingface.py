@@ -10,8 +10,8 @@ from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise
 from twingpt.core.presets import SHAPES
-from twingpt.core.tokenizer import train_bpe
 from twingpt.data.sources import load
+from twingpt.data.tokenizers import train_bpe
 from twingpt.weights.convert import convert
 from twingpt.weights.formats import open_model
 

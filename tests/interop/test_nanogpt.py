@@ -17,7 +17,7 @@ from twingpt.core import reference
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
-from twingpt.core.tokenizer import tiktoken_gpt2
+from twingpt.core.tokenizer import tiktoken_named
 from twingpt.weights import nanogpt, pickles
 
 pytestmark = needs("torch")
@@ -194,9 +194,9 @@ def test_the_characters_are_found(tmp_path):
 
 @pytest.mark.parametrize("size", [50257, 50304])
 def test_gpt2s_vocabulary_is_known_by_its_size(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(nanogpt, "tiktoken_gpt2", lambda: "GPT-2's")
+    monkeypatch.setattr(nanogpt, "tiktoken_named", lambda name: f"{name}'s")
     path = saved(tmp_path / "ckpt.pt", state_dict(vocab_size=size), model_args=ARGUMENTS | {"vocab_size": size})
-    assert opened(path).tokenizer() == "GPT-2's"
+    assert opened(path).tokenizer() == "gpt2's"
 
 
 class Bomb:
@@ -310,7 +310,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, seed):
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="../shared/tiktoken is not here")
 def test_gpt2s_tokenizer(tmp_path):
     path = saved(tmp_path / "ckpt.pt", state_dict(vocab_size=50304), model_args=ARGUMENTS | {"vocab_size": 50304})
-    assert opened(path).tokenizer().digest == tiktoken_gpt2().digest
+    assert opened(path).tokenizer().digest == tiktoken_named("gpt2").digest
 
 
 def test_a_model_of_characters_becomes_a_run_that_generates_and_learns(tmp_path, gpt):

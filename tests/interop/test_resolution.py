@@ -18,9 +18,10 @@ from twingpt.core.checkpoint.schema import save_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
-from twingpt.core.tokenizer import ByteTokenizer, CharTokenizer, train_bpe
+from twingpt.core.tokenizer import ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.core.tokenizer.base import ROLES
+from twingpt.data.tokenizers import train_bpe
 from twingpt.weights.convert import convert
 from twingpt.weights.families import FAMILIES
 from twingpt.weights.formats import open_model

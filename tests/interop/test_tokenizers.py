@@ -20,12 +20,11 @@ from twingpt.core.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     files,
-    tiktoken_gpt2,
     tiktoken_named,
-    train_bpe,
 )
 from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.data.sources import load
+from twingpt.data.tokenizers import train_bpe
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -84,7 +83,7 @@ def like_tiktokens(name):
 def gpt2(monkeypatch):
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("../shared/tiktoken is not here")
-    return tiktoken_gpt2()
+    return tiktoken_named("gpt2")
 
 
 KINDS = {

@@ -6,7 +6,6 @@ import io
 import pytest
 from rich.console import Console
 
-from twingpt.core.units import human_bytes, human_count, human_flops, human_share, human_time
 from twingpt.runs.console import ConsoleReporter
 from twingpt.runs.events import (
     Evaluated,
@@ -20,6 +19,7 @@ from twingpt.runs.events import (
     SourceLoss,
     Trained,
 )
+from twingpt.runs.units import human_bytes, human_count, human_flops, human_share, human_time
 
 EVENTS = [
     RunStarted(0, 100, "runs/[x]", "torch", "cpu", "float32", 2_000_000, 2048, "prose", 50_000, 5_000, 512),

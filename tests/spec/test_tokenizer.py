@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.conftest import SHARED
 from twingpt.core import tokenizer as tokenizers
 from twingpt.core.errors import UserError
-from twingpt.core.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, train_bpe
-from twingpt.data.tokenizers import learn_or_find
+from twingpt.core.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer
+from twingpt.data.tokenizers import learn_or_find, train_bpe
 
 TEXT = "The cat's 12 hats — naïve café, 東京 🙂\n\n    def f(x):\n\treturn x\n" * 20
 BPE = train_bpe([TEXT], 300)
@@ -112,7 +112,7 @@ def test_unreachable_token():
 def test_gpt2_is_tiktokens():
     import tiktoken
 
-    gpt2 = tokenizers.tiktoken_gpt2()
+    gpt2 = tokenizers.tiktoken_named("gpt2")
     assert gpt2.vocab_size == 50257
     assert gpt2.encode(TEXT).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(TEXT)
     assert gpt2.decode([15496, 995]) == "Hello world"
@@ -126,7 +126,7 @@ def test_gpt2_without_a_network(monkeypatch):
 
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
     with pytest.raises(UserError, match="set TIKTOKEN_CACHE_DIR"):
-        tokenizers.tiktoken_gpt2()
+        tokenizers.tiktoken_named("gpt2")
 
 
 def test_unknown_kind():

@@ -82,7 +82,7 @@ def _print_sample(console: "Console", n: int, text: str) -> None:
     from rich.markup import escape
     from rich.panel import Panel
 
-    from twingpt.core.units import visible
+    from twingpt.runs.units import visible
 
     shown = "\n".join(map(visible, text.split("\n")))
     console.print(Panel(escape(shown), title=f"what the {n}-gram writes", border_style="dim"))

@@ -101,7 +101,7 @@ def bench_memory(
     from rich.table import Table
 
     from twingpt.checks.bench import measure_loss
-    from twingpt.core.units import human_bytes
+    from twingpt.runs.units import human_bytes
 
     result = measure_loss(installed_backends(backend), vocab_size, n_embd, tokens, device, dtype)
     if json_:
@@ -139,7 +139,7 @@ def _print_bench(console: "Console", result: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from twingpt.core.units import human_bytes, human_count, human_flops, human_share
+    from twingpt.runs.units import human_bytes, human_count, human_flops, human_share
 
     row = result["rows"][0]
     accumulated = f" x {row['gradient_accumulation_steps']}" if row["gradient_accumulation_steps"] > 1 else ""

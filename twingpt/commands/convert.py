@@ -124,7 +124,7 @@ def _conversion_bar(config: "GPTConfig", quiet: bool) -> Iterator[Callable[[int]
 
 
 def _print_conversion(result: dict[str, Any]) -> None:
-    from twingpt.core.units import human_bytes, human_count
+    from twingpt.runs.units import human_bytes, human_count
 
     numbers = "{bits} bits".format(**result["quantization"]) if result["quantization"] else "float32"
     print(
@@ -146,7 +146,7 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
     from rich import box
     from rich.table import Table
 
-    from twingpt.core.units import human_count
+    from twingpt.runs.units import human_count
 
     if as_json:
         print_json(description)

@@ -52,7 +52,7 @@ def _print_doctor(console: "Console", report: dict[str, Any]) -> None:
 
 
 def _print_device(console: "Console", device: dict[str, Any]) -> None:
-    from twingpt.core.units import human_bytes, human_flops
+    from twingpt.runs.units import human_bytes, human_flops
 
     memory = human_bytes(device["memory_bytes"]) if device["memory_bytes"] else "memory unknown"
     free = human_bytes(device["free_memory_bytes"])

@@ -35,7 +35,7 @@ def make_console() -> Console:
 
 def ask_to_remove(doomed: Path, size: int) -> None:
     """Ask whether to remove a folder of `size` bytes; exit 1 if the answer is no."""
-    from twingpt.core.units import human_bytes
+    from twingpt.runs.units import human_bytes
 
     if not typer.confirm(f"Remove {doomed}, {human_bytes(size)}?", err=True):
         raise typer.Exit(1)

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from twingpt.core.units import beginning, human_bytes, human_count, human_documents, human_time
 from twingpt.data.builder import Progress
 from twingpt.data.library import DatasetSummary
+from twingpt.runs.units import beginning, human_bytes, human_count, human_documents, human_time
 
 WIDTH = 40  # of the histogram's longest bar
 SAMPLE_LINES = 4

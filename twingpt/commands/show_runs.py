@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from twingpt.core.units import human_bytes
 from twingpt.runs.inventory import Run, SavedStep, starts
+from twingpt.runs.units import human_bytes
 
 
 def print_runs(console: Console, found: Iterable[Run]) -> None:

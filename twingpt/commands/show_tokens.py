@@ -17,7 +17,7 @@ def print_tokens(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from twingpt.core.units import visible
+    from twingpt.runs.units import visible
 
     text = Text()
     table = Table("", "id", "text", "bytes", box=box.SIMPLE_HEAD)
@@ -38,7 +38,7 @@ def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from twingpt.core.units import human_documents, human_share
+    from twingpt.runs.units import human_documents, human_share
 
     table, unspelled = Table("tokenizer", box=box.SIMPLE_HEAD), any(row["unspelled"] for row in result["rows"])
     for name in ("vocabulary", "tokens", "bytes per token", "MB/s", *["can't spell"] * unspelled):

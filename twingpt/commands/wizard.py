@@ -21,10 +21,10 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand, quote
 from twingpt.core.presets import DEEPEST, PRESETS
-from twingpt.core.units import human_bytes, human_count, human_time
 from twingpt.data.named import NAMES
 from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset
+from twingpt.runs.units import human_bytes, human_count, human_time
 from twingpt.training import depth, memory, recipes
 from twingpt.training.estimate import Place, Plan, Speed, measure, places, plan
 from twingpt.training.settings import Settings, write

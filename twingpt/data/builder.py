@@ -17,7 +17,6 @@ from typing import Any
 from twingpt.core import rng
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
-from twingpt.core.units import human_share
 from twingpt.data import shards, sources, spelling, workers
 from twingpt.data.documents import pieces
 from twingpt.data.shards import SPLITS, ShardWriter
@@ -25,6 +24,7 @@ from twingpt.data.sources import Source
 from twingpt.data.split import VAL_FRACTION, Split
 from twingpt.data.tokenizers import find, learn_or_find
 from twingpt.data.workers import ChunkEncoder, EncodedChunk
+from twingpt.runs.units import human_share
 
 FEW = 20  # text files; with so few, tails may be held out, and a pass that counts is cheaper than encoding twice
 SAMPLE = 2**26  # characters that a tokenizer is learned from, at most

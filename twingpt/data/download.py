@@ -204,7 +204,7 @@ def _response(opener: urllib.request.OpenerDirector, request: urllib.request.Req
 def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        from twingpt.core.units import human_bytes
+        from twingpt.runs.units import human_bytes
 
         raise UserError(
             f"{folder} has {human_bytes(free)} free, and the download needs {human_bytes(needed)}: free some room, "

@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from twingpt.core.errors import UserError
-from twingpt.core.units import counted
 from twingpt.data import readers
 from twingpt.data.readers import DocumentFile
+from twingpt.runs.units import counted
 
 Read = Callable[[Path], DocumentFile]  # how a file is read
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand, new_folder
-from twingpt.core.tokenizer import CharTokenizer, train_bpe
+from twingpt.core.tokenizer import CharTokenizer
 from twingpt.data import sources
 from twingpt.data.documents import DocumentPiece, Item
 from twingpt.data.prepare import find as find_prepared
@@ -22,7 +22,7 @@ from twingpt.data.readers import Advance
 from twingpt.data.shards import SPLITS, TokenDataset, write_tokenizer
 from twingpt.data.sources import AS_THEY_ARE, ReadOptions, Source
 from twingpt.data.spelling import Spelling, Unspelled
-from twingpt.data.tokenizers import find
+from twingpt.data.tokenizers import find, train_bpe
 
 CHUNK = 2**20  # tokens looked at together
 

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand
-from twingpt.core.units import counted
 from twingpt.data import compression, folders, named, readers
 from twingpt.data.documents import DocumentPiece, Item
 from twingpt.data.readers import Advance, DocumentFile, InMemoryDocuments
+from twingpt.runs.units import counted
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 

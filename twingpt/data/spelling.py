@@ -69,7 +69,8 @@ class Spelling:
         """Whether a character leaves nothing; spaces, marks and control characters are a normalizer's to drop."""
         if character not in self._lost:
             drops = unicodedata.category(character)[0] in "ZCM"
-            pieces, ids = self.tokenizer.pieces, [] if drops else self.tokenizer.encode(character)
+            pieces = self.tokenizer.pieces
+            ids = () if drops else self.tokenizer.encode(character)
             spelled = b"".join(pieces[token] for token in ids if token != self.unknown)
             self._lost[character] = not drops and not spelled.strip()
         return self._lost[character]

@@ -8,8 +8,20 @@ from typing import Any
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand
-from twingpt.core.tokenizer.base import Tokenizer
-from twingpt.core.tokenizer.bpe import TIKTOKEN_PATTERNS, tiktoken_named, train_bpe
+from twingpt.core.tokenizer.base import END_OF_TEXT, Tokenizer
+from twingpt.core.tokenizer.bpe import (
+    CHARACTER_TO_BYTE,
+    CHAT,
+    LARGEST_VOCABULARY,
+    LONG_RUN_TO_LEARN,
+    LONGEST_TOKEN,
+    PATTERNS,
+    TIKTOKEN_PATTERNS,
+    BPETokenizer,
+    split_runs,
+    tiktoken_named,
+    unprintable,
+)
 from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer.tokenizer_json import FILE, LEARNED, TOKENIZERS, load, load_file
 from twingpt.runs import folder as runs
@@ -55,6 +67,45 @@ def learn_or_find(kind: str, texts: Iterable[str], all_texts: Iterable[str], voc
     if kind == "char":
         return CharTokenizer(set().union(*map(set, all_texts)))
     return find(kind)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", *, chat: bool = False) -> BPETokenizer:
+    """Train a byte-level BPE of at most `vocab_size` ids on `texts`; `pattern` is a key of PATTERNS.
+
+    END_OF_TEXT, and with `chat` the CHAT tokens, are the last ids. Raises UserError for an unknown pattern, or a
+    vocabulary too small for the 256 bytes or above LARGEST_VOCABULARY.
+    """
+    if pattern not in PATTERNS:
+        raise unknown_choice("pattern", pattern, PATTERNS)
+    names = [END_OF_TEXT, *CHAT] if chat else [END_OF_TEXT]
+    least = 256 + len(names)
+    if vocab_size < least:
+        raise UserError(
+            f"vocab_size {vocab_size} is too small for BPE: 256 bytes and {' and '.join(names)} need {least}."
+        )
+    if vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"vocab_size {vocab_size} is too large: at most {LARGEST_VOCABULARY} ids are learned.")
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Trainee
+
+    trainee = Trainee(models.BPE())
+    trainee.decoder = decoders.ByteLevel()
+    trainee.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(names),
+        show_progress=False,
+        initial_alphabet=sorted(CHARACTER_TO_BYTE),
+        max_token_length=LONGEST_TOKEN,
+    )
+    trainee.train_from_iterator((part for text in texts for part in split_runs(text, LONG_RUN_TO_LEARN)), trainer)
+    by_id = sorted(trainee.get_vocab().items(), key=lambda item: item[1])
+    pieces = [unprintable(piece) for piece, _ in by_id]
+    return BPETokenizer(pieces, PATTERNS[pattern], "bpe", {name: len(pieces) + i for i, name in enumerate(names)})
 
 
 def describe_tokens(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[dict[str, Any]]:

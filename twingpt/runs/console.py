@@ -11,7 +11,6 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from twingpt.core.units import beginning, human_bytes, human_count, human_share, human_time
 from twingpt.runs.events import (
     Baseline,
     DataNoted,
@@ -26,6 +25,7 @@ from twingpt.runs.events import (
     SaveFailed,
     Trained,
 )
+from twingpt.runs.units import beginning, human_bytes, human_count, human_share, human_time
 
 SAMPLE_LINES = 12  # of a sample, blank ones left out; metrics.jsonl has all of it
 

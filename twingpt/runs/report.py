@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from twingpt.core.errors import UserError
 from twingpt.core.paths import write_atomically
 from twingpt.core.reading import read_json
-from twingpt.core.units import human_bytes, human_count, human_share, human_time
 from twingpt.runs.events import Event, RunEnded, Saved, last_baseline, points, read_events, tokens_per_step
 from twingpt.runs.inventory import starts
+from twingpt.runs.units import human_bytes, human_count, human_share, human_time
 
 if TYPE_CHECKING:
     from jinja2 import Template

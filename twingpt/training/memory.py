@@ -17,7 +17,7 @@ from twingpt.core.backend import Device
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import MATRIX, optimizer_plan, parameter_count, parameter_table, state_table
-from twingpt.core.units import human_bytes
+from twingpt.runs.units import human_bytes
 
 FLOAT = 4  # bytes of a float32
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -16,7 +16,7 @@ from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.reading import short
-from twingpt.core.tokenizer import CharTokenizer, Tokenizer, tiktoken_gpt2
+from twingpt.core.tokenizer import CharTokenizer, Tokenizer, tiktoken_named
 from twingpt.weights.pickles import (
     State,
     check_state,
@@ -109,7 +109,7 @@ class NanoGPTModel(Model):
                     return CharTokenizer(letters)
         if size not in GPT2_VOCABULARIES:
             raise no_tokenizer(self.folder)
-        return tiktoken_gpt2()
+        return tiktoken_named("gpt2")
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor, as the file has them."""

@@ -8,9 +8,7 @@ from twingpt.core.tokenizer.bpe import (
     BPETokenizer,
     merges,
     split_runs,
-    tiktoken_gpt2,
     tiktoken_named,
-    train_bpe,
 )
 from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer.huggingface import HuggingFaceTokenizer
@@ -33,7 +31,5 @@ __all__ = [
     "load",
     "merges",
     "split_runs",
-    "tiktoken_gpt2",
     "tiktoken_named",
-    "train_bpe",
 ]

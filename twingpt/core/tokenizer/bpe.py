@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer.base import END_OF_TEXT, Array, Tokenizer, build_json
 
@@ -194,45 +193,6 @@ def merges(pieces: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     return pairs
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2", *, chat: bool = False) -> BPETokenizer:
-    """Train a byte-level BPE of at most `vocab_size` ids on `texts`; `pattern` is a key of PATTERNS.
-
-    END_OF_TEXT, and with `chat` the CHAT tokens, are the last ids. Raises UserError for an unknown pattern, or a
-    vocabulary too small for the 256 bytes or above LARGEST_VOCABULARY.
-    """
-    if pattern not in PATTERNS:
-        raise unknown_choice("pattern", pattern, PATTERNS)
-    names = [END_OF_TEXT, *CHAT] if chat else [END_OF_TEXT]
-    least = 256 + len(names)
-    if vocab_size < least:
-        raise UserError(
-            f"vocab_size {vocab_size} is too small for BPE: 256 bytes and {' and '.join(names)} need {least}."
-        )
-    if vocab_size > LARGEST_VOCABULARY:
-        raise UserError(f"vocab_size {vocab_size} is too large: at most {LARGEST_VOCABULARY} ids are learned.")
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Trainee
-
-    trainee = Trainee(models.BPE())
-    trainee.decoder = decoders.ByteLevel()
-    trainee.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(names),
-        show_progress=False,
-        initial_alphabet=sorted(CHARACTER_TO_BYTE),
-        max_token_length=LONGEST_TOKEN,
-    )
-    trainee.train_from_iterator((part for text in texts for part in split_runs(text, LONG_RUN_TO_LEARN)), trainer)
-    by_id = sorted(trainee.get_vocab().items(), key=lambda item: item[1])
-    pieces = [unprintable(piece) for piece, _ in by_id]
-    return BPETokenizer(pieces, PATTERNS[pattern], "bpe", {name: len(pieces) + i for i, name in enumerate(names)})
-
-
 def tiktoken_named(name: str) -> BPETokenizer:
     """OpenAI's encoding `name` (a key of TIKTOKEN_PATTERNS), from tiktoken's cache or the network; else UserError."""
     import tiktoken
@@ -248,8 +208,3 @@ def tiktoken_named(name: str) -> BPETokenizer:
     pieces = [theirs.decode_single_token_bytes(i) for i in range(len(theirs.token_byte_values()))]
     by_id = dict(sorted(specials.items(), key=lambda item: item[1]))
     return BPETokenizer(pieces, TIKTOKEN_PATTERNS[name], name, by_id)
-
-
-def tiktoken_gpt2() -> BPETokenizer:
-    """OpenAI's `gpt2` encoding."""
-    return tiktoken_named("gpt2")
