@@ -17,11 +17,14 @@ def sample(logits: Array, sampling: SamplingRows, u: np.ndarray, seen: Array | N
     `seen` (B, V) booleans are the ids that a repetition penalty counts as repeated; None where no row has one.
     """
     s = sampling
+    greedy = not s.temp.any()
+    if greedy and seen is None:
+        return mx.argmax(logits, axis=-1)
     numbers = np.stack([s.temp, s.top_k, s.top_p, s.min_p, s.repetition_penalty, u]).astype(np.float32)
     temp, top_k, top_p, min_p, penalty, uniform = to_device(numbers[..., None])
     if seen is not None:
         logits = mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if not s.temp.any():
+    if greedy:
         return mx.argmax(logits, axis=-1)
     order = mx.argsort(-logits, axis=-1)
     ranked = mx.take_along_axis(logits, order, axis=-1)

@@ -19,11 +19,14 @@ def sample(logits: Array, sampling: SamplingRows, u: np.ndarray, seen: Array | N
     `seen` (B, V) booleans are the ids that a repetition penalty counts as repeated; None where no row has one.
     """
     s = sampling
+    greedy = not s.temp.any()
+    if greedy and seen is None:
+        return logits.argmax(-1)
     numbers = np.stack([s.temp, s.top_k, s.top_p, s.min_p, s.repetition_penalty, u]).astype(np.float32)
     temp, top_k, top_p, min_p, penalty, uniform = to_device(numbers[..., None], device)
     if seen is not None:
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if not s.temp.any():
+    if greedy:
         return logits.argmax(-1)
     ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     ranked = ranked / torch.where(temp == 0, 1.0, temp)
