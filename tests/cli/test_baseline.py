@@ -242,5 +242,15 @@ def test_a_mixture_has_its_sources_weighed_as_it_is_evaluated(gpt, prose, tmp_pa
     assert f"{event['n']}-gram baseline" in (run / "report.html").read_text("utf-8")
     resumed = train(gpt, "--resume", run, "--max-iters", 4)
     assert resumed["baseline"] == result["baseline"] and len(logged(run, "baseline")) == 1
-    err = mistake(gpt, "baseline", run)
-    assert f"is trained on a mixture: name one of its sources, {prose}:3, {other}." in err
+    # And gpt baseline of the run measures the same, over all and for each source.
+    code, out, err = gpt("baseline", run, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [row["val_loss"] for row in found["rows"]] == pytest.approx(means)
+    assert found["rows"][event["n"] - 1]["bits_per_byte"] == pytest.approx(event["bits_per_byte"])
+    assert [source["share"] for source in found["sources"]] == [0.75, 0.25]
+    for source, rows in zip(found["sources"], each, strict=True):
+        assert [row["val_loss"] for row in source["rows"]] == pytest.approx([row.val_loss for row in rows])
+        assert all(row["sample"] for row in source["rows"])
+    code, out, err = gpt("baseline", f"{prose}:3", other, "--n", "1,2", "--sample", 20)
+    assert code == 0 and "75% of the windows:" in out and "2-gram of other writes" in out

@@ -11,7 +11,11 @@ from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
+
+    from twingpt.evaluation.baseline import NGramLoss, SourceNGrams
 
 app = App()
 
@@ -20,10 +24,13 @@ app = App()
     epilog="[bold]Examples[/]\n\n"
     "gpt baseline python-docs                        n-grams of 1 to 5 tokens\n\n"
     "gpt baseline novel.txt --tokenizer char --n 5   on characters\n\n"
-    "gpt baseline runs/novel --n 2,3 --sample 400    on the data of a run, with a longer text\n"
+    "gpt baseline runs/novel --n 2,3 --sample 400    on the data of a run, with a longer text\n\n"
+    "gpt baseline novel.txt:0.7 notes/:0.3           on a mixture, weighted as gpt train --data weighs it\n"
 )
 def baseline(
-    name: Annotated[str, typer.Argument(metavar="DATA|RUN", help="What gpt train --data takes, or a run: its data.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="DATA…|RUN", help="What gpt train --data takes, or a run: its data.")
+    ],
     n: Annotated[str, typer.Option("--n", help="Tokens of a gram: 3, 1..5 or 1,3.")] = "1..5",
     sample: Annotated[int, typer.Option(help="Tokens of a text that the n-gram writes; 0 is none.")] = 200,
     tokenizer: Annotated[str | None, typer.Option(help="As of gpt train. (default: bpe)")] = None,
@@ -41,19 +48,43 @@ def baseline(
     orders = baselines.parse_orders(n)
     if sample < 0:
         raise UserError(f"--sample must be at least 0, and is {sample}.")
-    data, targets = open_named_data(name, tokenizer, vocab_size)
-    rows, model = baselines.measure(data, orders, targets)
-    result = [{**dataclasses.asdict(row), "perplexity": row.perplexity} for row in rows]
+    data, targets = open_named_data(names, tokenizer, vocab_size)
+    rows, sources = baselines.measure_all(data, orders, targets)
     if json_:
-        texts = baselines.samples(data, model, orders, sample, seed)
-        for entry, text in zip(result, texts, strict=True):
-            entry["sample"] = text if sample else None
-        print_json({"data": data.manifest["name"], "folder": str(data.folder), "rows": result})
+        parts = [
+            {"data": source.part.name, "share": source.part.share, "folder": str(source.part.data.folder)}
+            | {"rows": _described(source.rows, source, sample, seed)}
+            for source in sources
+        ]
+        if len(parts) == 1:
+            print_json({key: value for key, value in parts[0].items() if key != "share"})
+        else:
+            print_json({"data": data.manifest["name"], "rows": _described(rows, None, 0, seed), "sources": parts})
         return
-    _print_baselines(make_console(), data.manifest, result)
+    _print_baselines(make_console(), data.manifest, _described(rows, None, 0, seed))
+    for source in sources if len(sources) > 1 else ():
+        make_console().print(f"{source.part.share:.0%} of the windows:")
+        _print_baselines(make_console(), source.part.data.manifest, _described(source.rows, None, 0, seed))
     if sample:
         best = baselines.best(rows).n
-        _print_sample(make_console(), best, baselines.samples(data, model, [best], sample, seed)[0])
+        for source in sources:
+            text = baselines.samples(source.part.data, source.model, [best], sample, seed)[0]
+            _print_sample(make_console(), f"{best}-gram" + f" of {source.part.name}" * (len(sources) > 1), text)
+
+
+def _described(
+    rows: "Sequence[NGramLoss]", source: "SourceNGrams | None", sample: int, seed: int
+) -> list[dict[str, Any]]:
+    """The rows for people and scripts, with a text of `sample` tokens that each n-gram of a source writes."""
+    from twingpt.evaluation.baseline import samples
+
+    texts: list[str | None] = [None] * len(rows)
+    if source and sample:
+        texts = [*samples(source.part.data, source.model, [row.n for row in rows], sample, seed)]
+    return [
+        {**dataclasses.asdict(row), "perplexity": row.perplexity, "sample": text}
+        for row, text in zip(rows, texts, strict=True)
+    ]
 
 
 def _print_baselines(console: "Console", manifest: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -78,11 +109,11 @@ def _print_baselines(console: "Console", manifest: dict[str, Any], rows: list[di
     console.print(table)
 
 
-def _print_sample(console: "Console", n: int, text: str) -> None:
+def _print_sample(console: "Console", writer: str, text: str) -> None:
     from rich.markup import escape
     from rich.panel import Panel
 
     from twingpt.runs.units import visible
 
     shown = "\n".join(map(visible, text.split("\n")))
-    console.print(Panel(escape(shown), title=f"what the {n}-gram writes", border_style="dim"))
+    console.print(Panel(escape(shown), title=escape(f"what the {writer} writes"), border_style="dim"))

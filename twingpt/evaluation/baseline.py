@@ -16,6 +16,7 @@ import numpy as np
 from twingpt.core.errors import UserError
 from twingpt.core.paths import write_atomically
 from twingpt.core.reading import read_json
+from twingpt.data.mixture import Data, MixturePart, parts
 from twingpt.data.shards import TokenDataset
 from twingpt.evaluation.ngram import LONGEST, NGram
 
@@ -88,6 +89,32 @@ def measure(data: TokenDataset, orders: Sequence[int], targets: int | None = Non
             rows.append(NGramLoss(n, nats / (len(val) - 1), bits, len(train), len(val) - 1, seconds))
     _add_to_cache(data, rows)
     return rows, model
+
+
+@dataclass(frozen=True)
+class SourceNGrams:
+    """The losses of n-grams on one source of a run's data, counted on its own training tokens, and the counts."""
+
+    part: MixturePart
+    rows: Sequence[NGramLoss]
+    model: NGram
+
+
+def measure_all(
+    data: Data, orders: Sequence[int], targets: int | None = None
+) -> tuple[list[NGramLoss], list[SourceNGrams]]:
+    """`measure` for each source of `data`, and the losses over all, weighted by their shares as an evaluation is."""
+    sources = [SourceNGrams(part, *measure(part.data, orders, targets)) for part in parts(data)]
+    if len(sources) == 1:
+        return list(sources[0].rows), sources
+    evaluated = []
+    for source in sources:
+        n_targets = source.rows[0].targets
+        size = source.part.data.text_bytes("val", source.part.data.splits["val"][1 : n_targets + 1])
+        evaluated.append((source.part.data, source.part.share, n_targets, max(1, size) / n_targets))
+    size = sum(share * size for _, share, _, size in evaluated)
+    by_order = zip(*(source.rows for source in sources), strict=True)
+    return [_weighted_mean(rows, evaluated, size) for rows in by_order], sources
 
 
 def _tokens(data: TokenDataset, split: str) -> Array:

@@ -16,8 +16,6 @@ from twingpt.core.parameters import initialise
 from twingpt.core.reading import read_json
 from twingpt.data import mixture
 from twingpt.data.mixture import Data
-from twingpt.data.prepare import prepare
-from twingpt.data.shards import TokenDataset
 from twingpt.runs.folder import find_run, latest, owner, resolve
 
 Array = np.ndarray
@@ -107,24 +105,25 @@ def read_run_json(run: Path) -> dict[str, Any]:
     raise UserError(f"{run / 'run.json'} is not what twingpt wrote: the run can't be resumed.")
 
 
-def open_named_data(name: str, tokenizer: str | None, vocab_size: int | None) -> tuple[TokenDataset, int | None]:
-    """The data of a run, or of what --data may name, and how many held-out tokens the run evaluates on (None: all).
+def open_named_data(names: Sequence[str], tokenizer: str | None, vocab_size: int | None) -> tuple[Data, int | None]:
+    """The data of a run, or of what --data may name, and how many held-out tokens of each source it evaluates on.
 
-    RUN@STEP is its run. Raises UserError where there is neither, for a run on a mixture, and for a tokenizer or
+    None is all of them. RUN@STEP is its run. Raises UserError where there is neither, and for a tokenizer or
     vocab_size beside a run.
     """
+    name = names[0]
     try:
+        if len(names) > 1:
+            raise UserError("Several are what --data names.")
         owner(name)
     except UserError:
         kind, size = tokenizer or TrainConfig.tokenizer, vocab_size or TrainConfig.vocab_size
-        return prepare(name, kind, size), None
+        return mixture.prepare_all(names, kind, size), None
     if tokenizer or vocab_size:
         raise UserError(f"{name} is a run, with a tokenizer of its own: leave out --tokenizer and --vocab-size.")
     run = StoredRun.open(name)
     config, train = GPTConfig.from_dict(run.config), TrainConfig.from_dict(run.train)
     data = run.open_data(train, run.data_fingerprint, moved=False)
-    if not isinstance(data, TokenDataset):
-        raise UserError(f"{name} is trained on a mixture: name one of its sources, {mixture.spell(train.data)}.")
     return data, train.eval_iters * train.batch_size * config.block_size or None
 
 
