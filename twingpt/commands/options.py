@@ -24,7 +24,7 @@ PANELS = ("Options", FILE, DATA, MODEL, OPTIMIZER, REPORT, WHERE)
 # The panel of a setting, where it isn't that of its table.
 TABLE_PANELS = {"model": MODEL, "train": OPTIMIZER, "run": WHERE}
 OTHER_PANELS = {
-    **dict.fromkeys(("data", "tokenizer", "vocab_size"), DATA),
+    **dict.fromkeys(("data", "val_data", "tokenizer", "vocab_size"), DATA),
     **dict.fromkeys(("eval_interval", "eval_iters", "log_interval", "sample_interval"), REPORT),
     **dict.fromkeys(("checkpoint_interval", "keep", "report_to"), REPORT),
     **dict.fromkeys(("dtype", "gradient_checkpointing"), WHERE),
