@@ -225,6 +225,15 @@ def test_generation_past_the_context(trained, backend):
 
 
 @one
+def test_one_prompt_has_several_texts_by_several_seeds(trained, backend):
+    model = twingpt.load(trained, backend=backend)
+    texts = model.generate(["The"] * 3, 20, seed=[1, 2, 1])
+    assert texts[0] == texts[2] == model.generate("The", 20, seed=1) != texts[1] == model.generate("The", 20, seed=2)
+    with pytest.raises(twingpt.UserError, match="There are 2 prompts and 3 seeds"):
+        model.generate(["a", "b"], 2, seed=[1, 2, 3])
+
+
+@one
 def test_more_prompts_than_rows_wait_their_turn(trained, backend):
     model = twingpt.load(trained, backend=backend)
     rows = [Row(model.encode(prompt), Sampling(temp=0.9), 5 + n, n) for n, prompt in enumerate(["The", "a", "b"] * 3)]

@@ -129,14 +129,15 @@ class LanguageModel:
         top_p: float = 0.95,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        seed: int = 1337,
+        seed: int | Sequence[int] = 1337,
         stop: str | Sequence[str] = (),
         special: bool = False,
     ) -> Iterator[Response]:
         """Go on from a prompt, or from several side by side: yields a Response for each token as it is generated.
 
         A prompt is a text or ids, see `encode`; an empty one begins a new document. The same seed gives the same text,
-        alone or beside others, on either backend in one precision. A text ends before the first of the `stop` strings.
+        alone or beside others, on either backend in one precision; several seeds are one for each prompt, so that a
+        prompt given several times has several texts. A text ends before the first of the `stop` strings.
         Raises UserError for a setting out of range, or a prompt that can't be encoded, before the first token.
         """
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
@@ -147,7 +148,10 @@ class LanguageModel:
             raise UserError("A stop string can't be empty.")
         prompts: Any = prompt if _are_many(prompt) else [prompt]
         encoded = [self.encode(one, special=special) for one in prompts]
-        rows = [Row(self._context(ids), sampling, max_tokens, seed) for ids in encoded]
+        seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(encoded):
+            raise UserError(f"There are {len(encoded)} prompts and {len(seeds)} seeds: give one seed, or one for each.")
+        rows = [Row(self._context(ids), sampling, max_tokens, one) for ids, one in zip(encoded, seeds, strict=True)]
         return self._responses(rows, encoded, stops)
 
     def _context(self, ids: list[int]) -> list[int]:
