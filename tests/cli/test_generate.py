@@ -157,7 +157,7 @@ def test_what_may_become_a_stop_string_is_held_back_and_given_in_the_end():
     responses = list(LanguageModel(engine.config, ByteTokenizer(), engine).stream("x", 6, stop="--c"))
     assert [r.text for r in responses] == ["a", "", "", "--b", "", "--"]
     assert responses[-1].finish_reason == "length"
-    with pytest.raises(twingpt.UserError, match="A stop string can't be empty"):
+    with pytest.raises(twingpt.UserError, match="A stop string must be a text that isn't empty"):
         LanguageModel(engine.config, ByteTokenizer(), engine).stream("x", stop=["a", ""])
 
 
@@ -180,7 +180,7 @@ def test_a_full_context_goes_on_from_its_last_half():
 def test_a_prompt_longer_than_the_context_keeps_its_end():
     engine = Scripted(list(range(100, 160)), block_size=16)
     assert decoded(engine, range(50), 5) == list(range(100, 105))
-    assert engine.prefills[0] == list(range(34, 50))
+    assert engine.prefills == [list(range(35, 50)), [*range(43, 50), 100]]
 
 
 @both
@@ -284,6 +284,8 @@ def test_log_probs(trained, backend):
 def test_prompts_that_are_none(trained, backend):
     model = twingpt.load(trained, backend=backend)
     for prompt, message in [
+        (None, "must be a text or a list of ids"), (5, "must be a text"), ({"a": 1}, "must be a text"),
+        (iter("ab"), "must be a text"),
         ([10**6], "id outside the vocabulary"), ([-1], "id outside"), ([[1], 2], "must be a text or a list of ids"),
         ([0.5], "must be a text or a list of ids"), (["a", None], "must be a text or a list of ids"),
         ("a\udcff", "UTF-8"),
@@ -291,6 +293,11 @@ def test_prompts_that_are_none(trained, backend):
         with pytest.raises(twingpt.UserError, match=message):
             model.generate(prompt, 2)
     assert model.generate(["a"], 3) == [model.generate("a", 3)]
+    for settings in ({"stop": [5]}, {"stop": [b"a"]}, {"max_tokens": 3.5}, {"max_tokens": None}, {"temp": None},
+                     {"top_k": 2.5}):  # fmt: skip
+        with pytest.raises(twingpt.UserError, match="must be a"):
+            model.generate("a", **settings)
+    assert model.generate("a", 3, stop=None) == model.generate("a", 3)
 
 
 @one
@@ -369,7 +376,7 @@ def test_logits(trained, backend):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--temp", -1], "temp must be 0 (greedy) or from 0.001 to 1000"), (["--top-p", 0], "top_p must be in (0, 1]"),
-     (["-m", 0], "max_tokens must be at least 1"), (["--device", "cuda:7"], "Unknown"),
+     (["-m", 0], "max_tokens must be a whole number of at least 1"), (["--device", "cuda:7"], "Unknown"),
      (["--dtype", "float8"], "Unknown dtype"), (["--backend", "jax"], "Unknown backend 'jax'")],
 )  # fmt: skip
 def test_mistakes(gpt, trained, arguments, message):

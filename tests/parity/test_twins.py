@@ -1,5 +1,6 @@
 """Both twins against the float64 reference and against each other, over a family of configurations."""
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import numpy as np
@@ -326,6 +327,41 @@ def test_repetition_penalty_remembers_the_prompt_and_what_was_written(engines):
     sampling = SamplingRows([Sampling(temp=0, repetition_penalty=100.0)] * 2)
     decode()
     assert written[0][:13] == whole
+
+
+def test_a_row_keeps_nothing_of_the_text_before_and_a_handle_its_logits(engines):
+    config = config_of({"tie_embeddings": False})
+    params = dict(initialise(config, 1))
+    params["model.embed_tokens.weight"][96] = np.inf
+    engine = engines.InferenceEngine(config, params.items(), cpu(engines))
+    cache = engine.new_cache(2, 4)
+    with ThreadPoolExecutor(1) as pool:  # a cache that one thread made, and another fills
+        pool.submit(engine.prefill, cache, 0, np.arange(12)).result()
+    engine.prefill(cache, 1, np.full(10, 96))
+    cache.trim(1, 10)
+    engine.prefill(cache, 1, np.array([1, 2]))
+    both = engine.step(cache, SamplingRows([GREEDY] * 2), np.zeros(2))
+    kept = engine.logits(both)
+    assert np.isfinite(kept).all()
+    one = engine.step(cache, SamplingRows([GREEDY]), np.zeros(1))
+    cache.copy(1, 0)
+    assert np.array_equal(engine.logits(both), kept) and np.isfinite(engine.logits(one)).all()
+    with pytest.raises(UserError, match="The KV cache has 2 rows, and 3 are to be decoded"):
+        engine.step(cache, SamplingRows([GREEDY] * 3), np.zeros(3))
+
+
+def test_threads_extend_the_tables_of_rope_together(twins, monkeypatch):
+    torch_engines = twins[1]
+    inference = import_module("twingpt.backends.torch.inference")
+    monkeypatch.setattr(inference, "ROPE_POSITIONS", 8)
+    config = config_of({"block_size": 128})
+    long, short = (np.arange(n)[None] % 97 for n in (100, 12))
+    for _ in range(20):
+        engine = torch_engines.InferenceEngine(config, initialise(config, 1), cpu(torch_engines))
+        with ThreadPoolExecutor(2) as pool:
+            for found in [pool.submit(engine.forward, tokens) for tokens in (long, short)]:
+                assert np.isfinite(found.result()).all()
+        assert engine.rope.length >= 100 == min(100, len(engine.rope.tables[False][0]))
 
 
 def test_rows_are_sampled_by_settings_of_their_own(twins):

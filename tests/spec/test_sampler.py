@@ -5,8 +5,11 @@ import pytest
 
 from tests.conftest import cpu
 from twingpt.core import rng
+from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
+from twingpt.core.parameters import initialise
 from twingpt.core.sampler import Sampling, SamplingRows, sample
+from twingpt.inference.decoding import Row, decode
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2]))
 PLAIN = {"temp": 1.0, "top_p": 1.0}
@@ -52,6 +55,19 @@ def test_repetition_penalty_pushes_both_signs_down():
 def test_u_walks_down_the_sorted_distribution():
     sampling = Sampling(**PLAIN)
     assert [sample(LOGITS, sampling, u) for u in (0.0, 0.39, 0.41, 0.64, 0.66, 0.86, 0.96)] == [1, 1, 3, 3, 4, 0, 2]
+
+
+def test_a_device_samples_some_id_where_no_logit_is_a_number(engines):
+    config = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32)
+    params = dict(initialise(config, 0))
+    params["model.norm.weight"] = np.full(32, np.nan, np.float32)
+    engine = engines.InferenceEngine(config, params.items(), cpu(engines))
+    cache = engine.new_cache(1, 4)
+    engine.prefill(cache, 0, np.array([1, 2]))
+    sampled = engine.read(engine.step(cache, SamplingRows([Sampling()]), np.array([0.5])))
+    assert 0 <= sampled.tokens[0] < 97 and np.isnan(sampled.log_probs[0])
+    with pytest.raises(UserError, match="The model's logits are not finite"):
+        list(decode(engine, [Row([1, 2], Sampling(), 4, 0)]))
 
 
 def test_the_last_representable_u_stays_in_the_vocabulary():

@@ -21,6 +21,7 @@ class KVCache(ABC):
         self.block_size = block_size
         self.lengths = np.zeros(rows, np.int64)
         self.has_logits = np.zeros(rows, np.bool_)
+        self.used = np.zeros(rows, np.bool_)  # rows that may hold what an earlier text left
 
     @abstractmethod
     def copy(self, source: int, row: int) -> None:
@@ -40,7 +41,9 @@ class KVCache(ABC):
             raise UserError(f"{end} positions of the KV cache are more than the model's block_size {self.block_size}.")
 
     def check_logits(self, rows: slice) -> None:
-        """Raise UserError for rows that have no logits to sample from."""
+        """Raise UserError for rows that have no logits to sample from, or that there are not."""
+        if rows.stop > len(self.lengths):
+            raise UserError(f"The KV cache has {len(self.lengths)} rows, and {rows.stop} are to be decoded.")
         if not self.has_logits[rows].all():
             row = int(np.argmin(self.has_logits[rows]))
             raise UserError(f"Row {row} of the KV cache has no logits to sample from: prefill it first.")
@@ -49,3 +52,4 @@ class KVCache(ABC):
         """Count positions that were written as held; the logits after them are not known yet."""
         self.lengths[rows] += n_new
         self.has_logits[rows] = False
+        self.used[rows] = True

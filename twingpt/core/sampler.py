@@ -27,6 +27,9 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int if name == "top_k" else (int, float)):
+                raise UserError(f"{name} must be a {'whole ' * (name == 'top_k')}number, and is {value!r:.60}.")
         checks = (
             (self.temp == 0 or 1e-3 <= self.temp <= 1e3, "temp", "0 (greedy) or from 0.001 to 1000"),
             (0 <= self.top_k < 2**31, "top_k", "at least 0 (0 is off)"),

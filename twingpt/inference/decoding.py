@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ import numpy as np
 
 from twingpt.core import rng
 from twingpt.core.backend import Handle, InferenceEngine
+from twingpt.core.errors import UserError
 from twingpt.core.kv_cache import KVCache
 from twingpt.core.sampler import Sampling, SamplingRows
 
@@ -48,7 +50,8 @@ def decode(engine: InferenceEngine, rows: Iterable[Row], max_rows: int = MAX_ROW
     if not waiting:
         return
     block_size = engine.config.block_size
-    longest = max(min(len(row.tokens), block_size) + min(row.max_tokens, ROOM) for row in waiting)
+    first = [*waiting][:max_rows]  # one that joins later makes the cache grow if it has to
+    longest = max(min(len(row.tokens), block_size) + min(row.max_tokens, ROOM) for row in first)
     cache = engine.new_cache(min(max_rows, len(waiting)), longest)
     settings: SamplingRows  # of the active rows
     unread: tuple[Handle, list[Row]] | None = None
@@ -87,9 +90,9 @@ def _leave(cache: KVCache, active: list[Row]) -> None:
 
 
 def _join(engine: InferenceEngine, cache: KVCache, active: list[Row], row: Row) -> None:
-    """Prefill the end of a row's prompt, as much as the context holds, behind the active ones."""
+    """Prefill the end of a row's prompt behind the active ones: all that leaves a place for one token."""
     row.started = time.perf_counter()
-    engine.prefill(cache, len(active), np.array(row.tokens[-engine.config.block_size :]))
+    engine.prefill(cache, len(active), np.array(row.tokens[-max(1, engine.config.block_size - 1) :]))
     active.append(row)
 
 
@@ -109,5 +112,7 @@ def _read(engine: InferenceEngine, handle: Handle, rows: list[Row]) -> Iterator[
     sampled = engine.read(handle)
     for row, token, log_prob in zip(rows, sampled.tokens.tolist(), sampled.log_probs.tolist(), strict=True):
         if not row.done:
+            if math.isnan(log_prob):
+                raise UserError("The model's logits are not finite: compute in float32, or look at its weights.")
             row.tokens.append(token)
             yield row, token, log_prob

@@ -130,7 +130,7 @@ class LanguageModel:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | Sequence[int] = 1337,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         special: bool = False,
     ) -> Iterator[Response]:
         """Go on from a prompt, or from several side by side: yields a Response for each token as it is generated.
@@ -141,11 +141,11 @@ class LanguageModel:
         Raises UserError for a setting out of range, or a prompt that can't be encoded, before the first token.
         """
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
-        if max_tokens < 1:
-            raise UserError(f"max_tokens must be at least 1, and is {max_tokens}.")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in stops:
-            raise UserError("A stop string can't be empty.")
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise UserError(f"max_tokens must be a whole number of at least 1, and is {max_tokens}.")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not all(isinstance(one, str) and one for one in stops):
+            raise UserError(f"A stop string must be a text that isn't empty, and these are {stops!r:.60}.")
         prompts: Any = prompt if _are_many(prompt) else [prompt]
         encoded = [self.encode(one, special=special) for one in prompts]
         seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
@@ -171,10 +171,11 @@ class LanguageModel:
             first[number] = first[number] or now
             text = text_stream.push(token) if text_stream and token not in self.ends else ""
             stopped = token in self.ends or (text_stream is not None and text_stream.stopped)
-            reason = "stop" if stopped else "length" if n == row.max_tokens else None
-            if reason:
-                row.done = True
-                text += text_stream.finish() if text_stream else ""
+            row.done = stopped or n == row.max_tokens
+            if row.done and text_stream:
+                text += text_stream.finish()
+                stopped = stopped or text_stream.stopped
+            reason = None if not row.done else "stop" if stopped else "length"
             yield Response(
                 text=text,
                 token=token,
@@ -210,5 +211,7 @@ class LanguageModel:
 
 
 def _are_many(prompt: Any) -> bool:
-    """Whether these are several prompts: neither a text nor a row of ids."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int | np.integer)
+    """Whether these are several prompts: neither a text nor a row of ids; UserError for what is no prompt at all."""
+    if not isinstance(prompt, Sequence) and np.ndim(prompt) == 0:
+        raise UserError(f"A prompt must be a text or a list of ids, and is {prompt!r:.60}.")
+    return not isinstance(prompt, str) and len(prompt) > 0 and (isinstance(prompt[0], str) or np.ndim(prompt[0]) > 0)

@@ -15,8 +15,8 @@ Array = mx.array
 
 
 def constant(vector: Array, x: Array) -> Array:
-    """`vector` in x's dtype; where that rounds it, it is a constant there, whose gradient `add_gradient` gives."""
-    return vector if vector.dtype == x.dtype else mx.stop_gradient(vector).astype(x.dtype)
+    """`vector`; where x has another dtype it is a constant, whose gradient `add_gradient` gives."""
+    return vector if vector.dtype == x.dtype else mx.stop_gradient(vector)
 
 
 def add_gradient(y: Array, vector: Array, factor: Callable[[], Array] | None = None) -> Array:

@@ -127,5 +127,6 @@ class InferenceEngine:
     def read(self, handle: Step | LogProbs) -> Any:
         """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
-            return Sampled(np.array(handle.tokens), np.array(handle.log_probs))
+            assert handle.tokens is not None, "a prefill samples nothing"
+            return Sampled(np.array(handle.tokens, np.int64), np.array(handle.log_probs))
         return LogProbs(*(None if array is None else np.array(array) for array in vars(handle).values()))

@@ -27,24 +27,20 @@ class KVCache(kv_cache.KVCache):
         self.values = [mx.zeros(shape, dtype) for _ in range(config.n_layer)]
         self.tokens = mx.zeros((rows, shape[2]), mx.int32)
         self.logits = mx.zeros((rows, config.vocab_size))
+        self.async_eval()
 
     @on_device
     def copy(self, source: int, row: int) -> None:
         """Make `row` what `source` is: its positions, and the logits after them. Enqueues only."""
-        length = self.lengths[source]
-        for buffer in (*self.keys, *self.values):
-            buffer[row, :, :length] = buffer[source, :, :length]
-        self.tokens[row, :length] = self.tokens[source, :length]
-        self.logits[row] = self.logits[source]
-        self.lengths[row], self.has_logits[row] = length, self.has_logits[source]
+        for buffer in (*self.keys, *self.values, self.tokens, self.logits):
+            buffer[row] = buffer[source]
+        for known in (self.lengths, self.has_logits, self.used):
+            known[row] = known[source]
         self.async_eval()
 
     def set_logits(self, rows: slice, logits: Array) -> None:
         """Keep the logits (B, V) after the last positions of `rows`."""
-        if len(logits) == len(self.logits):
-            self.logits = logits
-        else:
-            self.logits[rows] = logits
+        self.logits[rows] = logits  # a copy: a handle's logits stay as they are
         self.has_logits[rows] = True
 
     def seen(self, rows: slice) -> Array:
@@ -54,6 +50,12 @@ class KVCache(kv_cache.KVCache):
         ids = mx.where(held, self.tokens[rows, :end], vocab_size)  # what a row doesn't hold: beyond the last id
         seen = mx.zeros((len(ids), vocab_size + 1), mx.bool_)
         return mx.put_along_axis(seen, ids, mx.array(1, mx.bool_), axis=1)[:, :vocab_size]
+
+    def clear(self, rows: slice) -> None:
+        """Forget what an earlier text left: an infinity of it would be NaN under a mask that only multiplies by 0."""
+        for buffer in (*self.keys, *self.values):
+            buffer[rows] = 0
+        self.used[rows] = False
 
     def reserve(self, end: int) -> None:
         """Have room for `end` positions a row."""
@@ -83,6 +85,9 @@ class CacheSlots:
         cache.check_room(rows, T)
         self.cache, self.rows, self.n_new, self.end = cache, rows, T, int(lengths.max()) + T
         cache.reserve(self.end)
+        if self.end == T and cache.used[rows].any():
+            cache.clear(rows)
+        self.masks: dict[int, str | Array | None] = {}  # by window: the same for every layer
         self.even = bool((lengths == lengths[0]).all())
         self.offset: int | Array = self.end - T
         self.index: tuple[slice | Array, slice | Array] = (rows, slice(self.end - T, self.end))

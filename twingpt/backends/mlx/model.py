@@ -94,7 +94,7 @@ def linear(x: Array, p: Parameters, name: str) -> Array:
         return matmul(x, p, name)
     if is_quantized(p, name):
         return matmul(x, p, name) + bias
-    y = mx.addmm(constant(bias, x), x, p[f"{name}.weight"].T)
+    y = mx.addmm(constant(bias, x).astype(x.dtype), x, p[f"{name}.weight"].T)
     return add_gradient(y, bias)
 
 
@@ -199,7 +199,10 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
         q, k = rope(q, offset, local=local), rope(k, offset, local=local)
     if cache:
         k, v = cache.update(layer, k, v)
-    mask = attention_mask(offset, T, k.shape[2], config.window(layer))
+    masks, window = (cache.masks if cache else {}), config.window(layer)
+    if window not in masks:
+        masks[window] = attention_mask(offset, T, k.shape[2], window)
+    mask = masks[window]
     if config.attn_softcap:
         y = softcapped_attention(q, k, v, mask, config)
     else:
@@ -337,7 +340,7 @@ def embed(p: Parameters, tokens: Array, config: GPTConfig, offset: int | Array) 
 def smear(x: Array, previous: Array, p: Parameters) -> Array:
     """x[t] + weight * x[t - 1] by channel (modded-nanogpt), (B, T, D); `previous` (B, 1, D) stands before the first."""
     weight, before = p["model.smear.weight"], mx.concatenate([previous, x[:, :-1]], axis=1)
-    return add_gradient(x + constant(weight, x) * before, weight, lambda: before)
+    return add_gradient(x + constant(weight, x).astype(x.dtype) * before, weight, lambda: before)
 
 
 def hidden_states(

@@ -37,7 +37,8 @@ def sample(logits: Array, sampling: SamplingRows, u: np.ndarray, seen: Array | N
     keep = keep & (p >= min_p * p[:, :1])
     cumulative = mx.cumsum(mx.where(keep, p, 0.0), axis=-1)
     index = (cumulative <= uniform * cumulative[:, -1:]).sum(axis=-1, keepdims=True)
-    index = mx.minimum(index, keep.sum(axis=-1, keepdims=True) - 1)  # rounding may carry u past the last token kept
+    last = keep.sum(axis=-1, keepdims=True) - 1  # rounding may carry u past it; NaN keeps none
+    index = mx.maximum(mx.minimum(index, last), 0)
     return mx.take_along_axis(order, mx.where(temp == 0, 0, index), axis=-1)[:, 0]
 
 

@@ -82,7 +82,7 @@ class InferenceEngine:
     @torch.inference_mode()
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KV cache of so many rows, with room for `capacity` positions a row, which doubles as it fills."""
-        return KVCache(self.config, rows, capacity, DTYPES[self.dtype], torch.device(self.device.name))
+        return KVCache(self.config, rows, capacity, DTYPES[self.dtype], self.device)
 
     @torch.inference_mode()
     def prefill(self, cache: KVCache, row: int, tokens: np.ndarray) -> Step:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from twingpt.backends.torch.device import to_device
 from twingpt.core import kv_cache
+from twingpt.core.backend import Device
 from twingpt.core.config import GPTConfig
 
 Array = Tensor
@@ -18,40 +20,42 @@ class KVCache(kv_cache.KVCache):
     block_size.
     """
 
-    def __init__(self, config: GPTConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: GPTConfig, rows: int, capacity: int, dtype: torch.dtype, device: Device) -> None:
         super().__init__(rows, config.block_size)
+        self.device = device
         shape = (rows, config.n_kv_head, min(capacity, config.block_size), config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.tokens = torch.zeros(rows, shape[2], dtype=torch.int64, device=device)
-        self.logits = torch.zeros(rows, config.vocab_size, device=device)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device.name) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device.name) for _ in range(config.n_layer)]
+        self.tokens = torch.zeros(rows, shape[2], dtype=torch.int64, device=device.name)
+        self.logits = torch.zeros(rows, config.vocab_size, device=device.name)
 
     @torch.inference_mode()
     def copy(self, source: int, row: int) -> None:
         """Make `row` what `source` is: its positions, and the logits after them. Enqueues only."""
-        length = self.lengths[source]
-        for buffer in (*self.keys, *self.values):
-            buffer[row, :, :length] = buffer[source, :, :length]
-        self.tokens[row, :length] = self.tokens[source, :length]
-        self.logits[row] = self.logits[source]
-        self.lengths[row], self.has_logits[row] = length, self.has_logits[source]
+        for buffer in (*self.keys, *self.values, self.tokens, self.logits):
+            buffer[row] = buffer[source]
+        for known in (self.lengths, self.has_logits, self.used):
+            known[row] = known[source]
 
     def set_logits(self, rows: slice, logits: Array) -> None:
         """Keep the logits (B, V) after the last positions of `rows`."""
-        if len(logits) == len(self.logits):
-            self.logits = logits
-        else:
-            self.logits[rows] = logits
+        self.logits[rows] = logits  # a copy: a handle's logits stay as they are
         self.has_logits[rows] = True
 
     def seen(self, rows: slice) -> Array:
         """Which ids stand among the positions of `rows`, (B, V) booleans."""
         vocab_size, end = self.logits.shape[1], int(self.lengths[rows].max())
-        lengths = torch.from_numpy(self.lengths[rows]).to(self.tokens.device)
+        lengths = to_device(self.lengths[rows].copy(), self.device)
         held = torch.arange(end, device=lengths.device) < lengths[:, None]
         ids = self.tokens[rows, :end].masked_fill(~held, vocab_size)  # what a row doesn't hold: beyond the last id
         seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
         return seen.scatter_(1, ids, value=True)[:, :vocab_size]
+
+    def clear(self, rows: slice) -> None:
+        """Forget what an earlier text left: an infinity of it would be NaN under a mask that only multiplies by 0."""
+        for buffer in (*self.keys, *self.values):
+            buffer[rows] = 0
+        self.used[rows] = False
 
     def reserve(self, end: int) -> None:
         """Have room for `end` positions a row."""
@@ -76,11 +80,14 @@ class CacheSlots:
         cache.check_room(rows, T)
         self.cache, self.rows, self.n_new, self.end = cache, rows, T, int(lengths.max()) + T
         cache.reserve(self.end)
+        if self.end == T and cache.used[rows].any():
+            cache.clear(rows)
+        self.masks: dict[int, str | Array | None] = {}  # by window: the same for every layer
         self.even = bool((lengths == lengths[0]).all())
         self.offset: int | Array = self.end - T
         self.index: tuple[slice | Array, slice | Array] = (rows, slice(self.end - T, self.end))
         if not self.even:
-            self.offset = torch.from_numpy(lengths.copy()).to(tokens.device)
+            self.offset = to_device(lengths.copy(), cache.device)
             row = torch.arange(rows.start, rows.stop, device=tokens.device)[:, None]
             self.index = row, self.offset[:, None] + torch.arange(T, device=tokens.device)
         cache.tokens[self.index] = tokens

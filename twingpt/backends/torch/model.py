@@ -6,6 +6,7 @@ ones beside plain ones. Shapes: B batch, T time, D n_embd, H heads, K key-value 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,16 +39,18 @@ class Rope:
     def __init__(self, config: GPTConfig, device: torch.device, length: int = 0) -> None:
         self.config, self.device = config, device
         self.length, self.tables = 0, dict[bool, tuple[Array, Array]]()
+        self.extending = threading.Lock()  # threads may decode by the tables of before, and never by shorter ones
         self.extend(length or config.block_size)
 
     def extend(self, length: int) -> None:
         """Have tables for `length` positions, at most block_size; more than that many, so that it happens seldom."""
         if length <= self.length:
             return
-        kinds = (False, True)[: 1 + (self.config.local_rope_theta > 0)]
-        length = min(max(length, 2 * self.length), self.config.block_size)
-        self.tables = {local: self.table(length, local=local) for local in kinds}
-        self.length = length  # last: another thread may be decoding by the tables of before
+        with self.extending:
+            length = max(self.length, min(max(length, 2 * self.length), self.config.block_size))
+            kinds = (False, True)[: 1 + (self.config.local_rope_theta > 0)]
+            self.tables = {local: self.table(length, local=local) for local in kinds}
+            self.length = length
 
     def table(self, length: int, *, local: bool) -> tuple[Array, Array]:
         """cos and signed sin of every position: sin is negated in the first half, for the roll of `__call__`."""
@@ -221,7 +224,10 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
         k, v = cache.update(layer, k, v)
     if x.is_mps:  # its kernel misreads permuted inputs (pytorch#181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    mask = attention_mask(offset, T, k.shape[2], config.window(layer), x.device)
+    masks, window = (cache.masks if cache else {}), config.window(layer)
+    if window not in masks:
+        masks[window] = attention_mask(offset, T, k.shape[2], window, x.device)
+    mask = masks[window]
     if config.attn_softcap:
         y = softcapped_attention(q, k, v, mask, config)
     else:

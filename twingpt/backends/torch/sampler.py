@@ -38,7 +38,8 @@ def sample(logits: Array, sampling: SamplingRows, u: np.ndarray, seen: Array | N
     keep &= p >= min_p * p[:, :1]
     cumulative = torch.where(keep, p, 0.0).cumsum(-1)
     index = (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
-    index = torch.minimum(index, keep.sum(-1, keepdim=True) - 1)  # rounding may carry u past the last token kept
+    last = keep.sum(-1, keepdim=True) - 1  # rounding may carry u past it; NaN keeps none
+    index = torch.minimum(index, last).clamp_min(0)
     return order.gather(-1, torch.where(temp == 0, 0, index))[:, 0]
 
 
