@@ -123,7 +123,6 @@ def train(
         given.pop(key, None)
     from rich.console import Console
 
-    from twingpt.runs import trackers
     from twingpt.runs.console import ConsoleReporter
     from twingpt.training import settings
     from twingpt.training.launch import new_run
@@ -134,28 +133,30 @@ def train(
     console = Console(stderr=json_, highlight=False)
     options, names = settings.gather(config, given, set_ or [])
     where = {key: options.pop(key, None) for key in settings.TABLES["run"]}
-    track = trackers.parse(where["report_to"] or "")
     for key in ("out", "init_from"):
         if resume is not None and where[key]:
             raise UserError(f"--resume goes on in the run's own folder, with its own model: leave out {names[key]}.")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
-    place = (where["backend"] or "auto", where["device"])
     common = {"compile": where["compile"], "report_to": where["report_to"]}
     if resume is not None:
+        place = (where["backend"], where["device"])
         state = resume_run(resume, options, *place, stop_after=stop_after, names=names, **common)
     else:
         init = open_model(where["init_from"]).model if where["init_from"] else None
+        place = (where["backend"] or "auto", where["device"])
         state = new_run(options, Path(where["out"]) if where["out"] else None, *place, init=init, **common)
     _print_settings(console, state, options)
     display = ConsoleReporter(console)
-    trainer = Trainer(state, [*trackers.make(track, state.folder), display])
+    trainer = Trainer(state, [display])
     with display.live():
         summary = trainer.fit(stop_after)
     if json_:
         print_json(summary | {"settings": settings.spelled_out(state.config, state.train)})
     else:
         _print_summary(console, summary)
+    if summary["reason"] == "interrupted":
+        raise typer.Exit(trainer.interrupt.exit_code)
 
 
 def _ask_wizard(beside: list[str]) -> Path:

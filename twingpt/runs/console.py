@@ -23,6 +23,8 @@ from twingpt.runs.events import (
     Sampled,
     Saved,
     SaveFailed,
+    SetAside,
+    SettingReplaced,
     Trained,
 )
 
@@ -91,7 +93,7 @@ class ConsoleReporter:
             self.console.print(Panel(escape(beginning(event.text, SAMPLE_LINES)), title=title, border_style="dim"))
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
-        elif isinstance(event, MemoryPlanned | SaveFailed | ReporterFailed):
+        elif isinstance(event, MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed):
             self.console.print(f"[yellow]{escape(_warning(event))}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
@@ -163,7 +165,9 @@ class ConsoleReporter:
             )
 
 
-def _warning(event: MemoryPlanned | SaveFailed | ReporterFailed) -> str:
+def _warning(event: MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed) -> str:
+    if isinstance(event, SetAside):
+        return f"What lay after step {event.step:,} is set aside as a run of its own: {event.folder}"
     if isinstance(event, ReporterFailed):
         return f"{event.reporter} failed and reports no more of this run, which goes on: {event.error}"
     return f"step {event.step:,}: {event.message}" if isinstance(event, SaveFailed) else event.message

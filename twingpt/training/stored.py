@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from twingpt.data.mixture import Data
 from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset
 from twingpt.runs.folder import find_run, latest, owner, resolve
+from twingpt.training import settings
+from twingpt.training.state import Setup
 
 Array = np.ndarray
 
@@ -28,7 +30,8 @@ class StoredRun:
     """A run read from its folder: what run.json says, and the checkpoint to go on from.
 
     `config` and `train` are the configurations of its last start, as JSON values; `data_folder` is that of the
-    prepared data, or of each source of a mixture. `checkpoint` is None where the run was killed before its first.
+    prepared data, or of each source of a mixture. `eval_batch_size` and `setup` are as in RunState. `checkpoint` is
+    None where the run was killed before its first.
     """
 
     folder: Path
@@ -36,6 +39,8 @@ class StoredRun:
     train: dict[str, Any]
     data_folder: str | Sequence[str]
     data_fingerprint: str
+    eval_batch_size: int
+    setup: Setup
     init_from: str | None
     starts: Sequence[dict[str, Any]]
     checkpoint: Checkpoint | None
@@ -54,6 +59,8 @@ class StoredRun:
             described["train"],
             described["data"]["folder"],
             described["data"]["fingerprint"],
+            _eval_batch_size(described),
+            _read_setup(run, described),
             described.get("init_from"),
             described["starts"],
             checkpoint,
@@ -110,6 +117,28 @@ def read_run_json(run: Path) -> dict[str, Any]:
     raise UserError(f"{run / 'run.json'} is not what twingpt wrote: the run can't be resumed.")
 
 
+def _eval_batch_size(described: Mapping[str, Any]) -> int:
+    """The batch size of which an evaluation has `eval_iters`; of an older version, that of the run's micro-batches."""
+    evaluation = described.get("evaluation")
+    size = evaluation.get("batch_size") if isinstance(evaluation, dict) else None
+    return size if type(size) is int and size > 0 else TrainConfig.from_dict(described["train"]).batch_size
+
+
+def _read_setup(run: Path, described: Mapping[str, Any]) -> Setup:
+    """Where and how a run trains; an older version has it in config.toml alone, which may be gone."""
+    found = described.get("setup")
+    if not isinstance(found, dict):
+        try:
+            found = settings.read(run / "config.toml")
+        except UserError:
+            found = {}
+    start = described["starts"][-1] if described["starts"] else {}
+    kinds = {"backend": str, "device": str, "compile": bool, "report_to": str}
+    kept = {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}
+    last = start.get("backend") if isinstance(start, dict) else None
+    return Setup(**{"backend": last if isinstance(last, str) else None} | kept)
+
+
 def open_named_data(name: str, tokenizer: str | None, vocab_size: int | None) -> tuple[TokenDataset, int | None]:
     """The data of a run, or of what --data may name, and how many held-out tokens the run evaluates on (None: all).
 
@@ -128,7 +157,7 @@ def open_named_data(name: str, tokenizer: str | None, vocab_size: int | None) ->
     data = run.open_data(train, run.data_fingerprint, moved=False)
     if not isinstance(data, TokenDataset):
         raise UserError(f"{name} is trained on a mixture: name one of its sources, {mixture.spell(train.data)}.")
-    return data, train.eval_iters * train.batch_size * config.block_size or None
+    return data, train.eval_iters * run.eval_batch_size * config.block_size or None
 
 
 def _find(name: str) -> tuple[Path, Checkpoint | None]:
