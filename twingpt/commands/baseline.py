@@ -84,4 +84,7 @@ def _print_sample(console: "Console", n: int, text: str) -> None:
     from twingpt.core.units import visible
 
     shown = "\n".join(map(visible, text.split("\n")))
+    if not console.is_terminal:  # where a frame would be as wide as the longest line may be
+        console.print(f"what the {n}-gram writes:\n{shown}", markup=False)
+        return
     console.print(Panel(escape(shown), title=f"what the {n}-gram writes", border_style="dim"))

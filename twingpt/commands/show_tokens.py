@@ -38,6 +38,7 @@ def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from twingpt.commands.output import print_whole
     from twingpt.core.units import human_documents
 
     table = Table("tokenizer", box=box.SIMPLE_HEAD)
@@ -47,5 +48,5 @@ def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
         figures = (f"{row['vocab_size']:,}", f"{row['tokens']:,}", f"{row['bytes_per_token']:.2f}")
         table.add_row(Text(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}")
     documents = human_documents(result["documents"])
-    console.print(f"{result['source']}: {result['bytes']:,} bytes in {documents}", markup=False)
-    console.print(table)
+    console.print(f"{result['source']}: {result['bytes']:,} bytes in {documents}", markup=False, soft_wrap=True)
+    print_whole(console, table)

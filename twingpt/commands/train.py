@@ -121,8 +121,6 @@ def train(
         config, given = _ask_wizard(beside), {key: given[key] for key in given.keys() & {"report_to"}}
     for key in ("config", "set_", "stop_after", "resume"):
         given.pop(key, None)
-    from rich.console import Console
-
     from twingpt.runs.console import ConsoleReporter
     from twingpt.training import settings
     from twingpt.training.launch import new_run
@@ -130,7 +128,7 @@ def train(
     from twingpt.training.trainer import Trainer
     from twingpt.weights.formats import open_model
 
-    console = Console(stderr=json_, highlight=False)
+    console = make_console(stderr=json_)
     options, names = settings.gather(config, given, set_ or [])
     where = {key: options.pop(key, None) for key in settings.TABLES["run"]}
     for key in ("out", "init_from"):

@@ -254,14 +254,16 @@ def select(
 
 
 def describe(name: str) -> tuple[Run, dict[str, Any]]:
-    """A run's row, and config, train, data and starts of its run.json, empty where they are damaged."""
+    """A run's row, config, train, data and starts of its run.json, empty where damaged, and runs set aside in it."""
     run = runs.owner(name)
     try:
         described = _read(run / "run.json")
     except UserError as problem:
         raise UserError(f"{run}: {problem}, so the run can't be shown; its checkpoints may be whole.") from None
     parts: dict[str, Any] = {key: _dict(described.get(key)) for key in ("config", "train", "data")}
-    return inspect(run), {**parts, "starts": [start for start in _list(described.get("starts")) if _dict(start)]}
+    starts = [start for start in _list(described.get("starts")) if _dict(start)]
+    aside = sorted(str(folder.parent) for folder in (run / runs.SET_ASIDE).glob("*/run.json"))
+    return inspect(run), {**parts, "starts": starts, "set_aside": aside}
 
 
 def starts(described: Mapping[str, Any]) -> list[dict[str, str]]:

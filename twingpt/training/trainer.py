@@ -55,7 +55,7 @@ class Trainer:
 
         SIGINT and SIGTERM end it after what is under way, saved, and `interrupt.exit_code` tells which it was. A
         checkpoint that can't be saved waits while training goes on. Raises UserError for a loss that is not finite,
-        for want of memory, where the last checkpoint can't be saved in the end, or where another process trains the run.
+        for want of memory, where the last checkpoint can't be saved in the end, or another process trains it.
         """
         with runs.training(self.state.folder), self.interrupt, self._memory_errors():
             for event in start_events(self.state):
