@@ -283,6 +283,7 @@ def test_the_report_has_the_runs_figures_and_needs_nothing_else(tmp_path):
     style = (run / "report.html").read_text("utf-8")
     assert "url(" not in style and "@import" not in style and "http" not in style
     assert "prefers-color-scheme: dark" in style
+    assert "max-width: 40rem" in style and ("data-name", "Versions") in page.attributes  # a telephone has no table
 
 
 def test_everything_in_the_report_is_escaped(tmp_path):
