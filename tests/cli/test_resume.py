@@ -294,9 +294,11 @@ def test_best_names_a_checkpoint_or_says_why_none_is(gpt, prose, tmp_path, backe
         gpt, "generate", f"{run}@best", "-p", "x"
     )
     (run / "metrics.jsonl").write_text('{"event": "evaluated", "step": 0, "val_loss": 1.5}\n')
-    assert "as its lowest held-out loss, 1.5000, was at step 0, of which there is none" in mistake(
+    assert "as its lowest held-out loss, 1.5000, was at step 0 and there is none of it: it has" in mistake(
         gpt, "generate", f"{run}@best", "-p", "x"
     )
+    (run / "metrics.jsonl").write_text('{"event": "evaluated", "step": 2, "val_loss": 1.5}\n')
+    assert "was at step 2 and its file best is missing" in mistake(gpt, "generate", f"{run}@best", "-p", "x")
     (run / "best").write_text("step-00000009\n")
     assert "as step-00000009, which was it, is gone" in mistake(gpt, "generate", f"{run}@best", "-p", "x")
     (run / "best").write_text("?")

@@ -157,7 +157,8 @@ def _why_no_best(run: Path) -> str:
     if not losses:
         return ", as it has not been evaluated"
     step, loss = min(losses, key=lambda point: point[1])
-    return f", as its lowest held-out loss, {loss:.4f}, was at step {step:,}, of which there is none"
+    there = "its file best is missing" if checkpoint_folder(run, int(step)).is_dir() else "there is none of it"
+    return f", as its lowest held-out loss, {loss:.4f}, was at step {step:,} and {there}"
 
 
 def resolve(path: str | Path) -> Path:

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AXES = {"step": "step", "tokens": "tokens", "time": "seconds of training"}
-LOSSES = {"loss": ("val_loss", "loss, nats per token"), "bpb": ("val_bpb", "bits per byte")}  # --y: field, axis
+# What --y may be: the field of an evaluation, that of a baseline, and the axis.
+LOSSES = {
+    "loss": ("val_loss", "val_loss", "loss, nats per token"),
+    "bpb": ("val_bpb", "bits_per_byte", "bits per byte"),
+}
 SUFFIXES = (".svg", ".png", ".pdf")
 LINES = ("-", "--", ":", "-.")  # when the ten colours are used up
 
@@ -73,8 +77,8 @@ class Curves:
     """Runs' curves over `x`, a key of AXES, in `y`, of LOSSES; `converted` where that was chosen for its tokenizers.
 
     Each run has its label, folder, and curves "train" and "val", each {"x": […], "y": […]}; in bits per byte training
-    has none, since its bytes are not counted. "baseline" has the n, val_loss and bits_per_byte of the best n-gram on
-    its data, or is None.
+    has none, since its bytes are not counted. "baseline" has the n of the best n-gram on its data and its val_loss or
+    bits_per_byte, or is None.
     """
 
     x: str
@@ -105,7 +109,7 @@ def read_curves(names: Sequence[str], x: str = "step", y: str | None = None) -> 
         run["train"] = dict(zip("xy", _columns(trained), strict=True))
         run["val"] = dict(zip("xy", _columns(points(events, "evaluated", LOSSES[y][0], x)), strict=True))
         known = last_baseline(events)
-        run["baseline"] = known and {key: getattr(known, key) for key in ("n", "val_loss", "bits_per_byte")}
+        run["baseline"] = known and {key: getattr(known, key) for key in ("n", LOSSES[y][1])}
         runs.append(run)
     if not any(run["train"]["x"] or run["val"]["x"] for run in runs):
         what = "has no losses" if len(runs) == 1 else "have no losses"
@@ -153,7 +157,7 @@ def plot_curves(curves: Curves, path: Path) -> None:
         axes.plot(run["val"]["x"], run["val"]["y"], color=color, ls=line, lw=1.8, marker=marker, ms=3.5)
         axes.plot([], [], color=color, ls=line, lw=1.8, label=_label(run))
     _draw_baselines(axes, drawn, curves.y)
-    axes.set(xlabel=AXES[curves.x], ylabel=LOSSES[curves.y][1])
+    axes.set(xlabel=AXES[curves.x], ylabel=LOSSES[curves.y][2])
     axes.set_title("held-out loss" + (", and training loss (thin)" if curves.y == "loss" else ""), fontsize=10)
     axes.grid(alpha=0.3)
     for text in axes.legend(fontsize=9, title="best held-out loss", title_fontsize=9).get_texts():
@@ -163,11 +167,10 @@ def plot_curves(curves: Curves, path: Path) -> None:
 
 def _draw_baselines(axes: Axes, drawn: Sequence[dict[str, Any]], y: str) -> None:
     """A dashed line for each baseline: grey where all have the same, else in a run's colour, with the runs' names."""
-    field = "val_loss" if y == "loss" else "bits_per_byte"
     levels: dict[tuple[float, int], list[int]] = {}
     for i, run in enumerate(drawn):
         if known := run["baseline"]:
-            levels.setdefault((known[field], known["n"]), []).append(i)
+            levels.setdefault((known[LOSSES[y][1]], known["n"]), []).append(i)
     for (level, n), indices in sorted(levels.items()):
         alone = len(levels) == 1
         names = "" if alone else " of " + ", ".join(drawn[i]["label"] for i in indices)
