@@ -1,4 +1,4 @@
-"""The `gpt` command: the Typer app, its commands, and the error policy.
+"""The `gpt` command: the Typer app, its commands, and the error policy with its exit codes, which --help lists.
 
 `gpt X` is in commands/X.py, which imports what X needs when it runs, so that `gpt --help` is quick. Those modules do
 without `from __future__ import annotations`: Typer would evaluate those of every command, as text, at each start.
@@ -25,7 +25,9 @@ app = App(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train and run small GPTs, the same in MLX and in PyTorch.",
-    epilog="--debug, anywhere, shows the traceback of an error.",
+    epilog="--debug, anywhere, shows the traceback of an error.\n\n"
+    "Exit codes: 0 done; 1 a check that failed, or a question answered with no; 2 a mistake or trouble, in one line; "
+    "130 ended by Ctrl-C and 143 by SIGTERM, training saved before.",
 )
 
 

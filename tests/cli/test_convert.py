@@ -22,7 +22,7 @@ from twingpt.core.locks import lock_file
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.paths import new_folder
 from twingpt.core.presets import SHAPES
-from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.core.tokenizer import ByteTokenizer, CharTokenizer
 from twingpt.evaluation.held_out import HeldOut
 from twingpt.weights import huggingface, torch_state
 from twingpt.weights.formats import HUB_FILES, open_model
@@ -222,6 +222,25 @@ def test_the_card_says_what_the_model_is(gpt, source, tmp_path):
     converted(gpt, tmp_path / "source", tmp_path / "q", "--q-bits", 8)
     assert "8 bits in groups of 64" in (tmp_path / "q" / "README.md").read_text("utf-8")
     open_checkpoint(tmp_path / "q")  # the card is in its manifest
+
+
+EXAMPLES = [("hf", True), ("twingpt", True), ("torch", True), ("mlx", True), ("hf", False), ("twingpt", False)]
+
+
+@needs("torch")
+@pytest.mark.parametrize(("to", "tokenizer"), EXAMPLES)
+def test_the_cards_example_runs_and_its_title_is_the_runs_name(gpt, tmp_path, monkeypatch, capsys, to, tokenizer):
+    pytest.importorskip({"hf": "transformers", "mlx": "mlx_lm"}.get(to, "twingpt"))
+    config = GPTConfig.from_dict({**SMALL, "n_kv_head": 2, "vocab_size": 15})
+    folder = tmp_path / "novel" / "checkpoints" / "step-00000003"
+    text = CharTokenizer("abc, defghijkl") if tokenizer else None
+    save_model(folder, config, text, initialise(config, 1))
+    converted(gpt, folder, tmp_path / "out", "--to", to)
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "\n# novel\n" in card
+    monkeypatch.chdir(tmp_path / "out")
+    exec(card.partition("```python\n")[2].partition("```")[0], {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_generation_settings_go_along(gpt, source, tmp_path):

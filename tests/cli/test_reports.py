@@ -13,7 +13,7 @@ from tests.cli.test_train import SMALL, logged, train
 from tests.conftest import STARTED, names_in_unicode, needs, story, write_run
 from twingpt.runs import folder as runs
 from twingpt.runs import report, trackers
-from twingpt.runs.events import JSONLReporter, RunEnded, RunStarted, Sampled, Trained, points, read_events
+from twingpt.runs.events import Baseline, JSONLReporter, RunEnded, RunStarted, Sampled, Trained, points, read_events
 
 
 @pytest.fixture
@@ -283,6 +283,7 @@ def test_the_report_has_the_runs_figures_and_needs_nothing_else(tmp_path):
     style = (run / "report.html").read_text("utf-8")
     assert "url(" not in style and "@import" not in style and "http" not in style
     assert "prefers-color-scheme: dark" in style
+    assert "max-width: 40rem" in style and ("data-name", "Versions") in page.attributes  # a telephone has no table
 
 
 def test_everything_in_the_report_is_escaped(tmp_path):
@@ -380,6 +381,50 @@ def test_plot_prints_its_series(gpt, several, x, scale):
     assert result["runs"][0]["train"] == {"x": [10 * scale, 20 * scale], "y": [0.1, 0.05]}
     assert result["runs"][0]["val"] == {"x": [20 * scale], "y": [0.1]}
     assert not (several / "runs-plot.svg").exists()
+
+
+def retokenized(run: Path, **data) -> None:
+    described = json.loads((run / "run.json").read_text("utf-8"))
+    described["data"] |= data
+    (run / "run.json").write_text(json.dumps(described))
+
+
+def test_plot_is_in_bits_per_byte_where_tokenizers_differ(gpt, several):
+    def y(*arguments):
+        return json.loads(gpt("plot", "short", "a/same", "--json", *arguments)[1])
+
+    assert y()["y"] == "loss"
+    for i, place in enumerate(("runs/short", "a/same")):
+        retokenized(several / place, tokenizer=f"digest {i}")
+    found = y()
+    assert found["y"] == "bpb" and found["runs"][0]["val"] == {"x": [20], "y": [3 / 20]}
+    assert found["runs"][0]["train"] == {"x": [], "y": []}
+    assert y("--y", "loss")["runs"][0]["val"]["y"] == [2 / 20] and y("--y", "bpb") == found
+    code, out, err = gpt("plot", "short", "a/same")
+    assert code == 0 and err.startswith("gpt: The tokenizers differ, so the losses are in bits per byte")
+    assert "bits per byte" in (several / out.strip()).read_text("utf-8")
+    assert "Unknown --y 'bits'" in mistake(gpt, "plot", "short", "--y", "bits")
+
+
+def test_plot_finds_the_tokenizers_of_older_runs_in_their_data(gpt, several):
+    for i, place in enumerate(("runs/short", "a/same")):
+        (several / f"data-{i}").mkdir()
+        (several / f"data-{i}" / "manifest.json").write_text(json.dumps({"tokenizer": f"digest {i}"}))
+        retokenized(several / place, folder=str(several / f"data-{i}"))
+    assert json.loads(gpt("plot", "short", "a/same", "--json")[1])["y"] == "bpb"
+    retokenized(several / "runs/short", folder=str(several / "data-1"))
+    assert json.loads(gpt("plot", "short", "a/same", "--json")[1])["y"] == "loss"
+
+
+def test_plot_tells_baselines_apart(gpt, several):
+    for place, loss in (("runs/short", 2.5), ("a/same", 2.0), ("b/same", 2.0)):
+        JSONLReporter(several / place / "metrics.jsonl").report(Baseline(20, 3, loss, loss / 2, 640))
+    gpt("plot", "short", "a/same", "b/same")
+    drawn = (several / "runs-plot.svg").read_text("utf-8")
+    assert "2.5000  3-gram of short" in drawn and "2.0000  3-gram of a/same, b/same" in drawn
+    gpt("plot", "a/same", "b/same", "--y", "bpb")
+    drawn = (several / "runs-plot.svg").read_text("utf-8")
+    assert "1.0000  3-gram" in drawn and "3-gram of" not in drawn
 
 
 def test_plot_mistakes(gpt, several):

@@ -1,5 +1,6 @@
 """gpt runs: listing, showing and removing runs; and the word latest."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -324,3 +325,27 @@ def test_resume_and_generate_take_latest(gpt, prose, tmp_path, monkeypatch):
     assert train(gpt, "--resume", "latest@best", "--backend", "torch")["step"] == 12
     code, out, err = gpt("generate", "latest", "--backend", "torch", "-p", "The", "-m", 3, "--json")
     assert code == 0 and len(json.loads(out)["tokens"]) == 3, err
+
+
+# In a pipe, and at 80 columns -------------------------------------------------------------------------------
+
+
+def test_names_are_whole_in_a_pipe_and_on_a_terminal(gpt, tmp_path, monkeypatch, prose):
+    from rich.console import Console
+
+    from twingpt.commands.output import make_console
+    from twingpt.commands.show_data import print_list
+    from twingpt.data import library
+
+    monkeypatch.chdir(tmp_path)
+    name = "a-long-name-of-a-data-set-" * 2 + "end"
+    run = write_run(Path("runs") / name)
+    assert make_console().width > 10_000 and name in gpt("runs")[1]
+    assert gpt("data", "prepare", prose, "--name", name, "--tokenizer", "byte")[0] == 0
+    out = gpt("data", "list")[1]
+    assert name in out and "byte 257" in out and "…" not in out
+    narrow = io.StringIO()
+    print_list(Console(file=narrow, force_terminal=True, width=80, color_system=None), library.list_datasets())
+    assert name in narrow.getvalue()
+    shown = gpt("runs", "show", name)[1]
+    assert '"eval_interval": ' not in shown and len(shown.splitlines()) < 12 and str(run) not in shown

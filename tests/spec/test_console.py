@@ -58,6 +58,38 @@ def test_every_event_is_shown(terminal):
         assert part in text, part
 
 
+LONG = [
+    dataclasses.replace(EVENTS[0], max_iters=1_000_000, run=f"runs/{'a-long-name-' * 12}"),
+    dataclasses.replace(EVENTS[1], step=123_456, epoch=12.34),
+    EVENTS[2],
+]
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 200])
+def test_the_progress_line_keeps_its_eta(width):
+    out = io.StringIO()
+    reporter = ConsoleReporter(Console(file=out, force_terminal=True, width=width, color_system=None))
+    with reporter.live():
+        for event in LONG:
+            reporter.report(event)
+        reporter.progress.refresh()
+        line = next(line for line in reversed(out.getvalue().splitlines()) if "ETA" in line)
+    assert ("123,456/1,000,000" in line and line.rstrip().endswith("ETA 77:54:54")) or width < 40, line
+    assert "ETA 77:54:54" in line and "…" not in line
+    for part, least in (("val 3.500", 60), ("tok/s", 80), ("MFU 41%", 200), ("epoch 12.34", 100)):
+        assert (part in line) or width < least, (part, line)
+    assert LONG[0].run in out.getvalue()  # whole, for other commands
+
+
+def test_a_pipe_has_whole_lines_and_samples():
+    out = io.StringIO()
+    reporter = ConsoleReporter(Console(file=out, width=40, color_system=None))
+    text = "\n".join(f"line {i} {'of words ' * 9}end" for i in range(30))
+    for event in [*LONG, Sampled(10, text)]:
+        reporter.report(event)
+    assert LONG[0].run in out.getvalue() and text in out.getvalue() and "│" not in out.getvalue()
+
+
 def test_text_that_would_command_the_terminal_is_written_out():
     out = io.StringIO()
     reporter = ConsoleReporter(Console(file=out, force_terminal=True, width=60, color_system=None))

@@ -116,4 +116,7 @@ def _print_sample(console: "Console", writer: str, text: str) -> None:
     from twingpt.runs.units import visible
 
     shown = "\n".join(map(visible, text.split("\n")))
+    if not console.is_terminal:  # where a frame would be as wide as the longest line may be
+        console.print(f"what the {writer} writes:\n{shown}", markup=False)
+        return
     console.print(Panel(escape(shown), title=escape(f"what the {writer} writes"), border_style="dim"))

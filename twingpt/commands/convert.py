@@ -11,7 +11,7 @@ import typer
 
 from twingpt.commands.help import App
 from twingpt.commands.options import Backend, Device, Json
-from twingpt.commands.output import make_console, print_json
+from twingpt.commands.output import make_console, print_json, print_whole
 from twingpt.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
         layer = re.search(r"\b(?:layers|h)\.(\d+)\.", name)
         if layer is None or layer[1] == "0":
             table.add_row(name, " × ".join(map(str, shape)))
-    console.print(table)
+    print_whole(console, table)
     if config["n_layer"] > 1:
         layers = f"layers 1 to {config['n_layer'] - 1}" if config["n_layer"] > 2 else "layer 1"
         console.print(f"… and so for {layers}")

@@ -11,6 +11,9 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+WIDE = 100_000  # columns: where nothing is to be wrapped
 
 
 def print_json(value: Any) -> None:
@@ -26,11 +29,22 @@ def print_json(value: Any) -> None:
     print(json.dumps(finite(value), allow_nan=False))
 
 
-def make_console() -> Console:
-    """A Rich console on stdout, without Rich's own colours for numbers and paths."""
+def make_console(*, stderr: bool = False) -> Console:
+    """A Rich console, without Rich's own colours for numbers and paths; in a pipe it wraps and cuts nothing."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, highlight=False, width=WIDE, soft_wrap=True)
+    return console
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table that has names for other commands at its own width: a narrower terminal wraps, and cuts nothing."""
+    from rich.segment import Segments
+
+    segments = console.render(table, console.options.update(width=WIDE))
+    console.print(Segments(segments), soft_wrap=True, end="")
 
 
 def ask_to_remove(doomed: Path, size: int) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from twingpt.commands.help import App
 from twingpt.commands.options import Backends, Json, installed_backends
-from twingpt.commands.output import make_console, print_json
+from twingpt.commands.output import make_console, print_json, print_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +80,7 @@ def _print_parity(console: "Console", result: dict[str, Any]) -> None:
             f"{pair['top1_agreement']:.1%}",
             f"{pair['kl']:.1e}",
         )
-    console.print(table)
+    print_whole(console, table)
     verdict = "[green]They agree[/]" if result["ok"] else "[bold red]They differ[/]"
     dtype, limit = result["pairs"][0]["dtype"], f"{result['tolerance']:.0e}"
     console.print(f"{verdict}: in {dtype} a difference may be {limit} of the largest logit.")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from twingpt.commands.output import print_whole
 from twingpt.data.builder import Progress
 from twingpt.data.library import DatasetSummary
 from twingpt.runs.units import beginning, human_bytes, human_count, human_documents, human_time
@@ -76,7 +77,7 @@ def print_list(console: Console, summaries: list[DatasetSummary]) -> None:
             counts = (human_count(row.documents), human_bytes(row.bytes), human_count(row.tokens))
             facts = (*counts, human_count(row.val_tokens), f"{escape(row.tokenizer)} {row.vocab_size:,}")
         table.add_row(escape(row.name), *facts, human_bytes(row.size_bytes))
-    console.print(table)
+    print_whole(console, table)
     for row in summaries:
         if row.error:
             console.print(f"[red]{escape(row.name)}: {escape(row.error)}[/]", soft_wrap=True)
@@ -95,7 +96,7 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
     for row in info["sources"]:
         licence = f", {row['licence']}" if row["licence"] else ""
         files = f"{row['files']} file{'s' * (row['files'] != 1)}, {human_bytes(row['bytes'])}"
-        console.print(escape(f"from {row['source']}: {files}, SHA-256 {row['sha256'][:12]}…{licence}"), soft_wrap=True)
+        console.print(escape(f"from {row['source']}: {files}, SHA-256 {row['sha256']}{licence}"), soft_wrap=True)
     console.print("\n[bold]Tokens of a document[/]")
     most = max((row["documents"] for row in info["histogram"]), default=1)
     for row in info["histogram"]:

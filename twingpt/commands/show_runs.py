@@ -45,9 +45,11 @@ def print_run(console: Console, run: Run, described: dict[str, Any]) -> None:
     """A run's row and checkpoints, its starts, and its configuration, from run.json."""
     print_runs(console, [run])
     console.print()
+    for folder in described["set_aside"]:
+        console.print(f"[bold]set aside[/] {escape(folder)}", soft_wrap=True)
     for row in starts(described):
         text = f"{row['when']} UTC at step {row['step']}: {row['backend']} on {row['device']}; {row['versions']}"
         console.print(f"[bold]start[/] {escape(text)}")
     for title, key in (("model", "config"), ("training", "train"), ("data", "data")):
         text = ", ".join(f"{name} {json.dumps(value)}" for name, value in described[key].items())
-        console.print(f"\n[bold]{title}[/] {escape(text)}")
+        console.print(f"\n[bold]{title}[/] {escape(text)}", soft_wrap=key == "data" or None)

@@ -38,6 +38,7 @@ def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from twingpt.commands.output import print_whole
     from twingpt.runs.units import human_documents, human_share
 
     table, unspelled = Table("tokenizer", box=box.SIMPLE_HEAD), any(row["unspelled"] for row in result["rows"])
@@ -48,5 +49,5 @@ def print_comparison(console: Console, result: Mapping[str, Any]) -> None:
         last = [human_share(row["unspelled"])] * unspelled
         table.add_row(Text(row["tokenizer"]), *figures, f"{row['mb_per_second']:.1f}", *last)
     documents = human_documents(result["documents"])
-    console.print(f"{result['source']}: {result['bytes']:,} bytes in {documents}", markup=False)
-    console.print(table)
+    console.print(f"{result['source']}: {result['bytes']:,} bytes in {documents}", markup=False, soft_wrap=True)
+    print_whole(console, table)

@@ -54,9 +54,6 @@ def train(
         beside = [key for key, value in others.items() if value is not None]
         config = _ask_wizard([*(key for key in given if key != "report_to"), *beside])
         given = {key: given[key] for key in given.keys() & {"report_to"}}
-    from rich.console import Console
-
-    from twingpt.runs import trackers
     from twingpt.runs.console import ConsoleReporter
     from twingpt.training import settings
     from twingpt.training.launch import new_run
@@ -64,31 +61,32 @@ def train(
     from twingpt.training.trainer import Trainer
     from twingpt.weights.formats import open_model
 
-    console = Console(stderr=json_, highlight=False)
+    console = make_console(stderr=json_)
     options, names = settings.gather(config, given, set_ or [])
     where = settings.RunSettings(**{key: options.pop(key) for key in settings.TABLES["run"].keys() & options.keys()})
-    track = trackers.parse(where.report_to or "")
     for key in ("out", "init_from"):
         if resume is not None and getattr(where, key):
             raise UserError(f"--resume goes on in the run's own folder, with its own model: leave out {names[key]}.")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
-    place = (where.backend or "auto", where.device)
     common: dict[str, Any] = {"compile": where.compile, "report_to": where.report_to}
     if resume is not None:
-        state = resume_run(resume, options, *place, stop_after=stop_after, names=names, **common)
+        state = resume_run(resume, options, where.backend, where.device, stop_after=stop_after, names=names, **common)
     else:
         init = open_model(where.init_from).model if where.init_from else None
+        place = (where.backend or "auto", where.device)
         state = new_run(options, Path(where.out) if where.out else None, *place, init=init, **common)
     _print_settings(console, state, options)
     display = ConsoleReporter(console)
-    trainer = Trainer(state, [*trackers.make(track, state.folder), display])
+    trainer = Trainer(state, [display])
     with display.live():
         summary = trainer.fit(stop_after)
     if json_:
         print_json(summary | {"settings": settings.spelled_out(state.config, state.train)})
     else:
         _print_summary(console, summary)
+    if summary["reason"] == "interrupted":
+        raise typer.Exit(trainer.interrupt.exit_code)
 
 
 def _ask_wizard(beside: list[str]) -> Path:

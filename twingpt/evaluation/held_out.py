@@ -65,10 +65,13 @@ class Evaluation:
         return Baseline(step, row.n, row.val_loss, row.bits_per_byte, row.targets) if row else None
 
 
-def evaluate(engine: InferenceEngine, data: Data, batch_size: int, block_size: int, n_batches: int) -> Evaluation:
-    """Evaluate an engine on at most `n_batches` held-out batches of each source of `data` (0: all); waits."""
+def evaluate(engine: InferenceEngine, data: Data, batch_size: int, block_size: int, n_windows: int) -> Evaluation:
+    """Evaluate an engine on the first `n_windows` held-out windows of each source of `data` (0: all); waits.
+
+    `batch_size` is how many of them are computed at a time, and decides nothing else.
+    """
     sources = parts(data)
-    losses = [_source_loss(engine, part.data, batch_size, block_size, n_batches) for part in sources]
+    losses = [_source_loss(engine, part.data, batch_size, block_size, n_windows) for part in sources]
     means = [(loss.nats, loss.bytes_per_token) for loss in losses]
     nats, bytes_per_token = np.average(means, axis=0, weights=[part.share for part in sources]).tolist()
     mean = HeldOutLoss(nats, bytes_per_token, sum(loss.targets for loss in losses))
@@ -76,10 +79,13 @@ def evaluate(engine: InferenceEngine, data: Data, batch_size: int, block_size: i
 
 
 def _source_loss(
-    engine: InferenceEngine, data: TokenDataset, batch_size: int, block_size: int, n_batches: int
+    engine: InferenceEngine, data: TokenDataset, batch_size: int, block_size: int, n_windows: int
 ) -> HeldOutLoss:
     handles, count, size = [], 0, 0.0
-    for tokens, targets in data.validation(batch_size, block_size, n_batches):
+    n_batches = -(-n_windows // batch_size)
+    for i, (tokens, targets) in enumerate(data.validation(batch_size, block_size, n_batches)):
+        if n_windows:
+            targets[n_windows - i * batch_size :] = -1  # padding, so that every batch has one shape
         handles.append(engine.log_probs(tokens, targets))
         counted = targets[targets >= 0]
         count += counted.size
@@ -112,4 +118,4 @@ class HeldOut:
         if config.position != "learned":  # RoPE's angles for a million positions would take gigabytes
             config = dataclasses.replace(config, block_size=min(WINDOW, config.block_size))
         engine = self.engines.InferenceEngine(config, model.stored(), self.device)
-        return _source_loss(engine, self.data, BATCH, min(WINDOW, model.config.block_size), BATCHES).nats
+        return _source_loss(engine, self.data, BATCH, min(WINDOW, model.config.block_size), BATCH * BATCHES).nats

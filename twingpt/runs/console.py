@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
 
 from twingpt.runs.events import (
@@ -23,20 +24,65 @@ from twingpt.runs.events import (
     Sampled,
     Saved,
     SaveFailed,
+    SetAside,
+    SettingReplaced,
     Trained,
 )
 from twingpt.runs.units import beginning, human_bytes, human_count, human_share, human_time
 
-SAMPLE_LINES = 12  # of a sample, blank ones left out; metrics.jsonl has all of it
+SAMPLE_LINES = 12  # of a sample on a terminal, blank ones left out; metrics.jsonl has all of it
 
 
-class _TimeLeft(ProgressColumn):
-    """ETA: the steps left over the run's own speed, which is steadier than the bar's."""
+LEFT_OUT = ("mfu", "memory", "epoch", "speed", "bar", "val", "loss", "step")  # of a line that is too long, in order
+BAR = 6  # columns that the bar has at least
 
-    def render(self, task: Task) -> Text:
-        speed = task.fields["steps_per_second"]
+
+class _ProgressLine(ProgressColumn):
+    """The line of progress, as wide as the terminal: what it has no room for is left out, but never the ETA.
+
+    The ETA is the steps left over the run's own speed, which is steadier than the bar's.
+    """
+
+    def render(self, task: Task) -> RenderableType:
+        fields, speed = task.fields, task.fields["steps_per_second"]
         left = human_time((task.total - task.completed) / speed) if speed and task.total else "–"
-        return Text(f"ETA {left}", style="cyan")
+        parts = {
+            "step": f"[bold]{task.completed:,.0f}[/]/{task.total or 0:,.0f}",
+            "epoch": f"epoch {fields['epoch']}",
+            "bar": " " * BAR,
+            "loss": f"loss [bold green]{fields['loss']}[/]",
+            "val": f"val [bold magenta]{fields['val']}[/]",
+            "speed": f"{fields['speed']} tok/s",
+            "mfu": f"MFU {fields['mfu']}",
+            "memory": fields["memory"],
+            "eta": f"[cyan]ETA {left}[/]",
+        }
+        return _FittedLine({name: Text.from_markup(part) for name, part in parts.items()}, task)
+
+
+class _FittedLine:
+    """Parts of a line in as many columns as there are, the bar in what the others leave."""
+
+    def __init__(self, parts: Mapping[str, Text], task: Task) -> None:
+        self.parts, self.task = parts, task
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        parts = dict(self.parts)
+        for name in LEFT_OUT:
+            if sum(part.cell_len + 2 for part in parts.values()) - 2 > options.max_width:
+                del parts[name]
+        if "bar" in parts:
+            others = sum(part.cell_len + 2 for name, part in parts.items() if name != "bar")
+            parts["bar"] = self._bar(options.max_width - others, options)
+        yield Text("  ").join(parts.values())
+
+    def _bar(self, width: int, options: ConsoleOptions) -> Text:
+        done = int(width * min(1.0, self.task.completed / (self.task.total or 1)))
+        full, empty = "#-" if options.ascii_only else "━─"
+        return Text.assemble((full * done, "bar.complete"), (empty * (width - done), "bar.back"))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(options.max_width, options.max_width)
 
 
 class ConsoleReporter:
@@ -48,15 +94,7 @@ class ConsoleReporter:
         self.closed = False
         self.skipped = 0
         self.baseline = ""
-        self.progress = Progress(
-            TextColumn("[bold]{task.completed:,.0f}[/]/{task.total:,.0f}  epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=None),
-            TextColumn("loss [bold green]{task.fields[loss]}[/]  val [bold magenta]{task.fields[val]}[/]"),
-            TextColumn("{task.fields[speed]} tok/s  MFU {task.fields[mfu]}  {task.fields[memory]}"),
-            _TimeLeft(),
-            console=console,
-            expand=True,
-        )
+        self.progress = Progress(_ProgressLine(), console=console, expand=True)
         self.task = self.progress.add_task(
             "train", total=1, epoch="–", loss="–", val="–", speed="–", mfu="–", memory="", steps_per_second=0.0
         )
@@ -88,14 +126,21 @@ class ConsoleReporter:
         elif isinstance(event, Baseline):
             self._baseline(event)
         elif isinstance(event, Sampled):
-            title = f"a sample after {event.step:,} steps"
-            self.console.print(Panel(escape(beginning(event.text, SAMPLE_LINES)), title=title, border_style="dim"))
+            self._sampled(event)
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
-        elif isinstance(event, DataNoted | MemoryPlanned | SaveFailed | ReporterFailed):
+        elif isinstance(event, DataNoted | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed):
             self.console.print(f"[yellow]{escape(_warning(event))}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
+
+    def _sampled(self, event: Sampled) -> None:
+        title = f"a sample after {event.step:,} steps"
+        if self.console.is_terminal:
+            self.console.print(Panel(escape(beginning(event.text, SAMPLE_LINES)), title=title, border_style="dim"))
+        else:
+            text = beginning(event.text, len(event.text))
+            self.console.print(f"{title}:\n{text}", markup=False, soft_wrap=True)
 
     def _evaluated(self, event: Evaluated) -> None:
         self.progress.update(self.task, val=f"{event.val_loss:.3f}")
@@ -120,20 +165,23 @@ class ConsoleReporter:
         verb = f"goes on after step {event.step:,}" if event.step else "starts"
         self.console.print(
             f"[bold]{escape(event.run)}[/] {verb}: {human_count(event.parameters)} parameters on "
-            f"{event.backend} {event.device} in {event.dtype}"
+            f"{event.backend} {event.device} in {event.dtype}",
+            soft_wrap=True,
         )
         trained = event.max_iters * event.tokens_per_step
         epochs = trained / max(1, event.train_tokens)
         self.console.print(
             f"{escape(event.data)}: {human_count(event.train_tokens)} tokens to train on, "
             f"{human_count(event.val_tokens)} held out, vocabulary {event.vocab_size:,}; "
-            f"{event.max_iters:,} steps of {event.tokens_per_step:,} tokens, {epochs:.1f} epochs"
+            f"{event.max_iters:,} steps of {event.tokens_per_step:,} tokens, {epochs:.1f} epochs",
+            soft_wrap=True,
         )
         for name, source in event.sources.items():
             self.console.print(
                 f"  {escape(name)}: {human_share(source.share)} of the windows, "
                 f"{human_count(source.train_tokens)} tokens to train on, {human_count(source.val_tokens)} held out, "
-                f"{trained * source.share / max(1, source.train_tokens):.1f} epochs"
+                f"{trained * source.share / max(1, source.train_tokens):.1f} epochs",
+                soft_wrap=True,
             )
         if self.console.is_terminal:
             self.progress.start()
@@ -164,7 +212,9 @@ class ConsoleReporter:
             )
 
 
-def _warning(event: DataNoted | MemoryPlanned | SaveFailed | ReporterFailed) -> str:
+def _warning(event: DataNoted | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed) -> str:
+    if isinstance(event, SetAside):
+        return f"What lay after step {event.step:,} is set aside as a run of its own: {event.folder}"
     if isinstance(event, ReporterFailed):
         return f"{event.reporter} failed and reports no more of this run, which goes on: {event.error}"
     return f"step {event.step:,}: {event.message}" if isinstance(event, SaveFailed) else event.message

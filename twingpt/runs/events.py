@@ -172,10 +172,28 @@ class DataNoted:
     message: str
 
 
+@dataclass(frozen=True)
+class SettingReplaced:
+    """What the run was started with isn't available now, and what takes its place, as `message` says."""
+
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """The run goes on from an earlier `step`, and what lay after it is now a run of its own in `folder`."""
+
+    step: int
+    folder: str
+
+
 Event = (
     RunStarted
     | MemoryPlanned
     | DataNoted
+    | SettingReplaced
+    | SetAside
     | Trained
     | Evaluated
     | Baseline

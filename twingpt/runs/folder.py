@@ -12,9 +12,11 @@ from twingpt.core import paths
 from twingpt.core.errors import UserError
 from twingpt.core.locks import is_locked, locked
 from twingpt.core.paths import expand, sync_folder, write_atomically
+from twingpt.runs.events import points, read_events
 
 NAME = re.compile(r"step-\d{8,}")
 RUNS = Path("runs")
+SET_ASIDE = "set-aside"  # a folder of runs: what lay after a step that the run went on from
 # Beside the folder `checkpoints`. run.json is the last, so that a removal that was cut short can be repeated.
 FILES = ("metrics.jsonl", "loss.svg", "report.html", "trackers.json", "best", "latest", "config.toml", "run.json")
 
@@ -22,6 +24,11 @@ FILES = ("metrics.jsonl", "loss.svg", "report.html", "trackers.json", "best", "l
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where a run keeps the checkpoint after `step` steps."""
     return run / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def point(run: Path, pointer: str, folder: Path) -> None:
@@ -141,6 +148,19 @@ def owner(name: str | Path) -> Path:
     return run
 
 
+def _why_no_best(run: Path) -> str:
+    """Why no checkpoint is a run's best, as part of a sentence."""
+    if (run / "best").exists():
+        named = pointed(run, "best")
+        return f", as {named.name}, which was it, is gone" if named else ", as its file best is damaged"
+    losses = points(read_events(run / "metrics.jsonl"), "evaluated", "val_loss")
+    if not losses:
+        return ", as it has not been evaluated"
+    step, loss = min(losses, key=lambda point: point[1])
+    there = "its file best is missing" if checkpoint_folder(run, int(step)).is_dir() else "there is none of it"
+    return f", as its lowest held-out loss, {loss:.4f}, was at step {step:,} and {there}"
+
+
 def resolve(path: str | Path) -> Path:
     """A checkpoint's folder: the one given, or of a run its latest; RUN@best and RUN@STEP name others."""
     folder = expand(path)
@@ -160,7 +180,8 @@ def resolve(path: str | Path) -> Path:
     else:
         raise UserError(f"{path} is no checkpoint: after @ give latest, best or a step.")
     if found is None or not found.is_dir():
-        steps = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in checkpoints(run))
+        steps = ", ".join(str(step_of(folder)) for folder in checkpoints(run))
         rest = f"it has those of the steps {steps}, as {run}@STEP" if steps else "it has none yet"
-        raise UserError(f"The run {run} has no checkpoint {which}: {rest}.")
+        why = _why_no_best(run) if which == "best" else ""
+        raise UserError(f"The run {run} has no checkpoint {which}{why}: {rest}.")
     return found

@@ -18,12 +18,17 @@ from twingpt.core.paths import sync_folder
 from twingpt.core.reading import read_json
 from twingpt.runs import folder as runs
 
-FOLDERS = ("checkpoints", "tensorboard", "wandb")  # what training and its trackers write beside runs.FILES
+FOLDERS = (
+    "checkpoints",
+    "tensorboard",
+    "wandb",
+    runs.SET_ASIDE,
+)  # what training and its trackers write beside runs.FILES
 
 
 @dataclass(frozen=True)
 class SavedStep:
-    """A checkpoint: losses are those last measured before it, `error` is what is wrong with it."""
+    """A checkpoint: losses are its own, None where it was not evaluated; `error` is what is wrong with it."""
 
     step: int
     path: str
@@ -123,8 +128,11 @@ def _checkpoint(folder: Path, latest: Path | None, best: Path | None) -> SavedSt
             error = "manifest.json is missing"
     except UserError as problem:
         error = str(problem)
+    step = runs.step_of(folder)
+    if state.get("evaluated_at", step) != step:  # what was measured before it; the oldest versions don't say when
+        state |= {"val_loss": None, "val_bpb": None}
     return SavedStep(
-        step=int(folder.name.removeprefix("step-")),
+        step=step,
         path=str(folder),
         val_loss=_number(state.get("val_loss")),
         val_bpb=_number(state.get("val_bpb")),
@@ -246,14 +254,16 @@ def select(
 
 
 def describe(name: str) -> tuple[Run, dict[str, Any]]:
-    """A run's row, and config, train, data and starts of its run.json, empty where they are damaged."""
+    """A run's row, config, train, data and starts of its run.json, empty where damaged, and runs set aside in it."""
     run = runs.owner(name)
     try:
         described = _read(run / "run.json")
     except UserError as problem:
         raise UserError(f"{run}: {problem}, so the run can't be shown; its checkpoints may be whole.") from None
     parts: dict[str, Any] = {key: _dict(described.get(key)) for key in ("config", "train", "data")}
-    return inspect(run), {**parts, "starts": [start for start in _list(described.get("starts")) if _dict(start)]}
+    starts = [start for start in _list(described.get("starts")) if _dict(start)]
+    aside = sorted(str(folder.parent) for folder in (run / runs.SET_ASIDE).glob("*/run.json"))
+    return inspect(run), {**parts, "starts": starts, "set_aside": aside}
 
 
 def starts(described: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -292,18 +302,34 @@ def to_remove(name: str) -> tuple[Path, Path | None]:
 
 def remove_checkpoint(run: Path, folder: Path) -> None:
     """Remove a checkpoint of a run, after `latest` and `best` name others that are left, or nothing."""
-    left = [_checkpoint(path, None, None) for path in runs.checkpoints(run) if path != folder]
-    measured = [one for one in left if one.val_loss is not None and not one.error]
-    before = [one for one in left if Path(one.path) < folder]
-    heirs = {"latest": (before or left)[-1:], "best": sorted(measured, key=lambda one: one.val_loss or 0.0)[:1]}
-    for pointer, heir in heirs.items():
-        if runs.pointed(run, pointer) == folder:
-            if heir:
-                runs.point(run, pointer, Path(heir[0].path))
-            else:
-                (run / pointer).unlink()
+    left = [path for path in runs.checkpoints(run) if path != folder]
+    before, written = [path for path in left if path < folder], runs.written(run)
+    if runs.pointed(run, "best") == folder:
+        point_best(run, left)
+    if runs.pointed(run, "latest") == folder:
+        if heir := (before or left)[-1:]:
+            runs.point(run, "latest", heir[0])
+            os.utime(run / "latest", (written, written))  # or the run would be the one last trained
+        else:
+            (run / "latest").unlink()
     runs.remove_checkpoint(folder)
     sync_folder(folder.parent)
+
+
+def point_best(run: Path, among: Iterable[Path]) -> None:
+    """Let `best` name the checkpoint of the lowest held-out loss of its own, or nothing where none has one."""
+    saved = [_checkpoint(folder, None, None) for folder in among]
+    measured = [one for one in saved if one.val_loss is not None and not one.error]
+    if measured:
+        runs.point(run, "best", Path(min(measured, key=lambda one: one.val_loss or 0.0).path))
+    else:
+        (run / "best").unlink(missing_ok=True)
+
+
+def best_loss(run: Path, last: Path) -> float | None:
+    """The held-out loss of the checkpoint that `best` names; None where it names none up to `last`."""
+    best = runs.pointed(run, "best")
+    return _checkpoint(best, None, best).val_loss if best and best.is_dir() and best <= last else None
 
 
 def remove_run(run: Path) -> list[str]:

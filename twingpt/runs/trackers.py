@@ -23,22 +23,38 @@ Report = Callable[[Any, Event], None]
 
 LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 IDS = "trackers.json"  # in the run's folder: what W&B and MLflow call the run
+CONTINUES = "continues"  # in IDS: what the run was called whose later steps were set aside
+MLFLOW_PARENT = "mlflow.parentRunId"  # the tag by which its pages show a run below another
 PROJECT = "twingpt"
 MLFLOW_STATUS = {"finished": "FINISHED", "stop-after": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
-def parse(text: str) -> list[str]:
-    """The names in a comma-separated list; UserError for an unknown one, or one whose library isn't there."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+def split(text: str | None) -> list[str]:
+    """The names in a comma-separated list, each once; none for None, "" and "none"."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    return [] if names == ["none"] else list(dict.fromkeys(names))
+
+
+def parse(text: str | None) -> list[str]:
+    """The names of `split`; UserError for an unknown one, or one whose library isn't there."""
+    names = split(text)
     for name in names:
         if name not in LIBRARIES:
             raise unknown_choice("--report-to", name, LIBRARIES)
-        spec = importlib.util.find_spec(LIBRARIES[name])
-        if spec is None or spec.origin is None:  # no origin: a folder ./wandb or ./mlflow, not the library
-            raise UserError(
-                f'--report-to {name} needs {LIBRARIES[name]}, which is not installed: pip install "twingpt[{name}]".'
-            )
-    return list(dict.fromkeys(names))
+        if not installed(name):
+            raise UserError(f"--report-to {name} needs {how_to_install(name)}.")
+    return names
+
+
+def installed(name: str) -> bool:
+    """Whether a tracker's library is there; does not import it."""
+    spec = importlib.util.find_spec(LIBRARIES[name])
+    return spec is not None and spec.origin is not None  # no origin: a folder ./wandb or ./mlflow, not the library
+
+
+def how_to_install(name: str) -> str:
+    """What a tracker whose library is missing needs, as part of a sentence."""
+    return f'{LIBRARIES[name]}, which is not installed: pip install "twingpt[{name}]"'
 
 
 def make(names: Iterable[str], run: Path) -> list[Reporter]:
@@ -100,7 +116,27 @@ def _read_ids(run: Path) -> dict[str, str]:
 
 def _remember(run: Path, name: str, id: str) -> None:
     """Keep what a tracker calls the run, for the next start."""
-    write_atomically(run / IDS, json.dumps(_read_ids(run) | {name: id}, indent=2))
+    _write_ids(run, _read_ids(run) | {name: id}, _continued(run))
+
+
+def _write_ids(run: Path, ids: Mapping[str, str], continued: Mapping[str, Any]) -> None:
+    content = {**ids, CONTINUES: continued} if continued else ids
+    write_atomically(run / IDS, json.dumps(content, indent=2))
+
+
+def begin_anew(run: Path, step: int) -> None:
+    """Let W&B and MLflow begin new runs at the next start, that name the old ones: a curve of theirs only goes up."""
+    if ids := _read_ids(run):
+        _write_ids(run, {}, {**_continued(run), **ids, "step": step})
+
+
+def _continued(run: Path) -> dict[str, Any]:
+    """By tracker the id of the run that this one goes on from, and under "step" after how many steps."""
+    try:
+        found = read_json(run / IDS)[CONTINUES]
+    except (UserError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else {}
 
 
 def _for_good(report: Report) -> Report:
@@ -177,14 +213,16 @@ class WandbReporter:
     def _start(self) -> None:
         import wandb
 
-        id = _read_ids(self.run).get("wandb")
+        id, before = _read_ids(self.run).get("wandb"), _continued(self.run)
+        link = {"continues": before["wandb"], "continues_at_step": before["step"]} if before.get("wandb") else {}
         self.tracked = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             dir=None if os.environ.get("WANDB_DIR") else str(self.run),
             name=os.environ.get("WANDB_NAME", self.run.resolve().name),
             id=id,
             resume="allow" if id else None,
-            config=_configuration(self.run),
+            config=_configuration(self.run) | link,
+            notes="Goes on from step {continues_at_step} of the run {continues}.".format(**link) if link else None,
             settings=wandb.Settings(console="off"),  # the terminal has a live bar, which is no log
         )
         # W&B's own counter only goes up, and a run may be resumed from an earlier step.
@@ -240,7 +278,9 @@ class MLflowReporter:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = self.client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self.client.create_experiment(name)
-        self.id = self.client.create_run(experiment, run_name=self.run.resolve().name).info.run_id
+        before = _continued(self.run)
+        link = {MLFLOW_PARENT: before["mlflow"], "continues_at_step": str(before["step"])} if "mlflow" in before else {}
+        self.id = self.client.create_run(experiment, run_name=self.run.resolve().name, tags=link).info.run_id
         settings = [Param(key, str(value)) for key, value in _configuration(self.run).items()]
         self.client.log_batch(self.id, params=settings)
         _remember(self.run, "mlflow", self.id)

@@ -18,7 +18,8 @@ from twingpt.core.errors import UserError
 from twingpt.core.paths import write_atomically
 from twingpt.data import mixture
 from twingpt.runs.events import Saved, rewind
-from twingpt.runs.folder import point, remove_leftovers
+from twingpt.runs.folder import checkpoint_folder, point, remove_leftovers
+from twingpt.runs.set_aside import set_aside
 from twingpt.runs.trackers import IDS
 from twingpt.training import settings
 from twingpt.training.state import Progress, RunState
@@ -42,12 +43,18 @@ def start_entry(step: int, backend: Backend, device: Device) -> dict[str, Any]:
 
 
 def run_json(state: RunState) -> str:
-    """run.json: the resolved configuration, the data's folder and fingerprint, and every start."""
+    """run.json: the resolved configuration, the data's folder and fingerprint, how it was started, and every start."""
     content = {
         "schema": SCHEMA,
         "config": state.config.to_dict(),
         "train": state.train.to_dict(),
-        "data": {"folder": mixture.folders(state.data), "fingerprint": state.data.fingerprint},
+        "data": {
+            "folder": mixture.folders(state.data),
+            "fingerprint": state.data.fingerprint,
+            "tokenizer": state.data.tokenizer.digest,
+        },
+        "evaluation": {"windows": state.eval_windows, "batch_size": state.eval_batch_size},
+        "setup": dataclasses.asdict(state.setup),
         "init_from": state.init_from,
         "starts": state.starts,
     }
@@ -62,19 +69,24 @@ def clear_folder(run: Path, *, new: bool) -> None:
             (run / name).unlink(missing_ok=True)
 
 
-def rewind_folder(run: Path, saved: Checkpoint | None, progress: Progress) -> None:
-    """Make `latest` and metrics.jsonl of a run what they were when `saved` was, or before the first step (None)."""
+def rewind_folder(run: Path, saved: Checkpoint | None, progress: Progress) -> Path | None:
+    """Make `latest` and metrics.jsonl of a run what they were when `saved` was, or before the first step (None).
+
+    Where the run had been saved at a later step, all of that is set aside; where to, or None.
+    """
     if saved is None:
         clear_folder(run, new=False)
-        return
+        return None
     again = {"evaluated": progress.evaluated_at, "sampled": progress.sampled_at}
     with _write_errors(run):
+        aside = set_aside(run, checkpoint_folder(run, progress.step))
         point(run, "latest", saved.folder)  # what came after it will be written again
         events = [event for event, step in again.items() if step != progress.step]
         rewind(run / "metrics.jsonl", Saved(progress.step, str(saved.folder)), events)
+    return aside
 
 
-def describe(state: RunState, *, compile: bool | None, report_to: str | None) -> None:
+def describe(state: RunState) -> None:
     """Write run.json, and config.toml with which the same run starts again; UserError where that can't be done."""
     run = state.folder
     with _write_errors(run):
@@ -83,9 +95,9 @@ def describe(state: RunState, *, compile: bool | None, report_to: str | None) ->
     values = {
         "backend": state.backend.NAME,
         "device": state.device.name,
-        "compile": compile,
+        "compile": state.setup.compile,
         "init_from": state.init_from,
-        "report_to": report_to,
+        "report_to": state.setup.report_to,
     }
     where = {key: value for key, value in values.items() if value is not None}
     settings.write(run / "config.toml", settings.spelled_out(state.config, state.train) | where, AGAIN)

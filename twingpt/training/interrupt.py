@@ -16,8 +16,18 @@ class Interrupt:
     """A context in which the first of SIGNALS sets `requested`; the next one acts as usual."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.number: int | None = None  # of the signal that came
         self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self.number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM; 0 if none came."""
+        return 0 if self.number is None else 128 + self.number
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:
@@ -31,7 +41,7 @@ class Interrupt:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.number = number
         self._restore()
 
     def _restore(self) -> None:

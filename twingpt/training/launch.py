@@ -13,6 +13,7 @@ from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand
 from twingpt.data import mixture
 from twingpt.data.mixture import Data
+from twingpt.runs import trackers
 from twingpt.runs.folder import check_untrained, checkpoints
 from twingpt.training import memory
 from twingpt.training.describe import clear_folder, describe, start_entry
@@ -20,7 +21,7 @@ from twingpt.training.engine import make_engine
 from twingpt.training.flops import peak
 from twingpt.training.recipes import FINE_TUNING, Options, adapted, cropped, resolve, with_end_of_text
 from twingpt.training.settings import MODEL_FIELDS
-from twingpt.training.state import RunState
+from twingpt.training.state import RunState, Setup
 
 
 def new_run(
@@ -36,11 +37,11 @@ def new_run(
 ) -> RunState:
     """A new run in `out`, or in a folder of its own under runs/, with the options of `resolve`; not yet trained.
 
-    It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`), and
-    `report_to` is noted in its config.toml. Raises UserError for anything that can't be, such as a `vocab_size` that
-    isn't the tokenizer's; then nothing has been written but the prepared data.
+    It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`), and reports to the
+    trackers that `report_to` names. Raises UserError for anything that can't be, such as a `vocab_size` that isn't the
+    tokenizer's; then nothing has been written but the prepared data.
     """
-    chosen = set(options)
+    chosen, tracked = set(options), trackers.parse(report_to)
     if init:
         model = adapted(init.config, options)
         options = FINE_TUNING | {key: value for key, value in options.items() if key not in MODEL_FIELDS}
@@ -58,6 +59,7 @@ def new_run(
         )
     config, train = resolve(options, target, data.tokenizer.vocab_size)
     config = with_end_of_text(model, data.tokenizer) if init else config
+    eval_batch_size = train.batch_size
     train, notes = memory.plan(config, train, engines.NAME, target, engines.free_memory(target), chosen)
     data.check(config, evaluated=train.eval_interval > 0)
     state = RunState(
@@ -69,6 +71,9 @@ def new_run(
         device=target,
         engine=make_engine(config, train, engines, target, compile=compile),
         peak=peak(engines, target, train.dtype),
+        setup=Setup(engines.NAME, device, compile, report_to),
+        trackers=tracked,
+        eval_batch_size=eval_batch_size,
         starts=[start_entry(0, engines, target)],
         notes=notes,
         init_from=str(init.folder) if init else None,
@@ -76,7 +81,7 @@ def new_run(
     state.engine.load(cropped(init.parameters(), config) if init else initialise(config, train.seed))
     _check_free(run)  # another may have begun it while data were prepared
     clear_folder(run, new=True)
-    describe(state, compile=compile, report_to=report_to)
+    describe(state)
     return state
 
 

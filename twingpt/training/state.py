@@ -53,13 +53,30 @@ class Progress:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """Where and how a run trains beside its configurations, as it was asked for: `setup` in run.json.
+
+    `backend` is the one that was chosen, and `device` None for that backend's best; `compile` None leaves it to the
+    device. `report_to` are trackers' names, with commas. Of what a command asks for, None is as the run has it.
+    """
+
+    backend: str | None = None
+    device: str | None = None
+    compile: bool | None = None
+    report_to: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class RunState:
     """A run that is ready to train, new or resumed: its engine holds the parameters and optimizer state.
 
-    `starts` describe each start of the run for run.json, this one last. `notes` say what was changed to fit the
-    device's memory. `init_from` names the model that the run was fine-tuned from. `saved_at` is the step of the
-    checkpoint that it goes on from, -1 for none, and `seconds_before` is the time that earlier starts took.
+    `setup` is kept for the next start, and `trackers` are those of it that can be had now. `eval_batch_size` is the
+    batch size asked for, of which an evaluation has `eval_iters`. `starts` describe each start of the run for run.json,
+    this one last. `notes` say what was changed to fit the device's memory, and `replaced` what the run was started
+    with and isn't available now; `set_aside` is where what lay after the step went. `init_from` names the model that
+    the run was fine-tuned from. `saved_at` is the step of the checkpoint that it goes on from, -1 for none, and
+    `seconds_before` is the time that earlier starts took.
     """
 
     folder: Path
@@ -70,8 +87,13 @@ class RunState:
     device: Device
     engine: TrainEngine
     peak: Peak | None
+    setup: Setup
+    trackers: Sequence[str]
+    eval_batch_size: int
     starts: Sequence[Mapping[str, Any]]
     notes: Sequence[str] = ()
+    replaced: Sequence[str] = ()
+    set_aside: Path | None = None
     init_from: str | None = None
     progress: Progress = field(default_factory=Progress)
     baseline: Baseline | None = None
@@ -87,6 +109,11 @@ class RunState:
     def tokens_per_step(self) -> int:
         """Tokens in an optimizer step."""
         return self.windows_per_step * self.config.block_size
+
+    @property
+    def eval_windows(self) -> int:
+        """Held-out windows of each source that an evaluation sees, whatever the micro-batch; 0 for the whole split."""
+        return self.train.eval_iters * self.eval_batch_size
 
     def epoch(self, step: int) -> float:
         """Passes through the training data in the first `step` steps."""

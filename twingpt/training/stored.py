@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from twingpt.core.reading import read_json
 from twingpt.data import mixture
 from twingpt.data.mixture import Data
 from twingpt.runs.folder import find_run, latest, owner, resolve
+from twingpt.training import settings
+from twingpt.training.state import Setup
 
 Array = np.ndarray
 
@@ -26,7 +28,8 @@ class StoredRun:
     """A run read from its folder: what run.json says, and the checkpoint to go on from.
 
     `config` and `train` are the configurations of its last start, as JSON values; `data_folder` is that of the
-    prepared data, or of each source of a mixture. `checkpoint` is None where the run was killed before its first.
+    prepared data, or of each source of a mixture. `eval_batch_size` and `setup` are as in RunState. `checkpoint` is
+    None where the run was killed before its first.
     """
 
     folder: Path
@@ -34,6 +37,8 @@ class StoredRun:
     train: dict[str, Any]
     data_folder: str | Sequence[str]
     data_fingerprint: str
+    eval_batch_size: int
+    setup: Setup
     init_from: str | None
     starts: Sequence[dict[str, Any]]
     checkpoint: Checkpoint | None
@@ -52,6 +57,8 @@ class StoredRun:
             described["train"],
             described["data"]["folder"],
             described["data"]["fingerprint"],
+            _eval_batch_size(described),
+            _read_setup(run, described),
             described.get("init_from"),
             described["starts"],
             checkpoint,
@@ -105,6 +112,28 @@ def read_run_json(run: Path) -> dict[str, Any]:
     raise UserError(f"{run / 'run.json'} is not what twingpt wrote: the run can't be resumed.")
 
 
+def _eval_batch_size(described: Mapping[str, Any]) -> int:
+    """The batch size of which an evaluation has `eval_iters`; of an older version, that of the run's micro-batches."""
+    evaluation = described.get("evaluation")
+    size = evaluation.get("batch_size") if isinstance(evaluation, dict) else None
+    return size if type(size) is int and size > 0 else TrainConfig.from_dict(described["train"]).batch_size
+
+
+def _read_setup(run: Path, described: Mapping[str, Any]) -> Setup:
+    """Where and how a run trains; an older version has it in config.toml alone, which may be gone."""
+    found = described.get("setup")
+    if not isinstance(found, dict):
+        try:
+            found = settings.read(run / "config.toml")
+        except UserError:
+            found = {}
+    start = described["starts"][-1] if described["starts"] else {}
+    kinds = {"backend": str, "device": str, "compile": bool, "report_to": str}
+    kept = {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}
+    last = start.get("backend") if isinstance(start, dict) else None
+    return Setup(**{"backend": last if isinstance(last, str) else None} | kept)
+
+
 def open_named_data(names: Sequence[str], tokenizer: str | None, vocab_size: int | None) -> tuple[Data, int | None]:
     """The data of a run, or of what --data may name, and how many held-out tokens of each source it evaluates on.
 
@@ -124,7 +153,7 @@ def open_named_data(names: Sequence[str], tokenizer: str | None, vocab_size: int
     run = StoredRun.open(name)
     config, train = GPTConfig.from_dict(run.config), TrainConfig.from_dict(run.train)
     data = run.open_data(train, run.data_fingerprint, moved=False)
-    return data, train.eval_iters * train.batch_size * config.block_size or None
+    return data, train.eval_iters * run.eval_batch_size * config.block_size or None
 
 
 def _find(name: str) -> tuple[Path, Checkpoint | None]:

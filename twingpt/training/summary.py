@@ -8,7 +8,16 @@ from typing import Any
 
 from twingpt.core.parameters import parameter_count
 from twingpt.data.mixture import Mixture, parts
-from twingpt.runs.events import Baseline, DataNoted, Event, MemoryPlanned, MixedSource, RunStarted
+from twingpt.runs.events import (
+    Baseline,
+    DataNoted,
+    Event,
+    MemoryPlanned,
+    MixedSource,
+    RunStarted,
+    SetAside,
+    SettingReplaced,
+)
 from twingpt.runs.folder import checkpoint_folder
 from twingpt.training.flops import mfu
 from twingpt.training.meter import Meter
@@ -16,7 +25,7 @@ from twingpt.training.state import RunState, finite
 
 
 def start_events(state: RunState) -> Iterator[Event]:
-    """The events that a start of a run begins with: RunStarted, notes, and the baseline if it is known."""
+    """The events that a start of a run begins with: RunStarted, what is not as it was, and a known baseline."""
     step, manifest = state.progress.step, state.data.manifest
     yield RunStarted(
         step=step,
@@ -35,6 +44,10 @@ def start_events(state: RunState) -> Iterator[Event]:
     )
     for part in parts(state.data) if step == 0 else ():
         yield from (DataNoted(step, f"{part.name}: {note}") for note in part.data.manifest.get("notes", ()))
+    for message in state.replaced:
+        yield SettingReplaced(step, message)
+    if state.set_aside:
+        yield SetAside(step, str(state.set_aside))
     for note in state.notes:
         yield MemoryPlanned(step, note)
     if state.baseline:

@@ -16,6 +16,7 @@ from twingpt.data.prefetch import Prefetcher
 from twingpt.evaluation.held_out import evaluate
 from twingpt.inference.language_model import LanguageModel
 from twingpt.runs import folder as runs
+from twingpt.runs import trackers
 from twingpt.runs.events import Evaluated, Reporter, RunEnded, Sampled
 from twingpt.runs.reporters import Reporters, folder_reporters
 from twingpt.training import memory
@@ -34,13 +35,15 @@ SAMPLE_TOKENS = 120
 class Trainer:
     """The training loop of one run: optimizer steps, and the evaluations, samples and checkpoints between them.
 
-    Its events go to metrics.jsonl, loss.svg and report.html in the run's folder, then to `reporters`.
+    Its events go to metrics.jsonl, loss.svg and report.html in the run's folder, its trackers, then to `reporters`.
     """
 
     def __init__(self, state: RunState, reporters: Sequence[Reporter] = ()) -> None:
         self.state, self.train, self.engine, self.baseline = state, state.train, state.engine, state.baseline
         self.progress = dataclasses.replace(state.progress)
-        self.report = Reporters([*folder_reporters(state.folder), *reporters], lambda: self.progress.step).report
+        tracked = trackers.make(state.trackers, state.folder)
+        everyone = [*folder_reporters(state.folder), *tracked, *reporters]
+        self.report = Reporters(everyone, lambda: self.progress.step).report
         run, tokenizer = state.folder, state.data.tokenizer
         self.saver = Saver(run, state.config, tokenizer, self.train.keep, self.report, run_json(state), state.saved_at)
         self.meter = Meter(state, self.progress)
@@ -50,9 +53,9 @@ class Trainer:
     def fit(self, stop_after: int | None = None) -> dict[str, Any]:
         """Train to the end of the schedule, or to `stop_after` steps, saving at the end; the run's summary.
 
-        SIGINT and SIGTERM end it after what is under way, saved. A checkpoint that can't be saved waits
-        while training goes on. Raises UserError for a loss that is not finite, for want of memory, where the
-        last checkpoint can't be saved in the end, or where another process trains the run.
+        SIGINT and SIGTERM end it after what is under way, saved, and `interrupt.exit_code` tells which it was. A
+        checkpoint that can't be saved waits while training goes on. Raises UserError for a loss that is not finite,
+        for want of memory, where the last checkpoint can't be saved in the end, or another process trains it.
         """
         with runs.training(self.state.folder), self.interrupt, self._memory_errors():
             for event in start_events(self.state):
@@ -114,7 +117,7 @@ class Trainer:
         step = progress.step
         if train.eval_interval and step % train.eval_interval == 0 and progress.evaluated_at != step:
             improved = self._evaluate()
-            if improved and step:
+            if improved and (step or self.saver.holds(0)):  # a fine-tuned model as it was may stay the best
                 self._save()
         if step and train.sample_interval and step % train.sample_interval == 0 and progress.sampled_at != step:
             self._sample()
@@ -139,10 +142,10 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Report the held-out loss, after what n-grams reach where that is new; whether it is the best so far."""
-        state, train, progress = self.state, self.train, self.progress
+        state, progress = self.state, self.progress
         with self.meter.stopped():
             engine, block_size = self.engine.inference(), state.config.block_size
-            found = evaluate(engine, state.data, train.batch_size, block_size, train.eval_iters)
+            found = evaluate(engine, state.data, self.train.batch_size, block_size, state.eval_windows)
         loss, bpb = found.mean.nats, found.mean.bits_per_byte
         if not math.isfinite(loss):
             self._report_training(leave=0)  # which names the step where that was not finite either

@@ -100,7 +100,7 @@ def _export(
         quantization=quantization,
         quantized=quantized,
         ids=_ids(model, settings, tokenizer),
-        texts=_settings_text(model, settings) | {"README.md": card(opened, to, quantization)},
+        texts=_settings_text(model, settings) | {"README.md": card(opened, to, quantization, tokenizer)},
     )
 
 
@@ -189,21 +189,55 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def card(opened: OpenedModel, to: str, quantization: Quantization | None) -> str:
+def card(opened: OpenedModel, to: str, quantization: Quantization | None, tokenizer: Tokenizer | None) -> str:
     """A model card: what the model is, where it came from, and how it is used."""
-    config, name = opened.model.config, opened.model.folder.name
+    config = opened.model.config
     library = {"hf": "transformers", "mlx": "mlx"}.get(to, "twingpt")
     bits = f", {quantization.bits} bits in groups of {quantization.group_size}" if quantization else ""
-    use = {
-        "hf": 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
-        "mlx": 'import mlx_lm\n\nmodel, tokenizer = mlx_lm.load("FOLDER")',
-    }.get(to, 'import twingpt\n\nmodel = twingpt.load("FOLDER")\nprint(model.generate("Once"))')
     return (
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- twingpt\n- {opened.family}\n---\n\n"
-        f"# {name}\n\n"
+        f"# {_title(opened.model.folder)}\n\n"
         f"A language model of the {opened.family} family: {parameter_count(config):,} parameters, "
         f"{config.n_layer} layers, {config.n_embd} wide, a context of {config.block_size:,} tokens, "
         f"a vocabulary of {config.vocab_size:,}{bits}.\n\n"
-        f"Converted from the {opened.format} format by TwinGPT's `gpt convert`.\n\n"
-        f"```python\n{use}\n```\n"
+        f"Converted from the {opened.format} format by TwinGPT's `gpt convert`. In this folder it runs as\n\n"
+        f"```python\n{_example(library, tokenizer)}\n```\n"
     )
+
+
+def _title(folder: Path) -> str:
+    """A model's name: that of the run whose checkpoint it is, or of its folder."""
+    whole = folder.resolve()
+    return (whole.parent.parent if whole.parent.name == "checkpoints" else whole).name
+
+
+def _example(library: str, tokenizer: Tokenizer | None) -> str:
+    """Python that generates with the model in the present folder, from a text or, without a tokenizer, from an id."""
+    prompt = repr(_first_words(tokenizer)) if tokenizer else "[0]"
+    if library == "mlx":
+        rest = f"print(mlx_lm.generate(model, tokenizer, prompt={prompt}, max_tokens=20))"
+        return f'import mlx_lm\n\nmodel, tokenizer = mlx_lm.load(".")\n{rest}'
+    if library == "twingpt":
+        rest = f"print(model.generate({prompt}, 20))" if tokenizer else "print(model.logits([[0]]).shape)"
+        return f'import twingpt\n\nmodel = twingpt.load(".")\n{rest}'
+    load = 'model = AutoModelForCausalLM.from_pretrained(".")'
+    if not tokenizer:
+        return (
+            f"import torch\nfrom transformers import AutoModelForCausalLM\n\n{load}\n"
+            "print(model.generate(torch.tensor([[0]]), max_new_tokens=20))"
+        )
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'{load}\ntokenizer = AutoTokenizer.from_pretrained(".")\n'
+        f'inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"
+    )
+
+
+def _first_words(tokenizer: Tokenizer) -> str:
+    """A prompt that the tokenizer can encode."""
+    try:
+        tokenizer.encode("Once")
+    except UserError:  # an alphabet without those letters
+        return next(text for token in range(tokenizer.vocab_size) if (text := tokenizer.decode([token]).strip()))
+    return "Once"

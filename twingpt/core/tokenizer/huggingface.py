@@ -116,7 +116,7 @@ class HuggingFaceTokenizer(Tokenizer):
     an end-of-text token gets END_OF_TEXT as its last id.
     """
 
-    kind = "foreign"
+    kind = "huggingface"
 
     def __init__(self, content: Json, settings: Json, name: str) -> None:
         self._content = content
