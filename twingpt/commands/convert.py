@@ -27,6 +27,7 @@ app = typer.Typer()
     "gpt convert path/to/Llama-3.2-1B llama --q-bits 4 --data tinystories\n\n"
     "gpt convert nanoGPT/out/ckpt.pt shakespeare --tokenizer nanoGPT/data/shakespeare_char/meta.pkl\n\n"
     "gpt convert runs/novel novel.gguf\n\n"
+    "gpt convert runs/novel novel-hf --dtype bfloat16\n\n"
     "gpt convert path/to/Qwen3-0.6B --inspect\n"
 )
 def convert(
@@ -46,6 +47,10 @@ def convert(
     ] = None,
     q_bits: Annotated[int | None, typer.Option(help="Quantize the matrices to 4 or 8 bits.")] = None,
     q_group_size: Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64 or 128.")] = 64,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What hf, mlx, torch and gguf hold: float32, bfloat16 or float16. (default: float32)"),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="With --q-bits: measure the held-out loss before and after on these data.")
     ] = None,
@@ -84,7 +89,9 @@ def convert(
         hint = "the result takes no text; give it one by --tokenizer, of nanoGPT the meta.pkl of its data."
         print(f"gpt: {model} has no tokenizer: {hint}", file=sys.stderr)
     with _conversion_bar(opened.model.config, json_) as progress:
-        result = conversion.convert(opened, folder, to, quantization, tokenizer=given, force=force, progress=progress)
+        result = conversion.convert(
+            opened, folder, to, quantization, dtype=dtype, tokenizer=given, force=force, progress=progress
+        )
     if held_out:
         before, after = (held_out.loss(model) for model in (opened.model, open_model(folder).model))
         result |= {"val_loss": before, "val_loss_quantized": after}
@@ -123,7 +130,7 @@ def _conversion_bar(config: "GPTConfig", quiet: bool) -> Iterator[Callable[[int]
 def _print_conversion(result: dict[str, Any]) -> None:
     from twingpt.core.units import human_bytes, human_count
 
-    numbers = "{bits} bits".format(**result["quantization"]) if result["quantization"] else "float32"
+    numbers = "{bits} bits".format(**result["quantization"]) if result["quantization"] else result["dtype"]
     print(
         f"{result['target']}: {result['family']} as {result['target_format']}, "
         f"{human_count(result['parameters'])} parameters in {numbers}, "

@@ -17,6 +17,7 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
 from twingpt.core.tokenizer import Tokenizer
+from twingpt.weights.dtypes import DTYPES
 from twingpt.weights.export import Export
 from twingpt.weights.families import family_for
 from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel
@@ -34,6 +35,7 @@ def convert(
     to: str | None = None,
     quantization: Quantization | None = None,
     *,
+    dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
@@ -41,10 +43,11 @@ def convert(
     """Write a model in the format `to` at `folder`, atomically; what was written, as `gpt convert --json` prints it.
 
     Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
-    Hugging Face directory, and any other one of ours. A `tokenizer` takes the place of the model's own.
-    `progress` is told the bytes of each parameter as it passes. Raises UserError, before anything is written,
-    for a format that can't hold the model, a tokenizer of more ids than it has, and for a `folder` that exists,
-    unless it holds a model and `force` is given.
+    Hugging Face directory, and any other one of ours. With a `dtype` the parameters are stored in it, those of a
+    quantized model too; without one in float32. A `tokenizer` takes the place of the model's own. `progress` is
+    told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a format that
+    can't hold the model or the dtype, a tokenizer of more ids than it has, and for a `folder` that exists, unless it
+    holds a model and `force` is given; UserError too for a number that the dtype has not.
     """
     model = opened.model
     usual = HuggingFace.target if opened.format == TwinGPT.name and not quantization else TwinGPT.target
@@ -53,6 +56,8 @@ def convert(
         raise unknown_choice("format", to, tuple(WRITABLE))
     if quantization:
         _check_quantization(quantization, model.config, to)
+    if dtype:
+        _check_dtype(dtype, quantization, to)
     folder = expand(folder)
     check_place(folder, model.folder, force=force)
     place = folder.resolve() if folder.is_symlink() else folder  # the link stays
@@ -60,7 +65,7 @@ def convert(
         size = model.config.vocab_size
         raise UserError(f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {size}.")
     tokenizer = tokenizer or tokenizer_of(model)
-    export = _export(opened, to, quantization, tokenizer, progress)
+    export = _export(opened, to, quantization, dtype, tokenizer, progress)
     try:
         kept = WRITABLE[to].write(place, export)
     except OSError as error:
@@ -72,6 +77,7 @@ def convert(
         "family": family.model_type if family and to != TwinGPT.target else opened.family,
         "parameters": parameter_count(model.config),
         "bytes": _size(folder),
+        "dtype": export.dtype,
         "quantization": export.quantization.to_json() if export.quantization else None,
         "unquantized": kept,
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size} ids" if tokenizer else None,
@@ -81,11 +87,16 @@ def convert(
 
 
 def _export(
-    opened: OpenedModel, to: str, quantization: Quantization | None, tokenizer: Tokenizer | None, progress: Progress
+    opened: OpenedModel,
+    to: str,
+    quantization: Quantization | None,
+    dtype: str | None,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
 ) -> Export:
     """What is written: the model's tensors, as they are stored where a quantized model is to stay as it is."""
     model = opened.model
-    quantized = _keeps_quantized(model, to, quantization)
+    quantized = dtype is None and _keeps_quantized(model, to, quantization)
     quantization = model.quantization if quantized else quantization
     settings = generation_settings(model.directory)
     return Export(
@@ -95,6 +106,7 @@ def _export(
         tokenizer=tokenizer,
         quantization=quantization,
         quantized=quantized,
+        dtype=dtype or "float32",
         ids=_ids(model, settings, tokenizer),
         texts=_settings_text(model, settings) | {"README.md": card(opened, to, quantization)},
     )
@@ -127,6 +139,18 @@ def _check_quantization(quantization: Quantization, config: GPTConfig, to: str) 
     if not quantization.matrices(config):
         size = quantization.group_size
         raise UserError(f"No matrix of the model can be quantized: no width is a multiple of --q-group-size {size}.")
+
+
+def _check_dtype(dtype: str, quantization: Quantization | None, to: str) -> None:
+    """Raise UserError for a dtype that isn't known, that a format has not, or beside quantized matrices."""
+    if dtype not in DTYPES:
+        raise unknown_choice("dtype", dtype, tuple(DTYPES))
+    if quantization:
+        raise UserError("--dtype is for matrices that aren't quantized, and --q-bits quantizes them: give one of them.")
+    if to == TwinGPT.target and dtype != "float32":
+        others = ", ".join(target for target in WRITABLE if target != to)
+        raise UserError(f"A checkpoint of twingpt is in float32, from which training goes on: --dtype {dtype} is for "
+                        f"--to {others}.")  # fmt: skip
 
 
 def _keeps_quantized(model: Model, to: str, quantization: Quantization | None) -> bool:

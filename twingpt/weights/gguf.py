@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from twingpt.core.paths import rename, sync_folder
 from twingpt.core.presets import shaped
 from twingpt.core.rope import rope_periods
 from twingpt.core.tokenizer import PATTERNS, Tokenizer
+from twingpt.weights.dtypes import DTYPES, round_to
 from twingpt.weights.export import Export
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
-DTYPES = ("float32", "float16")
+FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's numbers
 
 # llama.cpp's names: gguf-py/gguf/constants.py there.
 NAMES = {
@@ -61,7 +63,7 @@ NO_MERGE = "À À"  # of two bytes that UTF-8 has not: llama.cpp wants merges, a
 
 
 class GGUF:
-    """A GGUF file, which is only written; in float32."""
+    """A GGUF file, which is only written."""
 
     target = "gguf"
 
@@ -69,7 +71,7 @@ class GGUF:
         """Write the file `folder`; UserError for a model or a tokenizer that llama.cpp has not."""
         if export.tokenizer is None:
             raise UserError(f"{export.source} has no tokenizer, and a GGUF file needs one.")
-        write(folder, export.config, export.tensors, export.tokenizer, export.source.name)
+        write(folder, export.config, export.tensors, export.tokenizer, export.source.name, export.dtype)
         return {}
 
 
@@ -102,28 +104,32 @@ def write(
 ) -> None:
     """Write a GGUF file in one atomic step, holding one tensor at a time.
 
-    `tensors` are float32 parameters in the order of the parameter table. With `dtype` float16 matrices
-    are stored in it. A file that is there is replaced. Raises UserError for a model or a tokenizer that
-    llama.cpp has not, and where the file can't be written.
+    `tensors` are float32 parameters in the order of the parameter table, of which matrices are stored in `dtype`.
+    A file that is there is replaced. Raises UserError for a model or a tokenizer that llama.cpp has not, for a
+    number that `dtype` has not, and where the file can't be written.
     """
     shape = architecture(config)
     vocabulary = _vocabulary(tokenizer, config.vocab_size)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         writer = _writer(temporary, shape)
+        from gguf import GGMLQuantizationType
+
         writer.add_name(name)
-        writer.add_file_type(DTYPES.index(dtype))  # llama.cpp's numbers of the two
+        writer.add_file_type(FILE_TYPES[dtype])
         _add_model(writer, config, shape)
         _add_vocabulary(writer, vocabulary, tokenizer)
-        dtypes = {stored: np.dtype(_kind(stored, size, dtype)) for stored, size in _shapes(config, shape).items()}
-        for stored, size in _shapes(config, shape).items():
-            kind = dtypes[stored]
-            writer.add_tensor_info(stored, size, kind, int(np.prod(size)) * kind.itemsize)
+        sizes = _shapes(config, shape)
+        dtypes = {stored: _kind(stored, size, dtype) for stored, size in sizes.items()}
+        for stored, size in sizes.items():
+            width = 4 if dtypes[stored] == "float32" else 2
+            kind = GGMLQuantizationType[DTYPES[dtypes[stored]]]
+            writer.add_tensor_info(stored, size, np.dtype("f4"), math.prod(size) * width, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for stored, array in _arrays(config, shape, tensors):
-            writer.write_tensor_data(np.ascontiguousarray(array, dtypes[stored]))
+            writer.write_tensor_data(round_to(dtypes[stored], np.ascontiguousarray(array), stored))
         writer.close()
         with temporary.open("r+b") as file:  # Windows syncs no file that is open for reading alone
             os.fsync(file.fileno())

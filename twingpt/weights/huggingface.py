@@ -20,6 +20,7 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.tokenizer import GIVE_ONE, Tokenizer
+from twingpt.weights.dtypes import DTYPES, rounded
 from twingpt.weights.export import Export
 from twingpt.weights.families import Family, family_of, require_family
 
@@ -61,7 +62,7 @@ class HuggingFace:
 
     def write(self, folder: Path, export: Export) -> dict[str, str]:
         """Write a directory with the tokenizer's files and the texts."""
-        write(folder, export.config, export.tensors, export.ids, texts_beside(export))
+        write(folder, export.config, export.tensors, export.ids, texts_beside(export), export.dtype)
         return {}
 
 
@@ -250,20 +251,23 @@ def write(
     parameters: Iterable[tuple[str, Array]],
     ids: Mapping[str, Any] = MappingProxyType({}),
     texts: Mapping[str, str] = MappingProxyType({}),
+    dtype: str = "float32",
 ) -> str:
     """Write a model as a Hugging Face directory, atomically, holding one tensor at a time; the family's name.
 
-    `parameters` come in the order of the parameter table; `ids` are bos_token_id and eos_token_id for
-    config.json, `texts` further files, by name. What was at `folder` is replaced. Raises UserError where no
-    family in transformers computes this model.
+    `parameters` come in the order of the parameter table, and are stored in `dtype`; `ids` are bos_token_id and
+    eos_token_id for config.json, `texts` further files, by name. What was at `folder` is replaced. Raises UserError
+    where no family in transformers computes this model, and for a number that `dtype` has not.
     """
     family = require_family(config)
     table, layout = parameter_table(config), family.layout(config)
     shapes = {name: family.shape(name, [table[ours].shape for ours in parts]) for name, parts in layout.items()}
     content = {**family.content(config), "bos_token_id": None, "eos_token_id": None, **ids}
+    content |= {"dtype": dtype, "torch_dtype": dtype}
+    stored = rounded(parameters, dtype)
     try:
         with new_folder(folder) as temporary:
-            write_model(temporary, shapes, joined(parameters, family, layout, config))
+            write_model(temporary, shapes, joined(stored, family, layout, config), dict.fromkeys(shapes, DTYPES[dtype]))
             write_synced(temporary / "config.json", json.dumps(content, indent=2).encode())
             for name, text in texts.items():
                 write_synced(temporary / name, text.encode())
