@@ -392,8 +392,8 @@ def test_what_is_fetched_of_a_repository():
     utils = pytest.importorskip("huggingface_hub.utils")
     wanted = [
         "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
-        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model_000650.pt",
-        "meta_000650.json",
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+        "added_tokens.json", "chat_template.jinja", "model_000650.pt", "meta_000650.json",
     ]  # fmt: skip
     others = ["consolidated.safetensors", "onnx/model.onnx", "onnx/config.json", "original/model.safetensors"]
     others += ["pytorch_model.bin", "model.gguf", "README.md", "adapter_model.safetensors"]

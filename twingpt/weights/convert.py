@@ -20,7 +20,7 @@ from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights.dtypes import DTYPES
 from twingpt.weights.export import Export
 from twingpt.weights.families import family_for
-from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel
+from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel, has_tokenizer_files
 from twingpt.weights.gguf import GGUF
 from twingpt.weights.huggingface import HuggingFace
 from twingpt.weights.twingpt import TwinGPT
@@ -177,7 +177,7 @@ def tokenizer_of(model: Model) -> Tokenizer | None:
     try:
         return model.tokenizer()
     except UserError:
-        if (model.folder / "tokenizer.json").exists():
+        if has_tokenizer_files(model.folder):
             raise
         return None
 

@@ -27,11 +27,13 @@ from twingpt.weights.nanochat import Nanochat
 from twingpt.weights.nanogpt import NanoGPT
 from twingpt.weights.torch_state import TorchState
 from twingpt.weights.twingpt import TwinGPT
+from twingpt.weights.vocab_and_merges import has_vocab_and_merges
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "model_*.pt", "meta_*.json",
+    "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "chat_template.jinja", "additional_chat_templates/*.jinja", "model_*.pt", "meta_*.json",
 ]  # fmt: skip
 
 
@@ -155,6 +157,11 @@ def _download(name: str) -> Path:
         ) from None
 
 
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether a tokenizer that can't be read is broken, and not missing."""
+    return (folder / "tokenizer.json").exists() or has_vocab_and_merges(folder)
+
+
 def describe(opened: OpenedModel) -> dict[str, Any]:
     """What a model is, for people and scripts: format, family, parameters, dtypes, tokenizer, tensors."""
     model = opened.model
@@ -162,7 +169,7 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
         tokenizer = model.tokenizer()
         spoken: str | None = f"{tokenizer.kind}, {tokenizer.vocab_size} ids"
     except UserError as error:
-        spoken = f"broken: {error}" if (model.folder / "tokenizer.json").exists() else None
+        spoken = f"broken: {error}" if has_tokenizer_files(model.folder) else None
     model.parameters()  # which checks names and shapes, where the format can without reading tensors
     quantization = model.quantization
     return {

@@ -23,6 +23,7 @@ from twingpt.core.tokenizer import GIVE_ONE, Tokenizer
 from twingpt.weights.dtypes import DTYPES, rounded
 from twingpt.weights.export import Export
 from twingpt.weights.families import Family, family_of, require_family
+from twingpt.weights.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 
 Array = np.ndarray
 
@@ -96,12 +97,18 @@ class HuggingFaceModel(Model):
         return self.architecture.model_type
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in tokenizer.json."""
-        if not (self.folder / "tokenizer.json").exists():
-            raise UserError(
-                f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text until {GIVE_ONE}."
-            )
-        return self.directory.tokenizer
+        """The tokenizer in tokenizer.json, or else in vocab.json and merges.txt."""
+        if (self.folder / "tokenizer.json").exists():
+            return self.directory.tokenizer
+        if has_vocab_and_merges(self.folder):
+            return self._vocab_and_merges
+        raise UserError(
+            f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text until {GIVE_ONE}."
+        )
+
+    @cached_property
+    def _vocab_and_merges(self) -> Tokenizer:
+        return read_vocab_and_merges(self.directory)
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor, as the files have them."""
