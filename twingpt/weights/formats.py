@@ -1,7 +1,6 @@
 """The formats that models are read from and written in, and opening a model of any of them.
 
-A format is a class with what it can do: most are read and written, GGUF is only written, and nanoGPT's and
-nanochat's are only read.
+A format is a class with what it can do: most are read and written, nanoGPT's and nanochat's are only read.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class QuantizedFormat(WritableFormat, Protocol):
 
 
 # In this order a model is asked for its format: later ones take what is left.
-READABLE: tuple[ReadableFormat, ...] = (TorchState(), NanoGPT(), Nanochat(), MLXLM(), HuggingFace(), TwinGPT())
+READABLE: tuple[ReadableFormat, ...] = (GGUF(), TorchState(), NanoGPT(), Nanochat(), MLXLM(), HuggingFace(), TwinGPT())
 QUANTIZED: dict[str, QuantizedFormat] = {format.target: format for format in (TwinGPT(), MLXLM())}
 WRITABLE: dict[str, WritableFormat] = {
     format.target: format for format in (TwinGPT(), HuggingFace(), MLXLM(), TorchState(), GGUF())
@@ -127,7 +126,7 @@ def _no_model(path: Path) -> str:
         usual = "it has no config.json, and isn't a run"
         return f"{path} holds no model that is known: {instead(path) or usual}."
     if path.suffix == ".gguf":
-        return f"{path} can't be read: GGUF files are only written. Give the model that it was made from."
+        return f"{path} is not a GGUF file: it does not begin as one."
     if (path.parent / "config.json").is_file():
         return f"{path} is a part of a model: give the folder that it is in."
     if path.suffix == ".safetensors":

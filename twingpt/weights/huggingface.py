@@ -35,7 +35,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INSTEAD = {
     "adapter*.safetensors": "{} are adapters to another model; merge them into that one (peft: merge_and_unload, "
     "mlx-lm: mlx_lm.fuse), and give the result",
-    "*.gguf": "{} is GGUF, which is only written; give the model that it was made from",
+    "*.gguf": "{} is GGUF; give that file itself",
     "*.bin": "{} is a pickle, which could run code; save it as safetensors first",
     "consolidated*": "{} is as Meta and Mistral name theirs; fetch the files that transformers reads",
     "*.safetensors": "{} has not the name that transformers reads",
