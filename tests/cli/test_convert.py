@@ -336,7 +336,7 @@ def test_the_model_behind_a_link_is_replaced(gpt, source, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("novel.gguf", "GGUF files are only written"),
+        ("novel.gguf", "is not a GGUF file: it does not begin as one"),
         ("model.safetensors", "give the folder that has it and its config.json"),
         ("notes.txt", "is no model that is known"),
         ("notes", "it has no config.json, and isn't a run"),

@@ -5,7 +5,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from twingpt.core.tokenizer import END_OF_TEXT, PATTERNS, ByteTokenizer, CharTok
 from twingpt.core.tokenizer import load as load_tokenizer
 from twingpt.data.sources import load
 from twingpt.weights import gguf as ours
+from twingpt.weights.formats import open_model
 from twingpt.weights.gguf import GGUF
 from twingpt.weights.gguf.vocabulary import split_name
 
@@ -330,3 +333,216 @@ def test_llama_cpp_tokenizes_the_same(tmp_path, bpe, kind):
     )
     found = llama_cpp_logprobs(tmp_path / "x.gguf", text, 608)
     assert max(abs(found[i] - wanted[i]) for i in found) <= 2e-5
+
+
+def sentencepiece(*, space_first):
+    """As Llama 2's or Gemma's: of all neighbours that are a token, those that were learned first are merged first."""
+    content = json.loads(foreign.llama2().to_str())
+    vocab = content["model"]["vocab"]
+    splits = [(piece[:i], piece[i:]) for piece in sorted(vocab, key=vocab.get) for i in range(1, len(piece))]
+    content["model"]["merges"] = [list(pair) for pair in splits if pair[0] in vocab and pair[1] in vocab]
+    if not space_first:
+        content["normalizer"] = content["normalizer"]["normalizers"][-1]
+        pattern = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+        content["pre_tokenizer"] = pattern
+        content["decoder"]["decoders"].pop()
+    return content
+
+
+TOKENIZERS = {name: lambda make=make: json.loads(make().to_str()) for name, make in foreign.BYTE_LEVEL.items()}
+TOKENIZERS |= {"llama2": lambda: sentencepiece(space_first=True), "gemma": lambda: sentencepiece(space_first=False)}
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path):
+    def make(name):
+        """A small model with a tokenizer, as a GGUF file, which likes to say "e"."""
+        (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZERS[name]()), "utf-8")
+        tokenizer = load_tokenizer(tmp_path)
+        switches = {**SMALL, **SHAPES["gpt2"], "tie_embeddings": False, "vocab_size": tokenizer.vocab_size + 1}
+        config = GPTConfig.from_dict(switches)
+        tensors = dict(parameters(config))
+        tensors["model.norm.bias"] = tensors["model.norm.bias"] + np.float32(1)
+        tensors["lm_head.weight"][tokenizer.encode("ee")[-1]] = 1
+        ours.write(tmp_path / "x.gguf", config, tensors.items(), tokenizer, "x")
+        return tmp_path / "x.gguf", tokenizer
+
+    return make
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_comes_back(with_tokenizer, name):
+    path, tokenizer = with_tokenizer(name)
+    back = opened(path).tokenizer()
+    assert (back.roles, back.opening, back.end_of_text) == (tokenizer.roles, tokenizer.opening, tokenizer.end_of_text)
+    assert back.specials == tokenizer.specials and back.pieces == [*tokenizer.pieces][: back.vocab_size]
+    for text in [*foreign.TEXT, *(unicodedata.normalize("NFC", text) for text in foreign.fuzzed(60, 5))]:
+        ids = tokenizer.encode(text)
+        assert np.array_equal(back.encode(text), ids) and back.decode(ids) == tokenizer.decode(ids)
+    for special in tokenizer.specials:
+        assert np.array_equal(back.encode(f"a{special}b", special=True), tokenizer.encode(f"a{special}b", special=True))
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_llama_cpp_has_the_same_ids(with_tokenizer, name):
+    path, tokenizer = with_tokenizer(name)
+    text = "The cat's 12 hats — naïve café, 東京\n\n    def f(x):\n\treturn x + 1234567"
+    ids = [*tokenizer.opening, *tokenizer.encode(text).tolist()]
+    size = tokenizer.vocab_size
+    by_text, by_ids = llama_cpp_logprobs(path, text, size), llama_cpp_logprobs(path, ids, size)
+    other = llama_cpp_logprobs(path, [*ids[:5], ids[6], *ids[6:]], size)
+    assert by_text == by_ids != other
+
+
+def test_a_tokenizer_that_is_not_known_is_no_reason_to_refuse_a_model(gpt, tmp_path, bpe):
+    config = GPTConfig(**SMALL)
+    ours.write(tmp_path / "x.gguf", config, parameters(config), bpe, "x")
+    content = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(content.replace(b"gpt-2", b"gpt-9"))
+    with pytest.raises(UserError, match="splits text as 'gpt-9', which is not known: only gpt-2, llama-bpe, "):
+        opened(tmp_path / "x.gguf").tokenizer()
+    code, _, err = gpt("convert", tmp_path / "x.gguf", tmp_path / "ours")
+    assert code == 0 and "splits text as 'gpt-9'" in err
+    assert not (tmp_path / "ours" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("type", [kind.name for kind in gguf.GGMLQuantizationType])
+def test_every_type_that_is_dequantized_is_read(tmp_path, bpe, type):
+    """Matrices of bits that need not make sense, with whichever scales those are; others are refused by name."""
+    kind = gguf.GGMLQuantizationType[type]
+    numbers, width = gguf.GGML_QUANT_SIZES[kind]
+    config = GPTConfig(**{**SMALL, "n_layer": 1, "n_embd": 256, "n_inner": 256})
+    layout = ours.ARCHITECTURES["qwen3"].layout(config)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen3")
+    for key, value in ours.ARCHITECTURES["qwen3"].metadata(config).items():
+        ours._add(writer, key, value)
+    chance, wanted = np.random.default_rng(1), {}
+    for name, shape in ours._shapes(config, layout).items():
+        if len(shape) == 1:
+            writer.add_tensor(name, np.ones(shape, np.float32))
+            continue
+        data = chance.integers(0, 60, (shape[0], shape[1] // numbers * width), np.uint8)
+        writer.add_tensor(name, data, raw_dtype=kind)
+        wanted[layout[name][0]] = data
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = opened(tmp_path / "x.gguf")
+    assert set(model.dtypes()) == {"F32", type}
+    try:
+        expected = {name: gguf.quants.dequantize(data, kind) for name, data in wanted.items()}
+    except NotImplementedError:
+        if type != "F64":
+            with pytest.raises(UserError, match=rf"is {type}, which the gguf package can't dequantize"):
+                list(model.parameters())
+            return
+        expected = {name: data.view("<f8").astype(np.float32) for name, data in wanted.items()}
+    for name, array in model.parameters():
+        if name in expected:
+            assert np.array_equal(array, expected[name]), name
+
+
+def test_a_file_by_others_is_read(tmp_path, gpt):
+    """With less than we write: no rope.dimension_count, no key_length, an array of other numbers, another alignment."""
+    config = GPTConfig.from_dict({**SMALL, **LLAMA, "n_kv_head": 2, "n_layer": 1})
+    architecture = ours.ARCHITECTURES["llama"]
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_custom_alignment(64)
+    for key, value in architecture.metadata(config).items():
+        if not key.endswith(("rope.dimension_count", "_length", "vocab_size")) or key.count(".") == 1:
+            ours._add(writer, key, value)
+    writer.add_array("general.tags", ["text-generation"])
+    writer.add_array("general.numbers", [1.5, 2.5])
+    for name, array in ours._stored_tensors(config, architecture, parameters(config)):
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = dict(open_model(tmp_path / "x.gguf").model.parameters())
+    assert all(np.array_equal(found[name], array) for name, array in parameters(config))
+    code, out, err = gpt("convert", tmp_path / "x.gguf", "--inspect", "--json")
+    shown = json.loads(out)
+    assert code == 0 and (shown["source_format"], shown["family"], shown["tokenizer"]) == ("gguf", "llama", None), err
+    assert shown["dtypes"] == {"F32": len(found)} and shown["tensors"]["blk.0.attn_q.weight"] == [64, 64]
+
+
+def rewritten(tmp_path, bpe, key, value, switches=MappingProxyType({})):
+    """A file that says something else of its model."""
+    config = GPTConfig.from_dict({**SMALL, **switches, "n_layer": 1})
+    architecture = ours.architecture_for(config)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", architecture.name)
+    metadata = architecture.metadata(config) | {f"{architecture.name}.{key}": value}
+    for name, fact in metadata.items():
+        if fact is not None:
+            ours._add(writer, name, fact)
+    for name, array in ours._stored_tensors(config, architecture, parameters(config)):
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "x.gguf"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message", "switches"),
+    [
+        ("block_count", None, "qwen3.block_count is missing", {}),
+        ("block_count", 4000, "has 4000 layers, and has", {}),
+        ("embedding_length", 128, "token_embd.weight in .* has shape .608, 64., and must have .608, 128.", {}),
+        ("attention.head_count", 0, "must be positive", {}),
+        ("attention.head_count", "four", "attention.head_count must be .*, and is 'four'", {}),
+        ("attention.value_length", 8, "values of another width than keys", {}),
+        ("expert_count", 8, "mixtures of experts", {}),
+        ("rope.dimension_count", 8, "rope.dimension_count 8, a part of each head, is not supported", {}),
+        ("rope.scaling.type", "longrope", "rope_type 'longrope' is not supported", {}),
+        ("attention.sliding_window_pattern", [1, 2], "sliding_window_pattern must be .*, and is array", GEMMA),
+        ("attention.head_count_kv", 2, "attention.head_count_kv other than attention.head_count", NEOX),
+    ],
+)
+def test_what_a_file_may_not_say(tmp_path, bpe, key, value, message, switches):
+    with pytest.raises(UserError, match=message) as raised:
+        list(opened(rewritten(tmp_path, bpe, key, value, switches)).parameters())
+    assert "x.gguf" in str(raised.value)
+
+
+def test_factors_that_are_not_llama_3s_are_refused(tmp_path, bpe):
+    config = GPTConfig.from_dict({**SMALL, **LLAMA, "rope_scaling": LLAMA3})
+    ours.write(tmp_path / "x.gguf", config, parameters(config), bpe, "x")
+    path = tmp_path / "x.gguf"
+    at = opened(path).file.tensors["rope_freqs.weight"].offset
+    content = bytearray(path.read_bytes())
+    content[at : at + 4] = np.float32(3).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"rope_freqs\.weight is not Llama 3's scaling of RoPE"):
+        opened(path)
+
+
+@pytest.mark.parametrize("name", ["Llama 3.1", "Llama 3.2"])
+def test_the_scaling_of_the_published_models_is_found(name):
+    scaling = {"type": "llama3", "factor": 8.0 if name == "Llama 3.1" else 32.0, "original_block_size": 8192}
+    head = 128 if name == "Llama 3.1" else 64
+    config = GPTConfig.from_dict(
+        {"vocab_size": 8, "qk_norm": False, "head_dim": head, "rope_theta": 5e5, "rope_scaling": scaling}
+    )
+    found = ours.architectures._llama3(ours.rope_factors(config), 5e5, {})
+    assert found["factor"] == scaling["factor"] and found["original_max_position_embeddings"] == 8192
+
+
+def test_other_files_are_told_apart(tmp_path, bpe):
+    config = GPTConfig(**SMALL)
+    ours.write(tmp_path / "x.gguf", config, parameters(config), bpe, "x")
+    content = (tmp_path / "x.gguf").read_bytes()
+    for altered, message in (
+        (content.replace(b"qwen3", b"mamba", 1), "is of the architecture 'mamba': only llama, qwen3,"),
+        (b"GGUF\1\0\0\0" + content[8:], "it is of version 1, and versions 2 and 3 are read"),
+        (b"GGUF\0\0\0\3" + content[8:], "it is for computers of the other byte order"),
+        (content[: len(content) // 2], "its tensors end at byte .*, and the file at"),
+        (content[:1000], "its header goes on to byte"),
+    ):
+        (tmp_path / "x.gguf").write_bytes(altered)
+        with pytest.raises(UserError, match=message):
+            open_model(tmp_path / "x.gguf")

@@ -35,7 +35,7 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A run or checkpoint; a Hugging Face or mlx-lm folder; a ckpt.pt of nanoGPT; org/name on the hub.",
+            help="A run or checkpoint; a Hugging Face or mlx-lm folder; a GGUF file; nanoGPT's ckpt.pt; org/name on the hub.",
         ),
     ],
     folder: Annotated[Path | None, typer.Argument(metavar="DST", help="Where the result goes.")] = None,
@@ -56,7 +56,7 @@ def convert(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Give a model without one its tokenizer: gpt2 …, a tokenizer.json, its folder, a meta.pkl."),
+        typer.Option(help="Give a model without one its tokenizer: gpt2 …, a tokenizer.json, a tokenizer's folder, a meta.pkl."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is at DST.")] = False,
     ignore_manifest: Annotated[
@@ -87,7 +87,9 @@ def convert(
     given = _find_tokenizer(tokenizer) if tokenizer else None
     if given is None and conversion.tokenizer_of(opened.model) is None:
         hint = "the result takes no text; give it one by --tokenizer, of nanoGPT the meta.pkl of its data."
-        print(f"gpt: {model} has no tokenizer: {hint}", file=sys.stderr)
+        print(
+            f"gpt: {conversion.why_no_tokenizer(opened.model) or f'{model} has no tokenizer'}: {hint}", file=sys.stderr
+        )
     with _conversion_bar(opened.model.config, json_) as progress:
         result = conversion.convert(
             opened, folder, to, quantization, dtype=dtype, tokenizer=given, force=force, progress=progress

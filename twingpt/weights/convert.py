@@ -22,6 +22,7 @@ from twingpt.weights.export import Export
 from twingpt.weights.families import family_for
 from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel, has_tokenizer_files
 from twingpt.weights.gguf import GGUF
+from twingpt.weights.gguf.vocabulary import UnknownTokenizerError
 from twingpt.weights.huggingface import HuggingFace
 from twingpt.weights.twingpt import TwinGPT
 
@@ -180,6 +181,15 @@ def tokenizer_of(model: Model) -> Tokenizer | None:
         if has_tokenizer_files(model.folder):
             raise
         return None
+
+
+def why_no_tokenizer(model: Model) -> str | None:
+    """Why a tokenizer that is there, in a file with the model, is none of ours; None where there isn't any."""
+    try:
+        model.tokenizer()
+    except UserError as error:
+        return str(error).rstrip(".") if isinstance(error, UnknownTokenizerError) else None
+    return None
 
 
 def _settings_text(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:

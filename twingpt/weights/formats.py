@@ -20,6 +20,7 @@ from twingpt.core.paths import expand
 from twingpt.runs.folder import RUNS, resolve
 from twingpt.weights.export import Export
 from twingpt.weights.gguf import GGUF
+from twingpt.weights.gguf.vocabulary import UnknownTokenizerError
 from twingpt.weights.huggingface import HuggingFace, instead
 from twingpt.weights.mlx_lm import MLXLM
 from twingpt.weights.nanochat import Nanochat
@@ -168,7 +169,8 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
         tokenizer = model.tokenizer()
         spoken: str | None = f"{tokenizer.kind}, {tokenizer.vocab_size} ids"
     except UserError as error:
-        spoken = f"broken: {error}" if has_tokenizer_files(model.folder) else None
+        broken = has_tokenizer_files(model.folder) or isinstance(error, UnknownTokenizerError)
+        spoken = f"broken: {error}" if broken else None
     model.parameters()  # which checks names and shapes, where the format can without reading tensors
     quantization = model.quantization
     return {

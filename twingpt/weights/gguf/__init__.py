@@ -64,7 +64,7 @@ class GGUF:
             raise UserError(
                 f"{file.path} is of the architecture {short(name)}: only {', '.join(ARCHITECTURES)} are read."
             )
-        if file.metadata.get("split.count", 1) != 1:
+        if isinstance(parts := file.metadata.get("split.count"), int) and parts > 1:
             raise UserError(
                 f"{file.path} is a part of a model: join them by llama-gguf-split --merge, and give the whole."
             )

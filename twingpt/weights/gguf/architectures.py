@@ -74,9 +74,19 @@ class Facts:
 
     def get(self, key: str, annotation: str, default: Any = None) -> Any:
         """The value of a key; UserError, naming it, where it is of another type, or left out without a `default`."""
-        found = self.values.get(f"{self.architecture}.{key}", default)
-        check_type(f"{self.architecture}.{key}", annotation, found)
+        name = f"{self.architecture}.{key}"
+        if name not in self.values and default is None and not annotation.endswith(" | None"):
+            raise UserError(f"{name} is missing.")
+        found = self.values.get(name, default)
+        check_type(name, annotation, found)
         return found
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        number: int = self.get(key, "int", default)
+        if number <= 0:
+            raise UserError(f"{self.architecture}.{key} must be positive, and is {short(number)}.")
+        return number
 
 
 @dataclass(frozen=True)
@@ -165,9 +175,8 @@ class Architecture:
         facts = Facts(metadata, self.name)
         family = FAMILIES[self.model_type]
         layernorm = family.fixed.get("norm") == "layernorm" or self.model_type == "gpt2"
-        fields: Values = {name: facts.get(key, "int") for name, key in SIZES.items()}
-        fields["n_head"] = max(1, fields["n_head"])
-        head_dim = facts.get("attention.key_length", "int", fields["n_embd"] // fields["n_head"])
+        fields: Values = {name: facts.positive(key) for name, key in SIZES.items()}
+        head_dim = facts.positive("attention.key_length", fields["n_embd"] // fields["n_head"])
         fields |= {
             "vocab_size": (shapes.get(EMBEDDING) or (0,))[0],
             "n_kv_head": facts.get("attention.head_count_kv", "int", fields["n_head"]),
@@ -257,7 +266,7 @@ def _read_rope(facts: Facts, fields: Values, factors: Array | None, *, partial: 
         raise UserError(f"rope.dimension_count {short(rotated)}, a part of each head, is not supported in this family.")
     found: Values = {"rope_theta": theta, "rope_scaling": _read_scaling(facts, fields)}
     if partial:
-        found |= {"rotary_emb_base": theta, "rotary_pct": rotated / max(1, fields["head_dim"])}
+        found |= {"rotary_emb_base": theta, "rotary_pct": rotated / fields["head_dim"]}
     if factors is not None and not np.all(factors == 1):
         if found["rope_scaling"]:
             raise UserError(f"{ROPE_FREQS} beside rope.scaling is not supported.")
@@ -293,7 +302,7 @@ def _llama3(factors: Array, theta: float, fields: Values) -> Values:
     factor = float(factors.max())
     waves = 2 * math.pi * np.float64(theta) ** (np.arange(0, 2 * len(factors), 2) / (2 * len(factors)))
     between = [(f, wave) for f, wave in zip(factors, waves, strict=True) if 1.001 < f < factor * 0.999]
-    contexts = [2**i for i in range(4, 24)]
+    contexts = [2**i for i in range(24)]
     if between:
         keep = (1 / float(between[0][0]) - 1 / factor) / (1 - 1 / factor)
         contexts.insert(0, round(between[0][1] * (1 + 3 * keep)))
@@ -325,7 +334,7 @@ def _write_granite(config: GPTConfig) -> Values:
 
 
 def _read_granite(facts: Facts, fields: Values) -> Values:
-    usual = max(1, fields["head_dim"]) ** -0.5
+    usual = fields["head_dim"] ** -0.5
     scale = facts.get("attention.scale", "float", usual) or usual  # 0 is llama.cpp's own default
     return {
         "attention_multiplier": usual if np.float32(scale) == np.float32(usual) else scale,

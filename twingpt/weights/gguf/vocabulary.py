@@ -39,6 +39,10 @@ WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")  # a wor
 WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
 
 
+class UnknownTokenizerError(UserError):
+    """A tokenizer that is in a file, and that none here computes: its model is read without it."""
+
+
 def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
     """A tokenizer as a file's metadata, for a model of `size` ids.
 
@@ -167,16 +171,19 @@ def _space_first(content: Json) -> bool | None:
 
 
 def tokenizer_from(metadata: Json, name: str) -> HuggingFaceTokenizer:
-    """The tokenizer in a file's metadata; `name` is the file's. UserError, saying why, where there is none like it."""
+    """The tokenizer in a file's metadata; `name` is the file's. UserError, saying why, where there is none like it.
+
+    It encodes as llama.cpp does: where a text was in NFC for the model that the file was made from, no file says so.
+    """
     found = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in metadata.items()
              if key.startswith("tokenizer.")}  # fmt: skip
-    kind, tokens = found.get("model"), found.get("tokens")
+    kind, pre, tokens = (found.get(key) for key in ("model", "pre", "tokens"))
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise UserError(f"{name} has no tokenizer: the model can be converted, but takes no text.")
     types = found.get("token_type")
     types = np.full(len(tokens), NORMAL) if types is None else types
     if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
-        raise UserError(f"The tokenizer in {name} has not a type for each of its {len(tokens)} tokens.")
+        raise UnknownTokenizerError(f"The tokenizer in {name} has not a type for each of its {len(tokens)} tokens.")
     vocab = {token: i for i, (token, type) in enumerate(zip(tokens, types.tolist(), strict=True)) if type != UNUSED}
     added = [
         {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -184,11 +191,15 @@ def tokenizer_from(metadata: Json, name: str) -> HuggingFaceTokenizer:
         for i in np.flatnonzero(np.isin(types, (CONTROL, USER_DEFINED, UNKNOWN))).tolist()
     ]  # fmt: skip
     makers = {"gpt2": _from_byte_level, "llama": _from_sentencepiece}
-    if kind not in makers:
-        raise UserError(f"The tokenizer in {name} is of the kind {short(kind)}: only {' and '.join(makers)} are read.")
+    if not isinstance(kind, str) or kind not in makers:
+        raise UnknownTokenizerError(
+            f"The tokenizer in {name} is of the kind {short(kind)}: only {' and '.join(makers)} are read."
+        )
     content = {"version": "1.0", "added_tokens": added, **makers[kind](found, vocab, name)}
     settings = _roles(found, tokens, name)
-    usual = kind == "llama" or found.get("pre") in WHOLE_WORDS  # as llama.cpp has it where the file doesn't say
+    usual = kind == "llama" or (
+        isinstance(pre, str) and pre in WHOLE_WORDS
+    )  # as llama.cpp has it where the file doesn't say
     if found.get("add_bos_token", usual) is True and settings["bos_token"] is not None:
         content["post_processor"] = _beginning(settings["bos_token"], vocab)
     return HuggingFaceTokenizer(check(content, name), settings, name)
@@ -200,7 +211,9 @@ def _roles(found: Json, tokens: list[str], name: str) -> dict[str, Any]:
     for role, key in ROLES.items():
         token = found.get(f"{key}_token_id")
         if token is not None and (type(token) is not int or not 0 <= token < len(tokens)):
-            raise UserError(f"The tokenizer in {name} has {key}_token_id {short(token)}, which is none of its tokens.")
+            raise UnknownTokenizerError(
+                f"The tokenizer in {name} has {key}_token_id {short(token)}, which is none of its tokens."
+            )
         settings[f"{role}_token"] = None if token is None else tokens[token]
     if isinstance(found.get("chat_template"), str):
         settings["chat_template"] = found["chat_template"]
@@ -220,12 +233,14 @@ def _beginning(bos: str, vocab: Mapping[str, int]) -> dict[str, Any]:
 
 def _from_byte_level(found: Json, vocab: Mapping[str, int], name: str) -> dict[str, Any]:
     pre, merges = found.get("pre"), found.get("merges")
-    pattern = next((pattern for pattern, names in SPLITS.items() if pre in names), None)
+    pattern = next((pattern for pattern, names in SPLITS.items() if isinstance(pre, str) and pre in names), None)
     if pattern is None:
         known = ", ".join(names[0] for names in SPLITS.values())
-        raise UserError(f"The tokenizer in {name} splits text as {short(pre)}, which is not known: only {known} are.")
+        raise UnknownTokenizerError(
+            f"The tokenizer in {name} splits text as {short(pre)}, which is not known: only {known} are."
+        )
     if not isinstance(merges, list) or not all(isinstance(pair, str) and pair.count(" ") == 1 for pair in merges):
-        raise UserError(f"The tokenizer in {name} has merges that are not pairs of tokens.")
+        raise UnknownTokenizerError(f"The tokenizer in {name} has merges that are not pairs of tokens.")
     level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -250,7 +265,7 @@ def _from_byte_level(found: Json, vocab: Mapping[str, int], name: str) -> dict[s
 def _from_sentencepiece(found: Json, vocab: Mapping[str, int], name: str) -> dict[str, Any]:
     scores, prefix = found.get("scores"), found.get("add_space_prefix", True) is True
     if not isinstance(scores, np.ndarray) or scores.dtype.kind != "f" or len(scores) != len(found["tokens"]):
-        raise UserError(f"The tokenizer in {name} has not a score for each of its tokens.")
+        raise UnknownTokenizerError(f"The tokenizer in {name} has not a score for each of its tokens.")
     unknown = found.get("unknown_token_id", 0)
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     steps = [{"type": "Prepend", "prepend": SPACE}, replaces] if prefix else [replaces]
