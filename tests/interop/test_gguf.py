@@ -346,6 +346,15 @@ def sentencepiece(*, space_first):
         pattern = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
         content["pre_tokenizer"] = pattern
         content["decoder"]["decoders"].pop()
+        runs = ["▁" * n for n in range(2, 6)]
+        for run in runs:
+            vocab.setdefault(run, len(vocab))
+        others = [pair for pair in content["model"]["merges"] if "".join(pair) not in runs]
+        merges = [[run[:i], run[i:]] for i in range(1, 5) for run in runs if i < len(run)]  # of one score, as Gemma's
+        content["model"]["merges"] = merges + others
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        content["added_tokens"] += [{"id": vocab[run], "content": run, **plain} for run in runs]
+        content["added_tokens"].append({"id": len(vocab), "content": "<image>", **plain, "special": True})
     return content
 
 
@@ -359,7 +368,8 @@ def with_tokenizer(tmp_path):
         """A small model with a tokenizer, as a GGUF file, which likes to say "e"."""
         (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZERS[name]()), "utf-8")
         tokenizer = load_tokenizer(tmp_path)
-        switches = {**SMALL, **SHAPES["gpt2"], "tie_embeddings": False, "vocab_size": tokenizer.vocab_size + 1}
+        size = tokenizer.specials.get("<image>", tokenizer.vocab_size + 1)  # an image is none of the model's
+        switches = {**SMALL, **SHAPES["gpt2"], "tie_embeddings": False, "vocab_size": size}
         config = GPTConfig.from_dict(switches)
         tensors = dict(parameters(config))
         tensors["model.norm.bias"] = tensors["model.norm.bias"] + np.float32(1)
@@ -375,11 +385,12 @@ def test_a_tokenizer_comes_back(with_tokenizer, name):
     path, tokenizer = with_tokenizer(name)
     back = opened(path).tokenizer()
     assert (back.roles, back.opening, back.end_of_text) == (tokenizer.roles, tokenizer.opening, tokenizer.end_of_text)
-    assert back.specials == tokenizer.specials and back.pieces == [*tokenizer.pieces][: back.vocab_size]
+    specials = {spelling: token for spelling, token in tokenizer.specials.items() if spelling != "<image>"}
+    assert back.specials == specials and back.pieces == [*tokenizer.pieces][: back.vocab_size]
     for text in [*foreign.TEXT, *(unicodedata.normalize("NFC", text) for text in foreign.fuzzed(60, 5))]:
         ids = tokenizer.encode(text)
         assert np.array_equal(back.encode(text), ids) and back.decode(ids) == tokenizer.decode(ids)
-    for special in tokenizer.specials:
+    for special in specials:
         assert np.array_equal(back.encode(f"a{special}b", special=True), tokenizer.encode(f"a{special}b", special=True))
 
 
@@ -389,7 +400,7 @@ def test_llama_cpp_has_the_same_ids(with_tokenizer, name):
     path, tokenizer = with_tokenizer(name)
     text = "The cat's 12 hats — naïve café, 東京\n\n    def f(x):\n\treturn x + 1234567"
     ids = [*tokenizer.opening, *tokenizer.encode(text).tolist()]
-    size = tokenizer.vocab_size
+    size = tokenizer.specials.get("<image>", tokenizer.vocab_size)
     by_text, by_ids = llama_cpp_logprobs(path, text, size), llama_cpp_logprobs(path, ids, size)
     other = llama_cpp_logprobs(path, [*ids[:5], ids[6], *ids[6:]], size)
     assert by_text == by_ids != other
@@ -467,6 +478,9 @@ def test_a_file_by_others_is_read(tmp_path, gpt):
     shown = json.loads(out)
     assert code == 0 and (shown["source_format"], shown["family"], shown["tokenizer"]) == ("gguf", "llama", None), err
     assert shown["dtypes"] == {"F32": len(found)} and shown["tensors"]["blk.0.attn_q.weight"] == [64, 64]
+    ours.write(tmp_path / "two.gguf", GPTConfig(**SMALL), parameters(GPTConfig(**SMALL)), ByteTokenizer(), "x")
+    _, out, _ = gpt("convert", tmp_path / "two.gguf", "--inspect")
+    assert "blk.0.attn_q.weight" in out and "blk.1." not in out and "and so for layer 1" in out
 
 
 def rewritten(tmp_path, bpe, key, value, switches=MappingProxyType({})):

@@ -35,7 +35,8 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A run or checkpoint; a Hugging Face or mlx-lm folder; a GGUF file; nanoGPT's ckpt.pt; org/name on the hub.",
+            help="A run or checkpoint; a Hugging Face or mlx-lm folder; a GGUF file; nanoGPT's ckpt.pt; "
+            "org/name on the hub.",
         ),
     ],
     folder: Annotated[Path | None, typer.Argument(metavar="DST", help="Where the result goes.")] = None,
@@ -56,7 +57,9 @@ def convert(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Give a model without one its tokenizer: gpt2 …, a tokenizer.json, a tokenizer's folder, a meta.pkl."),
+        typer.Option(
+            help="Give a model without one its tokenizer: gpt2 …, a tokenizer.json, a tokenizer's folder, a meta.pkl."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is at DST.")] = False,
     ignore_manifest: Annotated[
@@ -182,7 +185,7 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
         console.print(f"[dim]{name:<12}[/]{value}", soft_wrap=True)
     table = Table("tensor", "shape", box=box.SIMPLE_HEAD)
     for name, shape in description["tensors"].items():
-        layer = re.search(r"\b(?:layers|h)\.(\d+)\.", name)
+        layer = re.search(r"\b(?:layers|h|blk)\.(\d+)\.", name)
         if layer is None or layer[1] == "0":
             table.add_row(name, " × ".join(map(str, shape)))
     console.print(table)

@@ -57,7 +57,8 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
             "GPT-2, Llama 3, Qwen 2 or SmolLM, and SentencePiece's BPE with bytes for what it doesn't know."
         )
     tokens: dict[int, str] = {token: piece for piece, token in model["vocab"].items()}
-    if max(tokens.keys() | beside.keys()) >= size:
+    needed = [*tokenizer.roles.values(), tokenizer.end_of_text, *(tokens.keys() - beside.keys())]
+    if max(needed) >= size:  # but for special tokens of no role, such as an image's in Gemma 3's models of text
         raise UserError(f"The tokenizer has more ids than the model, whose vocabulary is of {size}.")
     spelled = [beside[i]["content"] if i in beside else tokens.get(i, f"[PAD{i}]") for i in range(size)]
     types = [_token_type(i, spelled[i], tokens, beside, model.get("unk_token")) for i in range(size)]
@@ -138,9 +139,11 @@ def _sentencepiece(content: Json) -> dict[str, Any] | None:
     added = {entry["content"] for entry in content["added_tokens"]}
     if not set(BYTES) <= vocab.keys() or {pair for pair in _splits(vocab) if "".join(pair) not in added} - set(pairs):
         return None  # llama.cpp would merge where no merge is
-    joined = [left + right for left, right in pairs]
-    order = list(dict.fromkeys(joined))
-    if sum(a != b for a, b in pairwise(joined)) + bool(joined) != len(order):
+    order = list(dict.fromkeys(left + right for left, right in pairs))
+    # What is added is found before anything is merged, and what is left of it (Gemma's runs of spaces) ends as one
+    # token by whichever merges.
+    joined = [left + right for left, right in pairs if left + right not in added]
+    if sum(a != b for a, b in pairwise(joined)) + bool(joined) != len(set(joined)):
         return None  # merges into one token have not one rank
     return {"model": "llama", "pre": "default", "scores": {piece: -i for i, piece in enumerate(order)},
             "add_space_prefix": prefix}  # fmt: skip
