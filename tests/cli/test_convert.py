@@ -18,6 +18,7 @@ from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.checkpoint.safetensors_file import finite
 from twingpt.core.checkpoint.schema import save_model
 from twingpt.core.config import GPTConfig
+from twingpt.core.errors import UserError
 from twingpt.core.locks import lock_file
 from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.paths import new_folder
@@ -25,6 +26,7 @@ from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer, CharTokenizer
 from twingpt.evaluation.held_out import HeldOut
 from twingpt.weights import huggingface, torch_state
+from twingpt.weights.dtypes import round_to
 from twingpt.weights.formats import HUB_FILES, open_model
 from twingpt.weights.generation import end_ids
 
@@ -88,6 +90,49 @@ def test_a_gguf_file_is_known_by_its_name(gpt, source, tmp_path):
     assert converted(gpt, tmp_path / "hf", tmp_path / "x.gguf")["target_format"] == "gguf"
     assert (tmp_path / "x.gguf").read_bytes()[:4] == b"GGUF"
     assert "--q-bits is for --to" in refused(gpt, tmp_path / "hf", tmp_path / "y.gguf", "--q-bits", 4)
+
+
+DTYPES = [(to, dtype) for to in ("hf", "mlx", "torch") for dtype in ("bfloat16", "float16")]
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype"), [pytest.param(*pair, marks=needs("torch")) if "torch" in pair else pair for pair in DTYPES]
+)
+def test_a_dtype_rounds_every_parameter(gpt, source, tmp_path, to, dtype):
+    torch = pytest.importorskip("torch")
+    folder = source()
+    result = converted(gpt, folder, tmp_path / "there", "--to", to, "--dtype", dtype)
+    assert result["dtype"] == dtype and 2 * result["parameters"] < result["bytes"] < 4 * result["parameters"]
+    found = open_model(tmp_path / "there").model
+    assert json.loads((tmp_path / "there/config.json").read_text("utf-8"))["dtype"] == dtype
+    assert set(found.dtypes()) == {{"bfloat16": "BF16", "float16": "F16"}[dtype]}
+    for (name, array), (_, first) in zip(found.parameters(), open_checkpoint(folder).parameters(), strict=True):
+        wanted = torch.from_numpy(first).to(getattr(torch, dtype)).to(torch.float32).numpy()
+        assert np.array_equal(array, wanted), name
+
+
+def test_a_gguf_file_has_its_matrices_in_the_dtype(gpt, source, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    converted(gpt, source(), tmp_path / "x.gguf", "--dtype", "bfloat16")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == kinds["token_embd.weight"] == "BF16"
+    assert kinds["output_norm.weight"] == "F32"  # as llama.cpp wants it
+
+
+def test_a_dtype_makes_a_quantized_model_whole(gpt, source, tmp_path):
+    converted(gpt, source(n_embd=64), tmp_path / "4bit", "--to", "twingpt", "--q-bits", 4)
+    assert converted(gpt, tmp_path / "4bit", tmp_path / "mlx", "--to", "mlx")["quantization"] is not None
+    result = converted(gpt, tmp_path / "4bit", tmp_path / "whole", "--to", "twingpt", "--dtype", "float32")
+    assert result["quantization"] is None
+    assert same(open_model(tmp_path / "4bit").model, open_checkpoint(tmp_path / "whole"))
+
+
+def test_numbers_that_a_dtype_has_not():
+    third = np.array([1 / 3, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 2.0**-140], np.float32)  # two are exactly between
+    assert round_to("bfloat16", third, "x").tolist() == [0x3EAB, 0x8000, 0x3F80, 0x3F82, 0x0000]
+    for dtype, number in (("float16", 65520.0), ("bfloat16", float(np.finfo(np.float32).max))):
+        with pytest.raises(UserError, match=f"The tensor a.weight has numbers up to .*, more than {dtype} holds"):
+            round_to(dtype, np.array([-number, 1], np.float32), "a.weight")
 
 
 @pytest.mark.parametrize("to", ["twingpt", "mlx"])
@@ -313,7 +358,7 @@ def test_the_model_behind_a_link_is_replaced(gpt, source, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("novel.gguf", "GGUF files are only written"),
+        ("novel.gguf", "is not a GGUF file: it does not begin as one"),
         ("model.safetensors", "give the folder that has it and its config.json"),
         ("notes.txt", "is no model that is known"),
         ("notes", "it has no config.json, and isn't a run"),
@@ -423,6 +468,9 @@ def test_a_file_of_a_model(gpt, source, tmp_path):
         (["new", "--to", "hf", "--q-bits", 4], "--q-bits is for --to twingpt or mlx"),
         (["new", "--q-bits", 5], "bits 5 is not known: choose 4 or 8"),
         (["new", "--q-bits", 4, "--q-group-size", 48], "group_size 48 is not known: choose 32, 64 or 128"),
+        (["new", "--to", "twingpt", "--dtype", "bfloat16"], "is in float32, from which training goes on: --dtype"),
+        (["new", "--dtype", "int8"], "Unknown dtype 'int8': "),
+        (["new", "--to", "mlx", "--dtype", "float16", "--q-bits", 4], "--dtype is for matrices that aren't quantized"),
         (["new", "--q-bits", 4, "--q-group-size", 128], "no width is a multiple of --q-group-size 128"),
     ],
 )
@@ -451,8 +499,8 @@ def test_what_is_fetched_of_a_repository():
     utils = pytest.importorskip("huggingface_hub.utils")
     wanted = [
         "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json",
-        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model_000650.pt",
-        "meta_000650.json",
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+        "added_tokens.json", "chat_template.jinja", "model_000650.pt", "meta_000650.json",
     ]  # fmt: skip
     others = ["consolidated.safetensors", "onnx/model.onnx", "onnx/config.json", "original/model.safetensors"]
     others += ["pytorch_model.bin", "model.gguf", "README.md", "adapter_model.safetensors"]

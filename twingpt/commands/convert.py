@@ -28,6 +28,7 @@ app = App()
     "gpt convert path/to/Llama-3.2-1B llama --q-bits 4 --data tinystories\n\n"
     "gpt convert nanoGPT/out/ckpt.pt shakespeare --tokenizer meta.pkl\n\n"
     "gpt convert runs/novel novel.gguf\n\n"
+    "gpt convert runs/novel novel-hf --dtype bfloat16\n\n"
     "gpt convert path/to/Qwen3-0.6B --inspect\n"
 )
 def convert(
@@ -35,7 +36,8 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A run or checkpoint; a Hugging Face or mlx-lm folder; a ckpt.pt of nanoGPT; org/name on the hub.",
+            help="A run or checkpoint; a Hugging Face or mlx-lm folder; a GGUF file; nanoGPT's ckpt.pt; "
+            "org/name on the hub.",
         ),
     ],
     folder: Annotated[Path | None, typer.Argument(metavar="DST", help="Where the result goes.")] = None,
@@ -47,12 +49,18 @@ def convert(
     ] = None,
     q_bits: Annotated[int | None, typer.Option(help="Quantize the matrices to 4 or 8 bits.")] = None,
     q_group_size: Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64 or 128.")] = 64,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What hf, mlx, torch and gguf hold: float32, bfloat16 or float16. (default: float32)"),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="With --q-bits: measure the held-out loss before and after on these data.")
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Give a model without one its tokenizer: gpt2 …, a tokenizer.json, its folder, a meta.pkl."),
+        typer.Option(
+            help="Give a model without one its tokenizer: gpt2 …, a tokenizer.json, a tokenizer's folder, a meta.pkl."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is at DST.")] = False,
     ignore_manifest: Annotated[
@@ -83,9 +91,13 @@ def convert(
     given = _find_tokenizer(tokenizer) if tokenizer else None
     if given is None and conversion.tokenizer_of(opened.model) is None:
         hint = "the result takes no text; give it one by --tokenizer, of nanoGPT the meta.pkl of its data."
-        print(f"gpt: {model} has no tokenizer: {hint}", file=sys.stderr)
+        print(
+            f"gpt: {conversion.why_no_tokenizer(opened.model) or f'{model} has no tokenizer'}: {hint}", file=sys.stderr
+        )
     with _conversion_bar(opened.model.config, json_) as progress:
-        result = conversion.convert(opened, folder, to, quantization, tokenizer=given, force=force, progress=progress)
+        result = conversion.convert(
+            opened, folder, to, quantization, dtype=dtype, tokenizer=given, force=force, progress=progress
+        )
     if "U32" in opened.model.dtypes() and result["quantization"] is None:
         print(f"gpt: {model} is quantized in a way that is not kept here: {folder} has float32.", file=sys.stderr)
     if held_out:
@@ -99,13 +111,19 @@ def convert(
 
 def _find_tokenizer(name: str) -> "Tokenizer":
     """The tokenizer that --tokenizer names; UserError where there is none."""
+    from twingpt.core.checkpoint.directory import ModelDirectory
     from twingpt.core.paths import expand
     from twingpt.core.tokenizer import CharTokenizer
     from twingpt.data.tokenizers import find
     from twingpt.weights.nanogpt import characters
+    from twingpt.weights.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 
     path = expand(name)
-    return CharTokenizer(characters(path)) if path.suffix == ".pkl" else find(name)
+    if path.suffix == ".pkl":
+        return CharTokenizer(characters(path))
+    if has_vocab_and_merges(path) and not (path / "tokenizer.json").exists():
+        return read_vocab_and_merges(ModelDirectory(path))
+    return find(name)
 
 
 @contextmanager
@@ -126,7 +144,7 @@ def _conversion_bar(config: "GPTConfig", quiet: bool) -> Iterator[Callable[[int]
 def _print_conversion(result: dict[str, Any]) -> None:
     from twingpt.runs.units import human_bytes, human_count
 
-    numbers = "{bits} bits".format(**result["quantization"]) if result["quantization"] else "float32"
+    numbers = "{bits} bits".format(**result["quantization"]) if result["quantization"] else result["dtype"]
     print(
         f"{result['target']}: {result['family']} as {result['target_format']}, "
         f"{human_count(result['parameters'])} parameters in {numbers}, "
@@ -170,7 +188,7 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
         console.print(f"[dim]{name:<12}[/]{value}", soft_wrap=True)
     table = Table("tensor", "shape", box=box.SIMPLE_HEAD)
     for name, shape in description["tensors"].items():
-        layer = re.search(r"\b(?:layers|h)\.(\d+)\.", name)
+        layer = re.search(r"\b(?:layers|h|blk)\.(\d+)\.", name)
         if layer is None or layer[1] == "0":
             table.add_row(name, " × ".join(map(str, shape)))
     print_whole(console, table)

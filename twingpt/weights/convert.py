@@ -17,11 +17,13 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
 from twingpt.core.tokenizer import Tokenizer
+from twingpt.weights.dtypes import DTYPES
 from twingpt.weights.export import Export
 from twingpt.weights.families import family_for
-from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel, open_model
+from twingpt.weights.formats import QUANTIZED, WRITABLE, OpenedModel, has_tokenizer_files, open_model
 from twingpt.weights.generation import GENERATION, generation_settings
 from twingpt.weights.gguf import GGUF
+from twingpt.weights.gguf.vocabulary import UnknownTokenizerError
 from twingpt.weights.huggingface import HuggingFace
 from twingpt.weights.twingpt import TwinGPT
 
@@ -35,18 +37,20 @@ def convert(
     to: str | None = None,
     quantization: Quantization | None = None,
     *,
+    dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
     force: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Write a model in the format `to` at `folder`, atomically; what was written, as `gpt convert --json` prints it.
 
-    `source` is a model that is open, or what `open_model` takes. Without `to`, a `folder` that ends in .gguf becomes
-    a file of that format; else a model of ours becomes a Hugging Face directory, and any other one of ours. A
-    `tokenizer` takes the place of the model's own.
-    `progress` is told the bytes of each parameter as it passes. Raises UserError, before anything is written,
-    for a format that can't hold the model, a tokenizer of more ids than it has, and for a `folder` that exists,
-    unless it holds a model and `force` is given.
+    `source` is a model that is open, or what `open_model` takes.
+    Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
+    Hugging Face directory, and any other one of ours. With a `dtype` the parameters are stored in it, those of a
+    quantized model too; without one in float32. A `tokenizer` takes the place of the model's own. `progress` is
+    told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a format that
+    can't hold the model or the dtype, a tokenizer of more ids than it has, and for a `folder` that exists, unless it
+    holds a model and `force` is given; UserError too for a number that the dtype has not.
     """
     opened, folder = source if isinstance(source, OpenedModel) else open_model(source), expand(folder)
     model = opened.model
@@ -56,13 +60,15 @@ def convert(
         raise unknown_choice("format", to, tuple(WRITABLE))
     if quantization:
         _check_quantization(quantization, model.config, to)
+    if dtype:
+        _check_dtype(dtype, quantization, to)
     check_place(folder, model.folder, force=force)
     place = folder.resolve() if folder.is_symlink() else folder  # the link stays
     if tokenizer and tokenizer.byte_lengths[model.config.vocab_size :].any():  # special tokens may be beyond
         size = model.config.vocab_size
         raise UserError(f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {size}.")
     tokenizer = tokenizer or tokenizer_of(model)
-    export = _export(opened, to, quantization, tokenizer, progress)
+    export = _export(opened, to, quantization, dtype, tokenizer, progress)
     try:
         kept = WRITABLE[to].write(place, export)
     except OSError as error:
@@ -74,6 +80,7 @@ def convert(
         "family": family.model_type if family and to != TwinGPT.target else opened.family,
         "parameters": parameter_count(model.config),
         "bytes": _size(folder),
+        "dtype": export.dtype,
         "quantization": export.quantization.to_json() if export.quantization else None,
         "unquantized": kept,
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size} ids" if tokenizer else None,
@@ -83,11 +90,16 @@ def convert(
 
 
 def _export(
-    opened: OpenedModel, to: str, quantization: Quantization | None, tokenizer: Tokenizer | None, progress: Progress
+    opened: OpenedModel,
+    to: str,
+    quantization: Quantization | None,
+    dtype: str | None,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
 ) -> Export:
     """What is written: the model's tensors, as they are stored where a quantized model is to stay as it is."""
     model = opened.model
-    quantized = _keeps_quantized(model, to, quantization)
+    quantized = dtype is None and _keeps_quantized(model, to, quantization)
     quantization = model.quantization if quantized else quantization
     settings = generation_settings(model.directory)
     if tokenizer and tokenizer_of(model) is None:  # then null says that there was none
@@ -99,6 +111,7 @@ def _export(
         tokenizer=tokenizer,
         quantization=quantization,
         quantized=quantized,
+        dtype=dtype or "float32",
         ids=_ids(model, settings, tokenizer),
         texts=_settings_text(model, settings) | {"README.md": card(opened, to, quantization, tokenizer)},
     )
@@ -133,6 +146,18 @@ def _check_quantization(quantization: Quantization, config: GPTConfig, to: str) 
         raise UserError(f"No matrix of the model can be quantized: no width is a multiple of --q-group-size {size}.")
 
 
+def _check_dtype(dtype: str, quantization: Quantization | None, to: str) -> None:
+    """Raise UserError for a dtype that isn't known, that a format has not, or beside quantized matrices."""
+    if dtype not in DTYPES:
+        raise unknown_choice("dtype", dtype, tuple(DTYPES))
+    if quantization:
+        raise UserError("--dtype is for matrices that aren't quantized, and --q-bits quantizes them: give one of them.")
+    if to == TwinGPT.target and dtype != "float32":
+        others = ", ".join(target for target in WRITABLE if target != to)
+        raise UserError(f"A checkpoint of twingpt is in float32, from which training goes on: --dtype {dtype} is for "
+                        f"--to {others}.")  # fmt: skip
+
+
 def _keeps_quantized(model: Model, to: str, quantization: Quantization | None) -> bool:
     """Whether a quantized model passes as it is stored, since it is to stay as it is: again would be a bit worse."""
     if model.quantization is None or to not in QUANTIZED or quantization not in (None, model.quantization):
@@ -157,9 +182,18 @@ def tokenizer_of(model: Model) -> Tokenizer | None:
     try:
         return model.tokenizer()
     except UserError:
-        if (model.folder / "tokenizer.json").exists():
+        if has_tokenizer_files(model.folder):
             raise
         return None
+
+
+def why_no_tokenizer(model: Model) -> str | None:
+    """Why a tokenizer that is there, in a file with the model, is none of ours; None where there isn't any."""
+    try:
+        model.tokenizer()
+    except UserError as error:
+        return str(error).rstrip(".") if isinstance(error, UnknownTokenizerError) else None
+    return None
 
 
 def _settings_text(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:

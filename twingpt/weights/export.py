@@ -20,8 +20,8 @@ Array = np.ndarray
 class Export:
     """A model to be written, a tensor at a time; `source` is the folder or file that it comes from.
 
-    `tensors` are float32 parameters in the order of the parameter table, which a format that can stores by
-    `quantization`; with `quantized` they are so already, as `Quantization.table` has them. `ids` are
+    `tensors` are float32 parameters in the order of the parameter table, which a format stores in `dtype`, or one
+    that can by `quantization`; with `quantized` they are so already, as `Quantization.table` has them. `ids` are
     bos_token_id and eos_token_id, `texts` further files, by name.
     """
 
@@ -31,5 +31,6 @@ class Export:
     tokenizer: Tokenizer | None
     quantization: Quantization | None
     quantized: bool
+    dtype: str
     ids: Mapping[str, Any]
     texts: Mapping[str, str]

@@ -1,7 +1,6 @@
 """The formats that models are read from and written in, and opening a model of any of them.
 
-A format is a class with what it can do: most are read and written, GGUF is only written, and nanoGPT's and
-nanochat's are only read.
+A format is a class with what it can do: most are read and written, nanoGPT's and nanochat's are only read.
 """
 
 from __future__ import annotations
@@ -21,17 +20,20 @@ from twingpt.core.paths import expand
 from twingpt.runs.folder import RUNS, resolve
 from twingpt.weights.export import Export
 from twingpt.weights.gguf import GGUF
+from twingpt.weights.gguf.vocabulary import UnknownTokenizerError
 from twingpt.weights.huggingface import HuggingFace, instead
 from twingpt.weights.mlx_lm import MLXLM
 from twingpt.weights.nanochat import Nanochat
 from twingpt.weights.nanogpt import NanoGPT
 from twingpt.weights.torch_state import TorchState
 from twingpt.weights.twingpt import TwinGPT
+from twingpt.weights.vocab_and_merges import has_vocab_and_merges
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-    "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "model_*.pt", "meta_*.json",
+    "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "chat_template.jinja", "additional_chat_templates/*.jinja", "model_*.pt", "meta_*.json",
 ]  # fmt: skip
 
 
@@ -72,7 +74,7 @@ class QuantizedFormat(WritableFormat, Protocol):
 
 
 # In this order a model is asked for its format: later ones take what is left.
-READABLE: tuple[ReadableFormat, ...] = (TorchState(), NanoGPT(), Nanochat(), MLXLM(), HuggingFace(), TwinGPT())
+READABLE: tuple[ReadableFormat, ...] = (GGUF(), TorchState(), NanoGPT(), Nanochat(), MLXLM(), HuggingFace(), TwinGPT())
 QUANTIZED: dict[str, QuantizedFormat] = {format.target: format for format in (TwinGPT(), MLXLM())}
 WRITABLE: dict[str, WritableFormat] = {
     format.target: format for format in (TwinGPT(), HuggingFace(), MLXLM(), TorchState(), GGUF())
@@ -125,7 +127,7 @@ def _no_model(path: Path) -> str:
         usual = "it has no config.json, and isn't a run"
         return f"{path} holds no model that is known: {instead(path) or usual}."
     if path.suffix == ".gguf":
-        return f"{path} can't be read: GGUF files are only written. Give the model that it was made from."
+        return f"{path} is not a GGUF file: it does not begin as one."
     if (path.parent / "config.json").is_file():
         return f"{path} is a part of a model: give the folder that it is in."
     if path.suffix == ".safetensors":
@@ -155,6 +157,11 @@ def _download(name: str) -> Path:
         ) from None
 
 
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether a tokenizer that can't be read is broken, and not missing."""
+    return (folder / "tokenizer.json").exists() or has_vocab_and_merges(folder)
+
+
 def describe(opened: OpenedModel) -> dict[str, Any]:
     """What a model is, for people and scripts: format, family, parameters, dtypes, tokenizer, tensors."""
     model = opened.model
@@ -162,7 +169,8 @@ def describe(opened: OpenedModel) -> dict[str, Any]:
         tokenizer = model.tokenizer()
         spoken: str | None = f"{tokenizer.kind}, {tokenizer.vocab_size} ids"
     except UserError as error:
-        spoken = f"broken: {error}" if (model.folder / "tokenizer.json").exists() else None
+        broken = has_tokenizer_files(model.folder) or isinstance(error, UnknownTokenizerError)
+        spoken = f"broken: {error}" if broken else None
     model.parameters()  # which checks names and shapes, where the format can without reading tensors
     quantization = model.quantization
     return {

@@ -20,8 +20,10 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.tokenizer import GIVE_ONE, Tokenizer
+from twingpt.weights.dtypes import DTYPES, rounded
 from twingpt.weights.export import Export
 from twingpt.weights.families import Family, family_of, require_family
+from twingpt.weights.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 
 Array = np.ndarray
 
@@ -33,7 +35,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INSTEAD = {
     "adapter*.safetensors": "{} are adapters to another model; merge them into that one (peft: merge_and_unload, "
     "mlx-lm: mlx_lm.fuse), and give the result",
-    "*.gguf": "{} is GGUF, which is only written; give the model that it was made from",
+    "*.gguf": "{} is GGUF; give that file itself",
     "*.bin": "{} is a pickle, which could run code; save it as safetensors first",
     "consolidated*": "{} is as Meta and Mistral name theirs; fetch the files that transformers reads",
     "*.safetensors": "{} has not the name that transformers reads",
@@ -61,7 +63,7 @@ class HuggingFace:
 
     def write(self, folder: Path, export: Export) -> dict[str, str]:
         """Write a directory with the tokenizer's files and the texts."""
-        write(folder, export.config, export.tensors, export.ids, texts_beside(export))
+        write(folder, export.config, export.tensors, export.ids, texts_beside(export), export.dtype)
         return {}
 
 
@@ -95,12 +97,18 @@ class HuggingFaceModel(Model):
         return self.architecture.model_type
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in tokenizer.json."""
-        if not (self.folder / "tokenizer.json").exists():
-            raise UserError(
-                f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text until {GIVE_ONE}."
-            )
-        return self.directory.tokenizer
+        """The tokenizer in tokenizer.json, or else in vocab.json and merges.txt."""
+        if (self.folder / "tokenizer.json").exists():
+            return self.directory.tokenizer
+        if has_vocab_and_merges(self.folder):
+            return self._vocab_and_merges
+        raise UserError(
+            f"{self.folder} has no tokenizer.json: the model can be converted, but takes no text until {GIVE_ONE}."
+        )
+
+    @cached_property
+    def _vocab_and_merges(self) -> Tokenizer:
+        return read_vocab_and_merges(self.directory)
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor, as the files have them."""
@@ -250,20 +258,23 @@ def write(
     parameters: Iterable[tuple[str, Array]],
     ids: Mapping[str, Any] = MappingProxyType({}),
     texts: Mapping[str, str] = MappingProxyType({}),
+    dtype: str = "float32",
 ) -> str:
     """Write a model as a Hugging Face directory, atomically, holding one tensor at a time; the family's name.
 
-    `parameters` come in the order of the parameter table; `ids` are bos_token_id and eos_token_id for
-    config.json, `texts` further files, by name. What was at `folder` is replaced. Raises UserError where no
-    family in transformers computes this model.
+    `parameters` come in the order of the parameter table, and are stored in `dtype`; `ids` are bos_token_id and
+    eos_token_id for config.json, `texts` further files, by name. What was at `folder` is replaced. Raises UserError
+    where no family in transformers computes this model, and for a number that `dtype` has not.
     """
     family = require_family(config)
     table, layout = parameter_table(config), family.layout(config)
     shapes = {name: family.shape(name, [table[ours].shape for ours in parts]) for name, parts in layout.items()}
     content = {**family.content(config), "bos_token_id": None, "eos_token_id": None, **ids}
+    content |= {"dtype": dtype, "torch_dtype": dtype}
+    stored = rounded(parameters, dtype)
     try:
         with new_folder(folder) as temporary:
-            write_model(temporary, shapes, joined(parameters, family, layout, config))
+            write_model(temporary, shapes, joined(stored, family, layout, config), dict.fromkeys(shapes, DTYPES[dtype]))
             write_synced(temporary / "config.json", json.dumps(content, indent=2).encode())
             for name, text in texts.items():
                 write_synced(temporary / name, text.encode())

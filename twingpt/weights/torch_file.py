@@ -168,14 +168,18 @@ def stored_tensors(value: Any, what: str) -> dict[str, StoredTensor]:
 
 
 def write_state_dict(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: str = "float32",
 ) -> None:
-    """Write float32 tensors for `torch.load(weights_only=True)` as they come, in the order of `shapes`, and sync.
+    """Write tensors of one dtype for `torch.load(weights_only=True)` as they come, in the order of `shapes`, and sync.
 
-    torch.save leaves room for the tensors, which are then put there one by one.
+    bfloat16 comes as uint16. torch.save leaves room for the tensors, which are then put there one by one.
     """
     with torch.serialization.skip_data():
-        torch.save({name: torch.empty(shape) for name, shape in shapes.items()}, path)  # memory that is never touched
+        # of memory that is never touched
+        torch.save({name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape in shapes.items()}, path)
     with zipfile.ZipFile(path) as archive:
         directory, records = archive.start_dir, archive.infolist()
     checks = {}
@@ -184,7 +188,7 @@ def write_state_dict(
             if given != name or array.shape != shape:
                 raise ValueError(f"{given} {array.shape} came, where {name} {shape} is next")
             record = next(record for record in records if record.filename.endswith(f"/data/{number}"))
-            data = np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data
+            data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
             file.seek(_begin(file, record))
             file.write(data)
             checks[record.filename] = zlib.crc32(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.tokenizer import Tokenizer
+from twingpt.weights.dtypes import rounded
 from twingpt.weights.export import Export
 from twingpt.weights.pickles import State, check_state, read_pickle, state_of, tokenizer_of, torch_files
 
@@ -44,7 +46,7 @@ class TorchState:
 
     def write(self, folder: Path, export: Export) -> dict[str, str]:
         """Write model.pt and the files beside it."""
-        write(folder, export.config, export.tensors, export.tokenizer, export.texts, export.ids)
+        write(folder, export.config, export.tensors, export.tokenizer, export.texts, export.ids, export.dtype)
         return {}
 
 
@@ -86,19 +88,23 @@ def write(
     tokenizer: Tokenizer | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
     ids: Mapping[str, Any] = MappingProxyType({}),
+    dtype: str = "float32",
 ) -> None:
     """Write model.pt, config.json and the tokenizer's files, in one atomic step, holding one tensor at a time.
 
-    `tensors` are float32 parameters in the order of the parameter table, whose names they keep; `texts` are
-    further files, by name, `ids` those of special tokens. A folder that is there is replaced. Raises UserError
-    where it can't be written.
+    `tensors` are float32 parameters in the order of the parameter table, whose names they keep, and which are stored
+    in `dtype`; `texts` are further files, by name, `ids` those of special tokens. A folder that is there is replaced.
+    Raises UserError where it can't be written, and for a number that `dtype` has not.
     """
     torch = torch_files(folder / FILE)
     shapes = {name: row.shape for name, row in parameter_table(config).items()}
+    beside = model_texts(config, tokenizer, None, ids)
+    content = json.loads(beside[CONFIG]) | {"dtype": dtype, "torch_dtype": dtype}
+    beside |= {CONFIG: json.dumps(content, indent=2), **texts}
     try:
         with new_folder(folder) as temporary:
-            torch.write_state_dict(temporary / FILE, shapes, tensors)
-            for name, text in {**model_texts(config, tokenizer, None, ids), **texts}.items():
+            torch.write_state_dict(temporary / FILE, shapes, rounded(tensors, dtype), dtype)
+            for name, text in beside.items():
                 write_synced(temporary / name, text.encode())
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}.") from error

@@ -55,7 +55,7 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
 def load_file(path: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
     """`load` for a tokenizer.json under any name."""
     content = check(read_json(path, MAX_FILE), str(path))
-    settings = _settings(
+    settings = settings_beside(
         path.parent, content, _json_object(path.with_name("config.json")) if config is None else config
     )
     written = settings.get("twingpt")
@@ -68,7 +68,7 @@ def load_file(path: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
         raise UserError(f"The tokenizer {path} has been altered since twingpt wrote it.") from None
 
 
-def _settings(folder: Path, content: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_beside(folder: Path, content: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """What `folder` says of its tokenizer, as transformers resolves it (docs/resolution.md)."""
     settings = _json_object(folder / SETTINGS)
     if "added_tokens_decoder" not in settings:  # older files, which special_tokens_map.json goes before
