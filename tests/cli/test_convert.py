@@ -376,7 +376,7 @@ INSTEAD = {
         "adapters to another model",
     ),
     "peft's adapters": ({"adapter_model.safetensors": ""}, "merge them into that one"),
-    "GGUF": ({"novel-Q4_K_M.gguf": ""}, "novel-Q4_K_M.gguf is GGUF, which is only written"),
+    "GGUF": ({"novel-Q4_K_M.gguf": ""}, "novel-Q4_K_M.gguf is GGUF; give that file itself"),
     "a pickle": ({"pytorch_model.bin": ""}, "pytorch_model.bin is a pickle, which could run code"),
     "Meta's": ({"consolidated.00.pth": ""}, "fetch the files that transformers reads"),
     "another name": ({"weights.safetensors": ""}, "weights.safetensors has not the name that transformers reads"),

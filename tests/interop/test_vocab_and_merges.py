@@ -67,7 +67,7 @@ def test_a_model_is_converted_with_it(tmp_path):
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (tmp_path / "hf" / name).write_bytes((tmp_path / "in" / name).read_bytes())
     opened = open_model(tmp_path / "hf")
-    assert describe(opened)["tokenizer"] == f"foreign, {tokenizer.vocab_size} ids"
+    assert describe(opened)["tokenizer"] == f"huggingface, {tokenizer.vocab_size} ids"
     conversion.convert(opened, tmp_path / "ours")
     again = open_model(tmp_path / "ours").model.tokenizer()
     assert again.digest == tokenizer.digest and np.array_equal(again.encode("a    b"), tokenizer.encode("a    b"))
@@ -80,7 +80,7 @@ def test_it_is_given_to_a_model_without_one(gpt, tmp_path):
     code, out, err = gpt("convert", tmp_path / "bare", tmp_path / "hf", "--to", "hf", "--json",
                          "--tokenizer", two_files(tmp_path / "in", "qwen2"))  # fmt: skip
     assert code == 0, err
-    assert json.loads(out)["tokenizer"].startswith("foreign, ") and (tmp_path / "hf/tokenizer.json").exists()
+    assert json.loads(out)["tokenizer"].startswith("huggingface, ") and (tmp_path / "hf/tokenizer.json").exists()
 
 
 @pytest.mark.parametrize(

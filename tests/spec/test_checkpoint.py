@@ -273,7 +273,7 @@ def test_resolve(saved):
     runs.point(run, "latest", saved)
     for name in (saved, run, f"{run}@3", f"{run}@latest"):
         assert runs.resolve(name) == saved
-    for name, message in (("@best", r"no checkpoint best: it has those of the steps 3, as .*@STEP"),
+    for name, message in (("@best", "best, as it has not been evaluated: it has those of the steps 3, as .*@STEP"),
                           ("@4", "those of the steps 3"), ("@x", "latest, best or a"),
                           ("@²", "latest, best or a")):  # fmt: skip
         with pytest.raises(UserError, match=message):

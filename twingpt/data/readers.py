@@ -308,7 +308,7 @@ def too_long(path: object, line: int) -> UserError:
 
 DECODER = json.JSONDecoder(parse_int=any_integer)
 BETWEEN_VALUES = re.compile(r"[\s,]*")
-AFTER_ELEMENT, AFTER_RECORD = re.compile(r"\s*[,\]]"), re.compile(r"\s*(?:,?\s*[\[{]|\Z)")
+AFTER_ELEMENT, AFTER_RECORD = re.compile(r"\s*[,\]]"), re.compile(r"\s*(?:,\s*[\[{]|[\[{]|\Z)")
 
 
 def json_layout(head: str, named: str | None) -> str | None:

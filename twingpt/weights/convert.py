@@ -47,7 +47,7 @@ def convert(
     `source` is a model that is open, or what `open_model` takes.
     Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
     Hugging Face directory, and any other one of ours. With a `dtype` the parameters are stored in it, those of a
-    quantized model too; without one in float32. A `tokenizer` takes the place of the model's own. `progress` is
+    quantized model too; without one in float32. A `tokenizer` is that of a model without one. `progress` is
     told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a format that
     can't hold the model or the dtype, a tokenizer of more ids than it has, and for a `folder` that exists, unless it
     holds a model and `force` is given; UserError too for a number that the dtype has not.
@@ -64,6 +64,8 @@ def convert(
         _check_dtype(dtype, quantization, to)
     check_place(folder, model.folder, force=force)
     place = folder.resolve() if folder.is_symlink() else folder  # the link stays
+    if tokenizer and tokenizer_of(model) is not None:
+        raise UserError(f"{model.folder} has a tokenizer of its own: leave out --tokenizer.")
     if tokenizer and tokenizer.byte_lengths[model.config.vocab_size :].any():  # special tokens may be beyond
         size = model.config.vocab_size
         raise UserError(f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {size}.")

@@ -165,9 +165,10 @@ def tensor_files(directory: ModelDirectory) -> list[TensorFile]:
     if (folder / MODEL).exists():
         return [directory.tensor_file(MODEL)]
     if not (folder / INDEX).exists():
-        if shards := sorted(folder.glob("model-?????-of-?????.safetensors")):  # as mlx-lm reads them
-            count = shards[0].stem[-5:]
-            return [directory.tensor_file(f"model-{i + 1:05d}-of-{count}.safetensors") for i in range(int(count))]
+        digits = "[0-9]" * 5
+        if shards := sorted(folder.glob(f"model-{digits}-of-{digits}.safetensors")):  # as mlx-lm reads them
+            count = max(1, int(shards[0].stem[-5:]))
+            return [directory.tensor_file(f"model-{i + 1:05d}-of-{count:05d}.safetensors") for i in range(count)]
         found = instead(folder)
         raise UserError(f"{folder} has no {MODEL}{f': {found}' if found else ''}.")
     places = directory.json_object(INDEX).get("weight_map")

@@ -65,6 +65,11 @@ class DequantizedFile(TensorFile):
             if base == name or entry.dtype != "U32" or f"{base}.scales" not in self.entries:
                 continue
             packing = packings.of(base)
+            if entry.shape[-1] * 32 % (packing.bits * packing.group_size):
+                raise UserError(
+                    f"{self.path}: the tensor {name} has {entry.shape[-1]} words a row, which are no whole groups of "
+                    f"{packing.group_size} numbers of {packing.bits} bits."
+                )
             shape = (*entry.shape[:-1], entry.shape[-1] * 32 // packing.bits)
             for part in packing.parts:
                 self._check_part(f"{base}.{part}", shape, packing)
