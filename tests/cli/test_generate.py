@@ -117,7 +117,7 @@ class Scripted:
         self.prefills.append(tokens.tolist())
         cache.advance(slice(row, row + 1), len(tokens))
 
-    def step(self, cache, sampling, u):
+    def step(self, cache, sampling, u, *, log_probs=True):
         cache.check_room(slice(0, 1), 1)
         cache.advance(slice(0, 1), 1)
         self.steps += 1

@@ -58,7 +58,8 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop=stop or (),
+        stop=stop,
+        log_probs=False,
     )
     if not json_:
         print(f"{name} on {engine.device.name}, in {engine.dtype}", file=sys.stderr)

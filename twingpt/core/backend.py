@@ -63,7 +63,7 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step sampled in each of its rows: ids (B,), and their log-probabilities by the raw logits, (B,)."""
+    """What a step sampled in each of its rows: ids (B,), and maybe their log-probabilities by the raw logits, (B,)."""
 
     tokens: Any
     log_probs: Any
@@ -96,10 +96,11 @@ class InferenceEngine(Protocol):
     def prefill(self, cache: Any, row: int, tokens: Array) -> Handle:
         """Run (T,) ids of a prompt, or of a part of it, behind what a row holds. Enqueues only."""
 
-    def step(self, cache: Any, sampling: SamplingRows, u: Array) -> Handle:
+    def step(self, cache: Any, sampling: SamplingRows, u: Array, *, log_probs: bool = True) -> Handle:
         """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
 
-        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled.
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled, with `log_probs`
+        unless they are left out: they take a pass over the vocabulary.
         """
 
     def logits(self, handle: Handle) -> Array:

@@ -40,7 +40,9 @@ class Row:
         self.n_prompt = len(self.tokens)
 
 
-def decode(engine: InferenceEngine, rows: Iterable[Row], max_rows: int = MAX_ROWS) -> Iterator[tuple[Row, int, float]]:
+def decode(
+    engine: InferenceEngine, rows: Iterable[Row], max_rows: int = MAX_ROWS, *, log_probs: bool = True
+) -> Iterator[tuple[Row, int, float | None]]:
     """Decode texts side by side, at most `max_rows` at a time: yield (row, id, log-probability by the raw logits).
 
     The id at position i of a text is sampled with the uniform keyed by (seed, i). When a row holds block_size
@@ -70,7 +72,7 @@ def decode(engine: InferenceEngine, rows: Iterable[Row], max_rows: int = MAX_ROW
         for number in full:
             cache.trim(number, block_size)
             engine.prefill(cache, number, np.array(active[number].tokens[-max(1, block_size // 2) :]))
-        ahead = _step(engine, cache, settings, active) if active else None
+        ahead = _step(engine, cache, settings, active, log_probs=log_probs) if active else None
         if unread:
             yield from _read(engine, *unread)
         if ahead is None:
@@ -97,22 +99,23 @@ def _join(engine: InferenceEngine, cache: KVCache, active: list[Row], row: Row) 
 
 
 def _step(
-    engine: InferenceEngine, cache: KVCache, settings: SamplingRows, active: list[Row]
+    engine: InferenceEngine, cache: KVCache, settings: SamplingRows, active: list[Row], *, log_probs: bool
 ) -> tuple[Handle, list[Row]]:
     """Enqueue one step of the active rows: its handle, and whose tokens it samples."""
     u = [rng.uniform(row.seed, row.n_prompt + row.n_sampled) for row in active]
-    handle = engine.step(cache, settings, np.array(u))
+    handle = engine.step(cache, settings, np.array(u), log_probs=log_probs)
     for row in active:
         row.n_sampled += 1
     return handle, list(active)
 
 
-def _read(engine: InferenceEngine, handle: Handle, rows: list[Row]) -> Iterator[tuple[Row, int, float]]:
+def _read(engine: InferenceEngine, handle: Handle, rows: list[Row]) -> Iterator[tuple[Row, int, float | None]]:
     """What a step sampled for the rows that are not done."""
     sampled = engine.read(handle)
-    for row, token, log_prob in zip(rows, sampled.tokens.tolist(), sampled.log_probs.tolist(), strict=True):
+    log_probs = [None] * len(rows) if sampled.log_probs is None else sampled.log_probs.tolist()
+    for row, token, log_prob in zip(rows, sampled.tokens.tolist(), log_probs, strict=True):
         if not row.done:
-            if math.isnan(log_prob):
+            if log_prob is not None and math.isnan(log_prob):
                 raise UserError("The model's logits are not finite: compute in float32, or look at its weights.")
             row.tokens.append(token)
             yield row, token, log_prob

@@ -29,7 +29,8 @@ class Response:
         text: The text that has become certain, maybe empty: whole characters, nothing of a stop string or of an end
             of text. Joined, the texts are the whole text. Empty without a tokenizer.
         token: The id of the token; the last one may be an end of text.
-        log_prob: Its log-probability in nats by the model's raw logits, before temperature and the like.
+        log_prob: Its log-probability in nats by the model's raw logits, before temperature and the like; None where
+            that isn't asked for.
         index: Which of the prompts it goes on from; 0 where there is one.
         prompt_tokens: Ids of the prompt.
         generation_tokens: Ids generated so far, this one included.
@@ -41,7 +42,7 @@ class Response:
 
     text: str
     token: int
-    log_prob: float
+    log_prob: float | None
     index: int
     prompt_tokens: int
     generation_tokens: int
@@ -132,6 +133,7 @@ class LanguageModel:
         seed: int | Sequence[int] = 1337,
         stop: str | Sequence[str] | None = None,
         special: bool = False,
+        log_probs: bool = True,
     ) -> Iterator[Response]:
         """Go on from a prompt, or from several side by side: yields a Response for each token as it is generated.
 
@@ -152,7 +154,7 @@ class LanguageModel:
         if len(seeds) != len(encoded):
             raise UserError(f"There are {len(encoded)} prompts and {len(seeds)} seeds: give one seed, or one for each.")
         rows = [Row(self._context(ids), sampling, max_tokens, one) for ids, one in zip(encoded, seeds, strict=True)]
-        return self._responses(rows, encoded, stops)
+        return self._responses(rows, encoded, stops, log_probs=log_probs)
 
     def _context(self, ids: list[int]) -> list[int]:
         """The ids to go on from: those of the prompt, or where it is empty the end of the document before."""
@@ -162,10 +164,12 @@ class LanguageModel:
             raise UserError("This model knows no end of text to begin a document after: give a prompt.")
         return [self.tokenizer.end_of_text]
 
-    def _responses(self, rows: list[Row], prompts: list[list[int]], stop: tuple[str, ...]) -> Iterator[Response]:
+    def _responses(
+        self, rows: list[Row], prompts: list[list[int]], stop: tuple[str, ...], *, log_probs: bool
+    ) -> Iterator[Response]:
         texts = [TextStream(self.tokenizer, ids, stop) if self.tokenizer else None for ids in prompts]
         numbers, first = {row: number for number, row in enumerate(rows)}, [0.0] * len(rows)
-        for row, token, log_prob in decode(self.engine, rows):
+        for row, token, log_prob in decode(self.engine, rows, log_probs=log_probs):
             now, number = time.perf_counter(), numbers[row]
             n, text_stream = len(row.tokens) - row.n_prompt, texts[number]
             first[number] = first[number] or now
@@ -205,7 +209,7 @@ class LanguageModel:
             raise UserError("This model has no tokenizer, so its tokens have no text: stream() gives their ids.")
         many = _are_many(prompt)
         texts = [""] * (len(prompt) if many else 1)
-        for response in self.stream(prompt, max_tokens, **settings):
+        for response in self.stream(prompt, max_tokens, **{"log_probs": False} | settings):
             texts[response.index] += response.text
         return texts if many else texts[0]
 

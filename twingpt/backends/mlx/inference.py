@@ -99,22 +99,23 @@ class InferenceEngine:
         return Step(logits)
 
     @on_device
-    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray) -> Step:
+    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray, *, log_probs: bool = True) -> Step:
         """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
 
-        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled.
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled, with `log_probs`
+        unless they are left out: they take a pass over the vocabulary.
         """
         rows = slice(0, len(u))
         cache.check_logits(rows)
         logits = cache.logits[rows]
         seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
         tokens = sample(logits, sampling, u, seen)
-        log_probs = log_prob(logits, tokens)
+        sampled = log_prob(logits, tokens) if log_probs else None
         slots = CacheSlots(cache, rows, tokens[:, None])
         x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
-        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, log_probs)
+        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, sampled)
         cache.set_logits(rows, step.logits)
-        mx.async_eval(step.logits, tokens, log_probs)
+        mx.async_eval(step.logits, tokens, [] if sampled is None else sampled)
         cache.async_eval()
         return step
 
@@ -128,5 +129,6 @@ class InferenceEngine:
         """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
             assert handle.tokens is not None, "a prefill samples nothing"
-            return Sampled(np.array(handle.tokens, np.int64), np.array(handle.log_probs))
+            log_probs = None if handle.log_probs is None else np.array(handle.log_probs)
+            return Sampled(np.array(handle.tokens, np.int64), log_probs)
         return LogProbs(*(None if array is None else np.array(array) for array in vars(handle).values()))

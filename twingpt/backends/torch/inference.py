@@ -96,20 +96,21 @@ class InferenceEngine:
         return Step(logits)
 
     @torch.inference_mode()
-    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray) -> Step:
+    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray, *, log_probs: bool = True) -> Step:
         """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
 
-        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled.
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled, with `log_probs`
+        unless they are left out: they take a pass over the vocabulary.
         """
         rows = slice(0, len(u))
         cache.check_logits(rows)
         logits = cache.logits[rows]
         seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
         tokens = sample(logits, sampling, u, seen, self.device)
-        log_probs = log_prob(logits, tokens)
+        sampled = log_prob(logits, tokens) if log_probs else None
         slots = CacheSlots(cache, rows, tokens[:, None])
         x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
-        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, log_probs)
+        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, sampled)
         cache.set_logits(rows, step.logits)
         return step
 
@@ -120,6 +121,7 @@ class InferenceEngine:
     def read(self, handle: Step | LogProbs) -> Any:
         """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
-            assert handle.tokens is not None and handle.log_probs is not None, "a prefill samples nothing"
-            return Sampled(handle.tokens.cpu().numpy(), handle.log_probs.cpu().numpy())
+            assert handle.tokens is not None, "a prefill samples nothing"
+            log_probs = None if handle.log_probs is None else handle.log_probs.cpu().numpy()
+            return Sampled(handle.tokens.cpu().numpy(), log_probs)
         return LogProbs(*(None if array is None else array.cpu().numpy() for array in vars(handle).values()))

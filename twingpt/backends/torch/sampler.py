@@ -45,4 +45,4 @@ def sample(logits: Array, sampling: SamplingRows, u: np.ndarray, seen: Array | N
 
 def log_prob(logits: Array, ids: Array) -> Array:
     """Log-probabilities of (B,) ids by (B, V) logits, before any setting of the sampler, (B,)."""
-    return logits.gather(-1, ids[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
+    return torch.log_softmax(logits, dim=-1).gather(-1, ids[:, None])[:, 0]
