@@ -55,6 +55,12 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None, su
 hypothesis.settings.load_profile("same")
 
 
+def pytest_make_parametrize_id(val):
+    """A parameter of bytes is named by its size: what compressed it may have put the time in, and each worker collects
+    for itself."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 def needs(name: str):
     return pytest.mark.skipif(not registry.installed(name), reason=f"the {name} backend is not installed")
 

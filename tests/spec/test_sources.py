@@ -313,7 +313,7 @@ def test_zstd_with_a_long_window_and_frames_to_skip(tmp_path):
         ("a.txt.xz", lzma.compress(TEXT)[:-9], "is damaged or cut short"),
         ("a.txt.xz", lzma.compress(TEXT)[:40] + b"\xff" * 40, "is damaged or cut short: Corrupt input"),
         ("a.txt.gz", gzip.compress(TEXT, mtime=0)[:-5] + b"12345", "is damaged or cut short: .*incorrect"),
-        ("a.txt.gz", gzip.compress(gzip.compress(TEXT, mtime=0)), "is compressed twice"),
+        ("a.txt.gz", gzip.compress(gzip.compress(TEXT, mtime=0), mtime=0), "is compressed twice"),
         ("a.txt", b"\x04\x22\x4d\x18\x64\xff", "is compressed by lz4"),
     ],
 )
