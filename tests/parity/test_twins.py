@@ -290,6 +290,101 @@ def test_a_row_takes_no_more_than_the_context(engines):
     assert cache.lengths.tolist() == [16]
 
 
+WINDOWED = {
+    "every layer": {"sliding_window": 5, "n_kv_head": 2},
+    "one layer of six is full, as in Gemma 3": {
+        "n_layer": 6,
+        "sliding_window": 4,
+        "full_attention_layers": (5,),
+        "local_rope_theta": 100.0,
+        "n_kv_head": 1,
+    },
+    "one token": {"sliding_window": 1},
+    "two tokens and a softcap": {"sliding_window": 2, "attn_softcap": 4.0, "n_kv_head": 2},
+    "learned positions and smear": {"sliding_window": 7, "position": "learned", "smear": True},
+    "the whole context": {"sliding_window": 40},
+    "more than the context": {"sliding_window": 41},
+}
+
+
+@pytest.mark.parametrize("switches", WINDOWED.values(), ids=WINDOWED)
+def test_decoding_past_a_window(switches, engines):
+    """By tokens and by chunks narrower than, as wide as and wider than the window; after trims and copies; by steps of
+    rows that hold less than the window, all of it and more."""
+    config = config_of({**switches, "block_size": 40})
+    engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
+    tokens, _ = batch(config, 1, 40)
+    full, window = engine.forward(tokens)[0], min(config.sliding_window, 12)
+    cache = engine.new_cache(3, 4)
+
+    def feed(row, chunks):
+        for n in chunks:
+            start = int(cache.lengths[row])
+            end = min(start + n, config.block_size)
+            if end > start:
+                logits = engine.logits(engine.prefill(cache, row, tokens[0, start:end]))
+                assert relative(logits[0], full[end - 1]) <= 1e-5, (row, start, end)
+
+    feed(0, [1] * 40)
+    feed(1, [window - 1, window, window + 1, 1, 2, 1, 2 * window, 1, 40])
+    for left in (2 * window + 3, window + 1, window, window - 1):
+        cache.trim(1, cache.lengths[1] - left)
+        cache.copy(1, 2)
+        feed(2, [1, 3, 1])
+        feed(1, [2, 1])
+    for lengths in ([2 * window] * 2, [1, window, window + 1], [max(1, window - 1), 2 * window + 3]):
+        assert_steps_agree(engine, [tokens[0, :n] for n in lengths], 7)
+
+
+def test_a_layer_with_a_window_is_handed_the_keys_that_it_shows(engines, monkeypatch):
+    """And one token of rows with equal lengths no mask, in any layer."""
+    config = config_of({"sliding_window": 8, "full_attention_layers": (1,), "block_size": 64})
+    engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
+    slots = import_module(f"twingpt.backends.{engines.NAME}.kv_cache").CacheSlots
+    update, advance = slots.update, slots.advance
+    keys, masks = {}, {}
+
+    def updated(self, layer, *args):
+        k, v = update(self, layer, *args)
+        keys[layer] = k.shape[2]
+        assert k.shape == v.shape
+        return k, v
+
+    def advanced(self):
+        masks.update({window: getattr(mask, "shape", mask) for window, mask in self.masks.items()})
+        advance(self)
+
+    monkeypatch.setattr(slots, "update", updated)
+    monkeypatch.setattr(slots, "advance", advanced)
+    cache, tokens = engine.new_cache(3, 16), batch(config, 1, 64)[0][0]
+
+    def handed(call):
+        keys.clear()
+        masks.clear()
+        call()
+        return keys[0], keys[1], masks[8], masks[0]
+
+    def step(rows):
+        return handed(lambda: engine.step(cache, SamplingRows([GREEDY] * rows), np.zeros(rows)))
+
+    assert handed(lambda: engine.prefill(cache, 0, tokens[:8]))[:3] == (8, 8, "causal")
+    assert step(1) == (8, 9, None, None)
+    narrow, wide, mask, _ = handed(lambda: engine.prefill(cache, 0, tokens[9:30]))  # a chunk: 21 tokens and 7 before
+    assert (narrow, wide, mask) == (28, 30, (21, 28))
+    assert step(1) == (8, 31, None, None)
+    cache.copy(0, 1)
+    assert step(2) == (8, 32, None, None)
+    cache.copy(0, 2)
+    cache.trim(1, 5)
+    engine.prefill(cache, 1, tokens[:1])
+    assert step(3) == (12, 33, (3, 1, 1, 12), (3, 1, 1, 33))  # rows of 33, 29 and 33: from what the shortest one sees
+    engine.prefill(cache, 1, tokens[:4])
+    assert step(3) == (8, 34, None, None)
+    cache.trim(0, 30)  # a row that its window shows whole: the others hand out all
+    engine.prefill(cache, 0, tokens[:1])
+    assert step(3) == (35, 35, (3, 1, 1, 35), (3, 1, 1, 35))
+
+
 def test_a_long_prompt_is_taken_in_chunks(engines):
     config = config_of({"block_size": 1200, "n_kv_head": 2, "sliding_window": 300})
     engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))

@@ -1,5 +1,6 @@
 """The backends' contract, finding and choosing one, and the check of tokens."""
 
+import dataclasses
 import inspect
 import mmap
 import os
@@ -14,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from tests.conftest import cpu, needs
+from tests.conftest import cpu, decoded, needs
 from twingpt.backends import host, registry
 from twingpt.core import backend
 from twingpt.core.backend import check_tokens
@@ -123,13 +124,14 @@ def test_an_engine_has_the_methods_and_the_constructor_of_its_protocol(engines, 
         assert parameters(getattr(engine, method)) == parameters(function), method
 
 
-TWINS = ("model", "inference", "training", "optimizer", "quantized", "device", "measure")
+TWINS = ("model", "inference", "kv_cache", "training", "optimizer", "quantized", "device", "measure")
 INT4 = {"dequantize", "dequantizing_matmul", "has_int4_kernel", "prepack", "pack", "packed_matmul"}
 ALONE = {  # public names that one framework needs and the other has no use for
-    "mlx": {"on_device", "wire_memory"},
+    "mlx": {"on_device", "wire_memory", "async_eval"},
     "torch": {"return_freed_memory", "extend", "grads", *INT4},
 }
-PLACED = {"device", "length"}  # parameters of torch's alone, which places tensors and keeps tables of RoPE
+# Parameters of torch's alone, which places tensors, keeps tables of RoPE and waits for copies by events.
+PLACED = {"device", "length", "copied"}
 OTHERWISE = {"Rope.table", "uint32"}  # whose results are what the framework's operations want
 TYPES = {"mx.array": "Array", "Tensor": "Array", "mx.Dtype": "dtype", "torch.dtype": "dtype", "torch.nn": "nn"}
 
@@ -231,3 +233,42 @@ def test_every_engine_checks_its_tokens(engines):
         with pytest.raises(UserError, match="Token id 97"):
             call()
     assert cache.lengths.tolist() == [0]
+
+
+@needs("torch")
+def test_on_cuda_a_token_is_read_before_the_forward_passes_after_it_end(monkeypatch):
+    """On a CPU that says it is CUDA: an event is recorded behind each sampling, and reading waits for nothing else."""
+    import torch
+
+    from twingpt.backends.torch import model
+    from twingpt.core.parameters import initialise
+
+    said, events, hidden_states = [], [], model.hidden_states
+
+    class Event:
+        def __init__(self):
+            self.step = len(events)
+            events.append(self)
+
+        def record(self, stream):
+            assert stream == engine.device.name
+            said.append(f"sampled {self.step}")
+
+        def synchronize(self):
+            said.append(f"read {self.step}")
+
+    def forward(*args):
+        said.append("forward")
+        return hidden_states(*args)
+
+    config, engines = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32), registry.get("torch")
+    engine = engines.InferenceEngine(config, initialise(config, 0), cpu(engines))
+    expected = decoded(engine, [5, 6], 3)
+    engine.device = dataclasses.replace(engine.device, kind="cuda")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    monkeypatch.setattr(model, "hidden_states", forward)
+    assert decoded(engine, [5, 6], 3) == expected
+    story = "forward, sampled 0, forward, sampled 1, forward, read 0, sampled 2, forward, read 1, read 2"
+    assert ", ".join(said) == story

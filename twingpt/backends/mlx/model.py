@@ -152,7 +152,7 @@ def positions(offset: int | Array, n: int) -> slice | Array:
 
 
 def attention_mask(offset: int | Array, n_query: int, n_key: int, window: int) -> str | Array | None:
-    """The causal mask as the fused kernel takes it, for queries at the positions from `offset` on.
+    """The causal mask as the fused kernel takes it, for queries at positions from `offset` on, the first key at 0.
 
     None for one query that sees all keys, or "causal"; else booleans, (n_query, n_key), or (B, 1, n_query, n_key) where
     rows have offsets of their own. A window that is not full needs the booleans.
@@ -197,11 +197,13 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
     if config.uses_rope(layer):
         local = config.is_local(layer)
         q, k = rope(q, offset, local=local), rope(k, offset, local=local)
+    window = config.window(layer)
     if cache:
-        k, v = cache.update(layer, k, v)
-    masks, window = (cache.masks if cache else {}), config.window(layer)
+        k, v = cache.update(layer, k, v, window)
+    masks = cache.masks if cache else {}
     if window not in masks:
-        masks[window] = attention_mask(offset, T, k.shape[2], window)
+        first = cache.start(window) if cache else 0  # the first key's position
+        masks[window] = attention_mask(offset - first, T, k.shape[2], window)
     mask = masks[window]
     if config.attn_softcap:
         y = softcapped_attention(q, k, v, mask, config)

@@ -29,12 +29,14 @@ ROPE_POSITIONS = 4096  # of the first RoPE tables, which grow: a block_size may 
 class Step:
     """Handle of a prefill or step of B rows, on the device: the logits after it, (B, V) float32, and what was sampled.
 
-    A step's `tokens` and `log_probs` are (B,); a prefill samples nothing and has None.
+    A step's `tokens` and `log_probs` are (B,); a prefill samples nothing and has None. On CUDA they are copies on the
+    host, which are there once `copied` has happened.
     """
 
     logits: Array
     tokens: Array | None = None
     log_probs: Array | None = None
+    copied: torch.cuda.Event | None = None
 
 
 class InferenceEngine:
@@ -108,11 +110,28 @@ class InferenceEngine:
         seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
         tokens = sample(logits, sampling, u, seen, self.device)
         sampled = log_prob(logits, tokens) if log_probs else None
+        copies = self._copy_to_host(tokens, sampled)  # before the forward pass, for which `read` then need not wait
         slots = CacheSlots(cache, rows, tokens[:, None])
         x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
-        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, sampled)
+        step = Step(model.logits(x, self.params, self.config)[:, 0], *copies)
         cache.set_logits(rows, step.logits)
         return step
+
+    def _copy_to_host(
+        self, tokens: Array, log_probs: Array | None
+    ) -> tuple[Array, Array | None, torch.cuda.Event | None]:
+        """On CUDA, copies in pinned memory, enqueued, and the event after them; elsewhere the arrays, and None.
+
+        `Tensor.cpu` waits for all that is enqueued when it is called: for the next step too, while the device would
+        have nothing to do after it.
+        """
+        if self.device.kind != "cuda":
+            return tokens, log_probs, None
+        tokens = tokens.to("cpu", non_blocking=True)
+        log_probs = None if log_probs is None else log_probs.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.device.name))
+        return tokens, log_probs, copied
 
     def logits(self, handle: Step) -> np.ndarray:
         """(B, V) float32 logits after the last positions of a handle's rows; waits."""
@@ -122,6 +141,8 @@ class InferenceEngine:
         """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
             assert handle.tokens is not None, "a prefill samples nothing"
+            if handle.copied:
+                handle.copied.synchronize()
             log_probs = None if handle.log_probs is None else handle.log_probs.cpu().numpy()
             return Sampled(handle.tokens.cpu().numpy(), log_probs)
         return LogProbs(*(None if array is None else array.cpu().numpy() for array in vars(handle).values()))

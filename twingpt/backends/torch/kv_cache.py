@@ -16,8 +16,8 @@ Array = Tensor
 class KVCache(kv_cache.KVCache):
     """Implements `core.kv_cache.KVCache`: keys and values (rows, K, capacity, d) a layer, token ids (rows, capacity).
 
-    `logits` (rows, V) float32 are those after each row's last position. The capacity doubles as it fills, up to
-    block_size.
+    `logits` (rows, V) float32 are those after each row's last position. All rows have one capacity: it doubles as the
+    longest row fills it, up to block_size, and a short row's memory grows with it.
     """
 
     def __init__(self, config: GPTConfig, rows: int, capacity: int, dtype: torch.dtype, device: Device) -> None:
@@ -79,11 +79,12 @@ class CacheSlots:
         T, lengths = tokens.shape[1], cache.lengths[rows]
         cache.check_room(rows, T)
         self.cache, self.rows, self.n_new, self.end = cache, rows, T, int(lengths.max()) + T
+        self.shortest = int(lengths.min())
         cache.reserve(self.end)
         if self.end == T and cache.used[rows].any():
             cache.clear(rows)
         self.masks: dict[int, str | Array | None] = {}  # by window: the same for every layer
-        self.even = bool((lengths == lengths[0]).all())
+        self.even = self.shortest + T == self.end
         self.offset: int | Array = self.end - T
         self.index: tuple[slice | Array, slice | Array] = (rows, slice(self.end - T, self.end))
         if not self.even:
@@ -92,12 +93,20 @@ class CacheSlots:
             self.index = row, self.offset[:, None] + torch.arange(T, device=tokens.device)
         cache.tokens[self.index] = tokens
 
-    def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        """Append (B, K, T, d) keys and values to a layer; returns those of all positions, (B, K, end, d)."""
+    def start(self, window: int) -> int:
+        """The first position that any of the new tokens sees through a sliding window; 0 where `window` is 0, for all.
+
+        Where all rows have one length, the only token of a step sees every position from there on, and needs no mask.
+        """
+        return max(0, self.shortest - window + 1) if window else 0
+
+    def update(self, layer: int, k: Array, v: Array, window: int) -> tuple[Array, Array]:
+        """Append (B, K, T, d) keys and values to a layer; returns those that `window` shows, (B, K, end - start, d)."""
         (row, position), keys, values = self.index, self.cache.keys[layer], self.cache.values[layer]
         keys[row, :, position] = k if self.even else k.transpose(1, 2)  # two index arrays come first: (B, T, K, d)
         values[row, :, position] = v if self.even else v.transpose(1, 2)
-        return keys[self.rows, :, : self.end], values[self.rows, :, : self.end]
+        seen = slice(self.start(window), self.end)
+        return keys[self.rows, :, seen], values[self.rows, :, seen]
 
     def previous_tokens(self) -> Array | None:
         """The ids before the first tokens, (B, 1); None where nothing stands there. Rows of a batch have all some."""

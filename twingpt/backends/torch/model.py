@@ -175,7 +175,7 @@ def positions(offset: int | Array, n: int) -> slice | Array:
 def attention_mask(
     offset: int | Array, n_query: int, n_key: int, window: int, device: torch.device
 ) -> str | Array | None:
-    """The causal mask as the fused kernel takes it, for queries at the positions from `offset` on.
+    """The causal mask as the fused kernel takes it, for queries at positions from `offset` on, the first key at 0.
 
     None for one query that sees all keys, or "causal"; else booleans, (n_query, n_key), or (B, 1, n_query, n_key) where
     rows have offsets of their own. torch's is_causal aligns the first query with the first key, so that "causal" is
@@ -220,13 +220,15 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope
     if config.uses_rope(layer):
         local = config.is_local(layer)
         q, k = rope(q, offset, local=local), rope(k, offset, local=local)
+    window = config.window(layer)
     if cache:
-        k, v = cache.update(layer, k, v)
+        k, v = cache.update(layer, k, v, window)
     if x.is_mps:  # its kernel misreads permuted inputs (pytorch#181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    masks, window = (cache.masks if cache else {}), config.window(layer)
+    masks = cache.masks if cache else {}
     if window not in masks:
-        masks[window] = attention_mask(offset, T, k.shape[2], window, x.device)
+        first = cache.start(window) if cache else 0  # the first key's position
+        masks[window] = attention_mask(offset - first, T, k.shape[2], window, x.device)
     mask = masks[window]
     if config.attn_softcap:
         y = softcapped_attention(q, k, v, mask, config)
