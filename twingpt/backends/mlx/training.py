@@ -145,7 +145,8 @@ class TrainEngine:
     @on_device
     def read(self, handles: Sequence[Array]) -> np.ndarray:
         """(handles, numbers) float64: what handles of one kind read as. The only call that waits."""
-        return to_numpy(mx.stack(list(handles))).astype(np.float64)
+        # One by one: stacked, they would wait for the steps that were enqueued since.
+        return np.stack([to_numpy(handle) for handle in handles]).astype(np.float64)
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         """Parameters, then optimizer state, as float32 under the names of `parameter_table` and `state_table`."""
