@@ -34,7 +34,7 @@ PLATFORMS = ("macosx_15_0_arm64", "macosx_26_0_arm64")
 METALLIB, HEADERS = "mlx/lib/mlx.metallib", "mlx/include/mlx/backend/metal/kernels/"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """The kernels of a release by their names: on any macOS, and beside them on macOS 26; and its Metal headers."""
 
