@@ -127,6 +127,11 @@ def missing(recording, dtype, table):
     return found
 
 
+def has_kernels(recording, dtype, table):
+    lines = missing(recording, dtype, table)
+    assert not lines, "\n".join(lines)
+
+
 def lacking(names, table):
     return sorted(names - table.everywhere - table.headers)
 
@@ -139,7 +144,7 @@ def lacking(names, table):
 def test_a_preset_has_kernels(name, dtype, work, table):
     recording = recorded(name, dtype, work)
     assert {"matmul", "scaled_dot_product_attention"} <= {call.name for call in recording.calls}
-    assert not missing(recording, dtype, table)
+    has_kernels(recording, dtype, table)
 
 
 @needs("mlx")
@@ -148,7 +153,7 @@ def test_a_preset_has_kernels(name, dtype, work, table):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_has_kernels(shape, dtype, table):
     for work in ("training", "inference"):
-        assert not missing(recorded("tiny", dtype, work, shape, "adamw"), dtype, table)
+        has_kernels(recorded("tiny", dtype, work, shape, "adamw"), dtype, table)
 
 
 # What families of other people's checkpoints have, and no preset.
@@ -174,7 +179,7 @@ FAMILIES = {
 def test_a_family_has_kernels(family, dtype, table):
     for work in ("training", "inference"):
         recording = recorded("tiny", dtype, work, overrides=tuple(FAMILIES[family].items()))
-        assert not missing(recording, dtype, table)
+        has_kernels(recording, dtype, table)
 
 
 @needs("mlx")
@@ -184,7 +189,7 @@ def test_windows_of_any_length_have_kernels(checkpointing, table):
     """Of four positions more than any power of two that attention may go by, too."""
     overrides = (("block_size", 1028),)
     recording = recorded("small", "bfloat16", "training", checkpointing=checkpointing, overrides=overrides)
-    assert not missing(recording, "bfloat16", table)
+    has_kernels(recording, "bfloat16", table)
 
 
 @needs("mlx")
@@ -195,7 +200,7 @@ def test_quantized_decoding_has_kernels(bits, group_size, table):
     for name, dtype in itertools.product(("tiny", "gpt2", "large"), ("float32", "bfloat16")):
         recording = recorded(name, dtype, Quantization(bits, group_size))
         assert {"quantized_matmul", "dequantize"} <= {call.name for call in recording.calls}
-        assert not missing(recording, dtype, table)
+        has_kernels(recording, dtype, table)
 
 
 def attentions(recording):
