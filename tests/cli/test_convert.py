@@ -29,6 +29,7 @@ from twingpt.weights import huggingface, torch_state
 from twingpt.weights.dtypes import round_to
 from twingpt.weights.formats import HUB_FILES, open_model
 from twingpt.weights.generation import end_ids
+from twingpt.weights.quantize import apply
 
 SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64, "init_std": 0.1}
 
@@ -145,9 +146,8 @@ def test_quantized_directories_are_read_back_to_the_bit(gpt, source, tmp_path, t
     _, out, _ = gpt("convert", folder, tmp_path / "q", "--force", "--to", to, "--q-bits", 4, "--q-group-size", 32)
     why = "Not quantized, as its width 200 is not a multiple of 32: model.layers.*.mlp.down_proj.weight\n"
     assert "parameters in 4 bits, " in out and why in out
-    wanted = dict(
-        Quantization(4, 32).apply(initialise(open_checkpoint(folder).config, 1), open_checkpoint(folder).config)
-    )
+    config = open_checkpoint(folder).config
+    wanted = dict(apply(Quantization(4, 32), initialise(config, 1), config))
     opened = open_model(tmp_path / "q")
     assert opened.format == {"twingpt": "twingpt", "mlx": "mlx-lm"}[to]
     assert opened.model.quantization == Quantization(4, 32)
@@ -466,7 +466,7 @@ def test_a_file_of_a_model(gpt, source, tmp_path):
         ([], "Where should the result go?"),
         (["new", "--to", "onnx"], "Unknown format 'onnx'"),
         (["new", "--to", "hf", "--q-bits", 4], "--q-bits is for --to twingpt or mlx"),
-        (["new", "--q-bits", 5], "bits 5 is not known: choose 4 or 8"),
+        (["new", "--q-bits", 7], "bits 7 is not known: choose 2, 3, 4, 5, 6 or 8"),
         (["new", "--q-bits", 4, "--q-group-size", 48], "group_size 48 is not known: choose 32, 64 or 128"),
         (["new", "--to", "twingpt", "--dtype", "bfloat16"], "is in float32, from which training goes on: --dtype"),
         (["new", "--dtype", "int8"], "Unknown dtype 'int8': "),

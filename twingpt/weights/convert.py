@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.parameters import parameter_count
+from twingpt.core.parameters import parameter_count, parameter_table
 from twingpt.core.paths import expand
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights.dtypes import DTYPES
@@ -109,7 +110,7 @@ def _export(
     return Export(
         source=model.folder,
         config=model.config,
-        tensors=_with_progress(model.stored() if quantized else model.parameters(), progress, model.quantization),
+        tensors=_with_progress(model.stored() if quantized else model.parameters(), progress, model.config),
         tokenizer=tokenizer,
         quantization=quantization,
         quantized=quantized,
@@ -143,7 +144,10 @@ def _check_quantization(quantization: Quantization, config: GPTConfig, to: str) 
     """Raise UserError where a format has no quantized matrices, or the model none that can be."""
     if to not in QUANTIZED:
         raise UserError(f"--q-bits is for --to {' or '.join(QUANTIZED)}: {to} has no such matrices.")
-    if not quantization.matrices(config):
+    packings = quantization.packings(config)
+    if any(packing.mode != "affine" for packing in packings.values()):
+        raise UserError(f"Matrices are quantized here in the mode affine alone, not in {quantization.mode}.")
+    if not packings:
         size = quantization.group_size
         raise UserError(f"No matrix of the model can be quantized: no width is a multiple of --q-group-size {size}.")
 
@@ -168,15 +172,14 @@ def _keeps_quantized(model: Model, to: str, quantization: Quantization | None) -
 
 
 def _with_progress(
-    tensors: Iterable[tuple[str, Array]], progress: Progress, quantization: Quantization | None
+    tensors: Iterable[tuple[str, Array]], progress: Progress, config: GPTConfig
 ) -> Iterator[tuple[str, Array]]:
-    """Pass the tensors on; `progress` is told the bytes of each in float32, of a quantized one by its words."""
+    """Pass the tensors on; `progress` is told the bytes of each parameter in float32."""
+    table = parameter_table(config)
     for name, array in tensors:
         yield name, array
-        if array.dtype == np.uint32 and quantization:
-            progress(array.nbytes * 32 // quantization.bits)
-        elif not name.endswith((".scales", ".biases")):
-            progress(array.nbytes)
+        if name in table:  # not the scales and biases of a quantized one
+            progress(4 * math.prod(table[name].shape))
 
 
 def tokenizer_of(model: Model) -> Tokenizer | None:
@@ -229,7 +232,7 @@ def card(opened: OpenedModel, to: str, quantization: Quantization | None, tokeni
     """A model card: what the model is, where it came from, and how it is used."""
     config = opened.model.config
     library = {"hf": "transformers", "mlx": "mlx"}.get(to, "twingpt")
-    bits = f", {quantization.bits} bits in groups of {quantization.group_size}" if quantization else ""
+    bits = f", {bits_in_words(quantization.to_json())} in groups of {quantization.group_size}" if quantization else ""
     return (
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- twingpt\n- {opened.family}\n---\n\n"
         f"# {_title(opened.model.folder)}\n\n"
@@ -239,6 +242,13 @@ def card(opened: OpenedModel, to: str, quantization: Quantization | None, tokeni
         f"Converted from the {opened.format} format by TwinGPT's `gpt convert`. In this folder it runs as\n\n"
         f"```python\n{_example(library, tokenizer)}\n```\n"
     )
+
+
+def bits_in_words(quantization: Mapping[str, Any]) -> str:
+    """The bits of a quantization, as config.json has it: 4 bits, or 2 and 6 bits where matrices differ."""
+    others = [way["bits"] for way in quantization.values() if isinstance(way, Mapping)]
+    *most, last = map(str, sorted({quantization["bits"], *others}))
+    return f"{', '.join(most)}{' and ' if most else ''}{last} bits"
 
 
 def _title(folder: Path) -> str:

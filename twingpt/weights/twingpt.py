@@ -10,6 +10,7 @@ from twingpt.core.config import GPTConfig
 from twingpt.weights.export import Export
 from twingpt.weights.families.llama import SIZES
 from twingpt.weights.huggingface import tensor_files
+from twingpt.weights.quantize import apply, unquantized
 
 
 class TwinGPT:
@@ -32,20 +33,13 @@ class TwinGPT:
         return Checkpoint(directory, config, quantization, [file.path.name for file in tensor_files(directory)])
 
     def keeps_quantized(self, config: GPTConfig) -> bool:
-        """Always: the words are those of `Quantization.table`."""
+        """Always: the words are those of `stored_shapes`."""
         return True
 
     def write(self, folder: Path, export: Export) -> dict[str, str]:
         """Write a checkpoint of the model alone; the matrices that quantization leaves in float32, and why."""
-        config, quantization = export.config, export.quantization
-        save_model(
-            folder,
-            config,
-            export.tokenizer,
-            export.tensors,
-            quantization,
-            export.texts,
-            export.ids,
-            quantized=export.quantized,
-        )
-        return quantization.kept(config) if quantization else {}
+        config, quantization, tensors = export.config, export.quantization, export.tensors
+        if quantization and not export.quantized:
+            tensors = apply(quantization, tensors, config)
+        save_model(folder, config, export.tokenizer, tensors, quantization, export.texts, export.ids)
+        return unquantized(quantization, config) if quantization else {}

@@ -56,9 +56,9 @@ class InferenceEngine:
         mx.eval(self.params)
 
     def _cast(self, value: np.ndarray | Array) -> Array:
-        """A parameter on the device in the compute dtype; a quantized matrix stays uint32."""
+        """A parameter on the device in the compute dtype; a quantized matrix stays in words, and scales in bytes."""
         array = to_device(value)
-        return array if array.dtype == mx.uint32 else array.astype(DTYPES[self.dtype])
+        return array if array.dtype in (mx.uint32, mx.uint8) else array.astype(DTYPES[self.dtype])
 
     @on_device
     def forward(self, tokens: np.ndarray) -> np.ndarray:

@@ -118,19 +118,14 @@ def save_model(
     quantization: Quantization | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
     ids: Mapping[str, Any] = MappingProxyType({}),
-    *,
-    quantized: bool = False,
 ) -> None:
     """Write a model that isn't trained on here, in one atomic step, holding one tensor at a time.
 
-    `tensors` are float32 parameters in the order of the parameter table, or with `quantized` those of
-    `Quantization.table`; `texts` are further files, by name, `ids` those of special tokens. Raises
+    `tensors` are those of `stored_shapes`, `texts` further files, by name, `ids` those of special tokens. Raises
     OSError where it can't be written; nothing half-written stays.
     """
     shapes, dtypes = stored_shapes(config, quantization)
     with new_folder(folder) as temporary:
-        if quantization and not quantized:
-            tensors = quantization.apply(tensors, config)
         entries = write_model(temporary, shapes, tensors, dtypes)
         write_texts(temporary, model_texts(config, tokenizer, quantization, ids) | dict(texts), entries)
 
@@ -167,7 +162,12 @@ def write_texts(folder: Path, texts: Mapping[str, str], entries: Mapping[str, An
 
 
 class Model(ABC):
-    """A model on disk. Tensors are read when asked for, one at a time, in the order of the parameter table."""
+    """A model on disk. Tensors are read when asked for, one at a time, in the order of the parameter table.
+
+    `quantization` is how `stored` gives its matrices, if not in float32.
+    """
+
+    quantization: Quantization | None = None
 
     def __init__(self, directory: ModelDirectory, config: GPTConfig) -> None:
         self.directory = directory
@@ -182,11 +182,6 @@ class Model(ABC):
     @abstractmethod
     def family(self) -> str:
         """The family of its architecture."""
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """How `stored` gives its matrices, if not in float32."""
-        return None
 
     def tokenizer(self) -> Tokenizer:
         """What its ids mean; UserError where that isn't known."""
@@ -205,7 +200,7 @@ class Model(ABC):
         """Yield (name, float32 array) of every parameter."""
 
     def stored(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, array) of every tensor as `Quantization.table` has them."""
+        """Yield (name, array) of every tensor as `stored_shapes` has them."""
         return self.parameters()
 
 
@@ -219,18 +214,12 @@ class Checkpoint(Model):
         self, directory: ModelDirectory, config: GPTConfig, quantization: Quantization | None, files: Collection[str]
     ) -> None:
         super().__init__(directory, config)
-        self.files = files
-        self._quantization = quantization
+        self.files, self.quantization = files, quantization
 
     @property
     def family(self) -> str:
         """The transformers family that computes it, or twingpt for none."""
         return model_type(self.config)
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """How its matrices are stored, if not in float32."""
-        return self._quantization
 
     def training(self) -> dict[str, Any]:
         """training_state.json, or UserError where the checkpoint holds only a model."""
