@@ -24,6 +24,7 @@ from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.paths import new_folder
 from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer, CharTokenizer
+from twingpt.data.tokenizers import find
 from twingpt.evaluation.held_out import HeldOut
 from twingpt.weights import huggingface, torch_state
 from twingpt.weights.dtypes import round_to
@@ -408,6 +409,36 @@ def test_inspect_looks_at_the_files(gpt, source, tmp_path, monkeypatch):
     shard = max((tmp_path / "hf").glob("model-*.safetensors"))
     shard.unlink()
     assert f"{shard.name} is missing" in refused(gpt, tmp_path / "hf", "--inspect")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("to", ["twingpt", "hf"])
+def test_a_tokenizer_that_is_given_goes_before_one_that_cannot_be_read(gpt, tmp_path, file, to):
+    config = GPTConfig.from_dict(SMALL)
+    huggingface.write(tmp_path / "hf", config, initialise(config, 1), {"eos_token_id": None})
+    for name in {file, "merges.txt"}:
+        (tmp_path / "hf" / name).write_text("[broken")
+    assert file in refused(gpt, tmp_path / "hf", tmp_path / "a", "--to", to)
+    assert converted(gpt, tmp_path / "hf", tmp_path / "a", "--to", to, "--tokenizer", "byte")["tokenizer"].startswith(
+        "byte"
+    )
+    content = json.loads((tmp_path / "a" / "config.json").read_text("utf-8"))
+    assert content["eos_token_id"] == 256 and open_model(tmp_path / "a").model.tokenizer().kind == "byte"
+    assert "a tokenizer of its own: leave out --tokenizer" in refused(
+        gpt, tmp_path / "a", tmp_path / "b", "--tokenizer", "byte"
+    )
+
+
+NO_OBJECTS = {"a list": b"[]", "null": b"null", "empty": b"", "broken": b"{", "UTF-16": "{}".encode("utf-16")}
+
+
+@pytest.mark.parametrize("content", NO_OBJECTS.values(), ids=NO_OBJECTS)
+def test_a_tokenizer_is_whole_beside_a_config_that_is_none(gpt, source, tmp_path, content):
+    folder = source()
+    (folder / "manifest.json").unlink()
+    (folder / "config.json").write_bytes(content)
+    assert find(str(folder)).kind == find(str(folder / "tokenizer.json")).kind == "byte"
+    assert f"{folder / 'config.json'} " in refused(gpt, folder, "--inspect")
 
 
 def test_a_model_gets_its_tokenizer(gpt, tmp_path):

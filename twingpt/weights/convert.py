@@ -48,7 +48,7 @@ def convert(
     `source` is a model that is open, or what `open_model` takes.
     Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
     Hugging Face directory, and any other one of ours. With a `dtype` the parameters are stored in it, those of a
-    quantized model too; without one in float32. A `tokenizer` is that of a model without one. `progress` is
+    quantized model too; without one in float32. A `tokenizer` is for a model without one that can be read. `progress` is
     told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a format that
     can't hold the model or the dtype, a tokenizer of more ids than it has, and for a `folder` that exists, unless it
     holds a model and `force` is given; UserError too for a number that the dtype has not.
@@ -65,12 +65,8 @@ def convert(
         _check_dtype(dtype, quantization, to)
     check_place(folder, model.folder, force=force)
     place = folder.resolve() if folder.is_symlink() else folder  # the link stays
-    if tokenizer and tokenizer_of(model) is not None:
-        raise UserError(f"{model.folder} has a tokenizer of its own: leave out --tokenizer.")
-    if tokenizer and tokenizer.byte_lengths[model.config.vocab_size :].any():  # special tokens may be beyond
-        size = model.config.vocab_size
-        raise UserError(f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {size}.")
-    tokenizer = tokenizer or tokenizer_of(model)
+    if tokenizer:
+        _check_tokenizer(tokenizer, model)
     export = _export(opened, to, quantization, dtype, tokenizer, progress)
     try:
         kept = WRITABLE[to].write(place, export)
@@ -86,7 +82,7 @@ def convert(
         "dtype": export.dtype,
         "quantization": export.quantization.to_json() if export.quantization else None,
         "unquantized": kept,
-        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size} ids" if tokenizer else None,
+        "tokenizer": f"{export.tokenizer.kind}, {export.tokenizer.vocab_size} ids" if export.tokenizer else None,
         "source": str(model.folder),
         "target": str(folder),
     }
@@ -97,15 +93,18 @@ def _export(
     to: str,
     quantization: Quantization | None,
     dtype: str | None,
-    tokenizer: Tokenizer | None,
+    given: Tokenizer | None,
     progress: Progress,
 ) -> Export:
-    """What is written: the model's tensors, as they are stored where a quantized model is to stay as it is."""
-    model = opened.model
+    """What is written: the model's tensors, as they are stored where a quantized model is to stay as it is.
+
+    The tokenizer is the one that is `given`, or else the model's.
+    """
+    model, tokenizer = opened.model, given or tokenizer_of(opened.model)
     quantized = dtype is None and _keeps_quantized(model, to, quantization)
     quantization = model.quantization if quantized else quantization
     settings = generation_settings(model.directory)
-    if tokenizer and tokenizer_of(model) is None:  # then null says that there was none
+    if given:  # then null says that there was none
         settings = {key: value for key, value in settings.items() if value is not None}
     return Export(
         source=model.folder,
@@ -115,7 +114,7 @@ def _export(
         quantization=quantization,
         quantized=quantized,
         dtype=dtype or "float32",
-        ids=_ids(model, settings, tokenizer),
+        ids=_ids(model, settings, tokenizer, was_given=given is not None),
         texts=_settings_text(model, settings) | {"README.md": card(opened, to, quantization, tokenizer)},
     )
 
@@ -138,6 +137,19 @@ def _is_model(folder: Path) -> bool:
     """Whether a folder is a model's: projects of all kinds have a config.json too."""
     tensors = (file for pattern in ("*.safetensors", "*.pt", "*.bin") for file in folder.glob(pattern))
     return (folder / "config.json").is_file() and any(file.is_file() for file in tensors)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise UserError where a model has a tokenizer that can be read, or fewer ids than the one that it is given."""
+    try:
+        own = model.tokenizer()
+    except UserError:  # there is none, or it is broken
+        own = None
+    if own is not None:
+        raise UserError(f"{model.folder} has a tokenizer of its own: leave out --tokenizer.")
+    if tokenizer.byte_lengths[model.config.vocab_size :].any():  # special tokens may be beyond
+        size = model.config.vocab_size
+        raise UserError(f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {size}.")
 
 
 def _check_quantization(quantization: Quantization, config: GPTConfig, to: str) -> None:
@@ -208,17 +220,18 @@ def _settings_text(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:
     return {GENERATION: json.dumps(settings, indent=2)} if settings else {}
 
 
-def _ids(model: Model, settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _ids(model: Model, settings: Mapping[str, Any], tokenizer: Tokenizer | None, *, was_given: bool) -> dict[str, Any]:
     """The ids of special tokens for config.json: of the settings for generation, of the model's config.json, or usual.
 
-    An id that was null, for none, stays null.
+    An id that was null, for none, stays null, but for a model whose tokenizer `was_given` to it.
     """
     there = (model.folder / "config.json").is_file()
     config = model.directory.json_object("config.json") if there else {}
-    had = tokenizer is None or tokenizer_of(model) is not None
     named = {**config, **{key: settings[key] for key in ("bos_token_id", "eos_token_id") if key in settings}}
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return token_ids(tokenizer) | {key: named[key] for key in kept if key in named and (had or named[key] is not None)}
+    return token_ids(tokenizer) | {
+        key: named[key] for key in kept if key in named and not (was_given and named[key] is None)
+    }
 
 
 def _size(path: Path) -> int:

@@ -3,8 +3,7 @@
 A matrix `X.weight` (out, in) becomes `X.weight` uint32 (out, in bits / 32), whose words hold the numbers q of a row as
 one stream of bits from the lowest up, and `X.scales` (out, in / group_size). Affine ones have `X.biases` too, as
 float32 as the scales: w = q scale + bias for each group of inputs. In the others q is a number in floating point
-(e2m1, e4m3), and the scale of a group is one in a byte (e8m0, in nvfp4 e4m3): OCP Microscaling Formats 1.0,
-https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf.
+(e2m1, e4m3), and the scale of a group is one in a byte (e8m0, in nvfp4 e4m3): OCP Microscaling Formats MX 1.0.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ Array = np.ndarray
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 FLOATING = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # mode -> bits and group size, as there is no other
-WAY = ("bits", "group_size", "mode")  # keys of config.json's "quantization"; those beside them are modules' names
 POSITIONS = "model.embed_positions.weight"  # only looked up and added, so never quantized
 
 _E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -97,13 +95,14 @@ class Quantization(Packing):
 
 def from_config(content: Mapping[str, Any], path: object) -> Quantization | None:
     """What a config.json says of quantization, if anything, as mlx-lm has it; UserError where that isn't known."""
-    keys = ("quantization", "quantization_config")
-    described = next((content[key] for key in keys if content.get(key) is not None), None)
+    described = next(
+        (v for key in ("quantization", "quantization_config") if (v := content.get(key)) is not None), None
+    )
     if described is None:
         return None
     if not isinstance(described, Mapping):
         raise UserError(f"{path} has a quantization {short(described)}, which is not read.")
-    ways = {key: value for key, value in described.items() if not isinstance(value, (Mapping, bool)) or key in WAY}
+    ways = {k: v for k, v in described.items() if k in Packing.__annotations__ or not isinstance(v, (Mapping, bool))}
     named = {name: value for name, value in described.items() if name not in ways and value is not True}
     usual = _packing(ways, path)
     modules = {name: _packing(entry, path) if entry else None for name, entry in named.items()}
@@ -186,8 +185,7 @@ def dequantized(tensors: Iterable[tuple[str, Array]], config: GPTConfig) -> Iter
 def stored_shapes(config: GPTConfig, quantization: Quantization | None) -> tuple[Shapes, dict[str, str]]:
     """Shape of every tensor of a model's files, and the dtype of those that are not float32, by name in order."""
     packings = quantization.packings(config) if quantization else {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
+    shapes, dtypes = dict[str, tuple[int, ...]](), dict[str, str]()
     for name, row in parameter_table(config).items():
         packing = packings.get(name.removesuffix(".weight"))
         stored, kinds = packing.tensors(name, row.shape) if packing else ({name: row.shape}, {})

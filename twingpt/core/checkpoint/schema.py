@@ -35,7 +35,10 @@ SCHEMA = 1
 SHARD_BYTES = 5 * 10**9
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 BESIDE = re.compile(r"\.\w.*|(README|LICENSE|NOTICE)(\..*)?")  # no part of a model: people and git put them there
-BY_ANOTHER = f"if another tool saved it, remove {MANIFEST} or use gpt convert --ignore-manifest"
+
+
+class ManifestError(UserError):
+    """A checkpoint has other files than its manifest says: it is damaged, or another tool saved it in place."""
 
 
 def _shards(shapes: Shapes, dtypes: Mapping[str, str]) -> list[dict[str, tuple[int, ...]]]:
@@ -339,7 +342,7 @@ def _damaged_tensor(path: Path, checks: Mapping[str, str]) -> str | None:
 
 
 def verify(folder: Path, files: Mapping[str, Any]) -> None:
-    """Raise UserError unless every file of the manifest is there, of its size and of its SHA-256, and no other.
+    """Raise ManifestError unless every file of the manifest is there, of its size and of its SHA-256, and no other.
 
     What is `BESIDE` the model may be missing, altered or new.
     """
@@ -349,20 +352,17 @@ def verify(folder: Path, files: Mapping[str, Any]) -> None:
         path = inside(folder, name, "checkpoint")
         size = path.stat().st_size
         if size != entry["size"]:
-            raise UserError(
-                f"{path} has {size} bytes, and its manifest says {short(entry['size'])}: it was cut or altered; "
-                f"{BY_ANOTHER}."
+            raise ManifestError(
+                f"{path} has {size} bytes, and its manifest says {short(entry['size'])}: it was cut or altered."
             )
         if _sha256(path) != entry["sha256"]:
             tensor = _damaged_tensor(path, entry.get("crc32", {}))
             where = f"the tensor {tensor} in {path}" if tensor else str(path)
-            raise UserError(
-                f"The bytes of {where} do not match the manifest's SHA-256: the file is damaged; {BY_ANOTHER}."
-            )
+            raise ManifestError(f"The bytes of {where} do not match the manifest's SHA-256: the file is damaged.")
     known = {*files, MANIFEST}
     extra = sorted(path.name for path in folder.iterdir() if path.name not in known and not BESIDE.fullmatch(path.name))
     if extra:
-        raise UserError(f"{folder} has a file {extra[0]} that its manifest does not list: remove it; {BY_ANOTHER}.")
+        raise ManifestError(f"{folder} has a file {extra[0]} that its manifest does not list: remove it.")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
