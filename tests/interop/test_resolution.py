@@ -390,7 +390,7 @@ def test_weights_that_differ_from_the_manifest_are_refused_with_the_way_out(tmp_
     for command in commands:
         code, _, err = gpt(*command)
         assert code == 2 and "the file is damaged; if another tool saved it, remove manifest.json, or give a" in err
-    with pytest.raises(UserError, match="if another tool saved it, remove manifest.json, or give a copy"):
+    with pytest.raises(UserError, match=r"if another tool saved it, remove manifest.json, or give a copy"):
         twingpt.load(folder)
     code, _, err = gpt("convert", folder, tmp_path / "b", "--ignore-manifest")
     assert code == 0, err

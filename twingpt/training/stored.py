@@ -168,8 +168,8 @@ def _find(name: str) -> tuple[Path, Checkpoint | None]:
         checkpoint = open_checkpoint(resolve(name))
     except ManifestError as error:
         raise UserError(
-            f"{str(error).rstrip('.')}; go on from an earlier checkpoint (RUN@STEP), or if another tool saved it, remove "
-            f"{MANIFEST} and fine-tune it by --init-from."
+            f"{str(error).rstrip('.')}; go on from an earlier checkpoint (RUN@STEP), or if another tool saved it, "
+            f"remove {MANIFEST} and fine-tune it by --init-from."
         ) from None
     run = checkpoint.folder.parent.parent
     if not (run / "run.json").is_file():  # named from within, as `.`

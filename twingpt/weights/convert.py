@@ -48,10 +48,10 @@ def convert(
     `source` is a model that is open, or what `open_model` takes.
     Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
     Hugging Face directory, and any other one of ours. With a `dtype` the parameters are stored in it, those of a
-    quantized model too; without one in float32. A `tokenizer` is for a model without one that can be read. `progress` is
-    told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a format that
-    can't hold the model or the dtype, a tokenizer of more ids than it has, and for a `folder` that exists, unless it
-    holds a model and `force` is given; UserError too for a number that the dtype has not.
+    quantized model too; without one in float32. A `tokenizer` is for a model without one that can be read.
+    `progress` is told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a
+    format that can't hold the model or the dtype, a tokenizer of more ids than it has, and for a `folder` that exists,
+    unless it holds a model and `force` is given; UserError too for a number that the dtype has not.
     """
     opened, folder = source if isinstance(source, OpenedModel) else open_model(source), expand(folder)
     model = opened.model

@@ -105,11 +105,12 @@ class InferenceEngine:
         cache.check_logits(rows)
         logits = cache.logits[rows]
         seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
-        tokens = sample(logits, sampling, u, seen, self.device)
+        ids = sample(logits, sampling, u, seen, self.device)
+        tokens = ids.clamp_min(0)  # any token goes on where there is none: whoever reads it stops
         sampled = log_prob(logits, tokens) if log_probs else None
         slots = CacheSlots(cache, rows, tokens[:, None])
         x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
-        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, sampled)
+        step = Step(model.logits(x, self.params, self.config)[:, 0], ids, sampled)
         cache.set_logits(rows, step.logits)
         return step
 
