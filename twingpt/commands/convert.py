@@ -111,18 +111,14 @@ def convert(
 
 def _find_tokenizer(name: str) -> "Tokenizer":
     """The tokenizer that --tokenizer names; UserError where there is none."""
-    from twingpt.core.checkpoint.directory import ModelDirectory
     from twingpt.core.paths import expand
     from twingpt.core.tokenizer import CharTokenizer
     from twingpt.data.tokenizers import find
     from twingpt.weights.nanogpt import characters
-    from twingpt.weights.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 
     path = expand(name)
     if path.suffix == ".pkl":
         return CharTokenizer(characters(path))
-    if has_vocab_and_merges(path) and not (path / "tokenizer.json").exists():
-        return read_vocab_and_merges(ModelDirectory(path))
     return find(name)
 
 

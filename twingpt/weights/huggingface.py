@@ -20,10 +20,10 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.tokenizer import GIVE_ONE, Tokenizer
+from twingpt.tokenizers.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 from twingpt.weights.dtypes import DTYPES, rounded
 from twingpt.weights.export import Export
 from twingpt.weights.families import Family, family_of, require_family
-from twingpt.weights.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 
 Array = np.ndarray
 
@@ -108,7 +108,7 @@ class HuggingFaceModel(Model):
 
     @cached_property
     def _vocab_and_merges(self) -> Tokenizer:
-        return read_vocab_and_merges(self.directory)
+        return read_vocab_and_merges(self.folder)
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor, as the files have them."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.errors import UserError
 from twingpt.core.reading import inside, read_json, read_text, short
 from twingpt.core.tokenizer import PATTERNS, HuggingFaceTokenizer
@@ -33,12 +32,12 @@ def has_vocab_and_merges(folder: Path) -> bool:
     return (folder / VOCAB).is_file() and (folder / MERGES).is_file()
 
 
-def read_vocab_and_merges(directory: ModelDirectory) -> HuggingFaceTokenizer:
+def read_vocab_and_merges(folder: Path) -> HuggingFaceTokenizer:
     """The tokenizer that transformers makes of the files in a folder, as one of a tokenizer.json.
 
     UserError where they are damaged, or for a class of which it isn't known how it splits text.
     """
-    folder, name = directory.path, str(directory.path / VOCAB)
+    name = str(folder / VOCAB)
     settings = settings_beside(folder, {"decoder": {"type": "ByteLevel"}}, config_beside(folder))
     settings["tokenizer_class"] = _class(folder, settings)
     vocab = read_json(inside(folder, VOCAB), MAX_FILE)
