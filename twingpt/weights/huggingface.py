@@ -221,6 +221,9 @@ def _check(places: Places, family: Family, layout: Layout, config: GPTConfig, fo
             raise UserError(f"{folder} has a tensor {head} beside the embedding that config.json says it is tied to.")
     for name in layout:
         if name not in places:
+            if lora := next((stored for file, stored in places.values() if ".lora_" in stored), None):
+                raise UserError(f"{folder} has adapters beside its weights ({lora[:80]}): merge them into those (peft: "
+                                "merge_and_unload), save the result, and give that.")  # fmt: skip
             raise UserError(f"The tensor {name} is missing from {folder}.")
     for name, (file, stored) in places.items():
         if name not in layout:
