@@ -404,3 +404,16 @@ def test_a_prompt_that_is_not_text(gpt, trained, stdin):
     stdin(None)
     code, _, err = gpt("generate", trained, "-p", "-")
     assert code == 2 and "no stdin" in err
+
+
+@pytest.mark.parametrize("settings", [(), ("--temp", 0), ("--json",)])
+@pytest.mark.parametrize("backend", BOTH)
+def test_an_overflow_in_half_precision_is_one_sentence(gpt, tmp_path, backend, settings):
+    config = GPTConfig(257, block_size=16, n_layer=1, n_head=2, n_embd=32, init_std=0.2)
+    tensors = {name: array * 3000 if "mlp" in name else array for name, array in initialise(config, 1)}
+    checkpoint.save_model(tmp_path / "large", config, ByteTokenizer(), tensors.items())
+    common = ("generate", tmp_path / "large", "-p", "a", "-m", 3, "--backend", backend, "--device", "cpu", *settings)
+    code, out, err = gpt(*common, "--dtype", "float16")
+    assert code == 2 and err.endswith("gpt: The model's logits are not finite: compute in float32, or look at its "
+                                      "weights.\n"), (out, err)  # fmt: skip
+    assert gpt(*common, "--dtype", "float32")[0] == 0

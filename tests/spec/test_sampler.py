@@ -57,17 +57,32 @@ def test_u_walks_down_the_sorted_distribution():
     assert [sample(LOGITS, sampling, u) for u in (0.0, 0.39, 0.41, 0.64, 0.66, 0.86, 0.96)] == [1, 1, 3, 3, 4, 0, 2]
 
 
-def test_a_device_samples_some_id_where_no_logit_is_a_number(engines):
-    config = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32)
+SETTINGS = {"drawn": Sampling(), "greedy": Sampling(temp=0), "repeated": Sampling(repetition_penalty=1.3)}
+
+
+def _not_finite(engines, kind):
+    """An engine whose logits are NaN, or have an infinity."""
+    config = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32, tie_embeddings=False)
     params = dict(initialise(config, 0))
-    params["model.norm.weight"] = np.full(32, np.nan, np.float32)
-    engine = engines.InferenceEngine(config, params.items(), cpu(engines))
+    if kind == "NaN":
+        params["model.norm.weight"] = np.full(32, np.nan, np.float32)
+        return engines.InferenceEngine(config, params.items(), cpu(engines))
+    params["lm_head.weight"][5:7] *= np.array([[1e30], [-1e30]], np.float32) * 1e8  # 1e38 overflows in a product
+    params["model.norm.weight"] *= 1e5
+    return engines.InferenceEngine(config, params.items(), cpu(engines))
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("kind", ["NaN", "an infinity"])
+@pytest.mark.parametrize("log_probs", [True, False])
+def test_a_device_says_where_a_logit_is_not_finite(engines, kind, settings, log_probs):
+    engine = _not_finite(engines, kind)
     cache = engine.new_cache(1, 4)
     engine.prefill(cache, 0, np.array([1, 2]))
-    sampled = engine.read(engine.step(cache, SamplingRows([Sampling()]), np.array([0.5])))
-    assert 0 <= sampled.tokens[0] < 97 and np.isnan(sampled.log_probs[0])
+    sampled = engine.read(engine.step(cache, SamplingRows([settings]), np.array([0.5]), log_probs=log_probs))
+    assert sampled.tokens.tolist() == [-1]
     with pytest.raises(UserError, match="The model's logits are not finite"):
-        list(decode(engine, [Row([1, 2], Sampling(), 4, 0)]))
+        list(decode(engine, [Row([1, 2], settings, 4, 0)], log_probs=log_probs))
 
 
 def test_the_last_representable_u_stays_in_the_vocabulary():

@@ -63,7 +63,7 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step sampled in each of its rows: ids (B,), and maybe their log-probabilities by the raw logits, (B,)."""
+    """What a step sampled in its rows: ids (B,), -1 where logits aren't finite; maybe raw log-probabilities (B,)."""
 
     tokens: Any
     log_probs: Any

@@ -46,7 +46,7 @@ def decode(
     """Decode texts side by side, at most `max_rows` at a time: yield (row, id, log-probability by the raw logits).
 
     The id at position i of a text is sampled with the uniform keyed by (seed, i). When a row holds block_size
-    positions, the last half of its text is prefilled anew.
+    positions, the last half of its text is prefilled anew. Raises UserError where logits are not finite.
     """
     waiting, active = deque(rows), list[Row]()
     if not waiting:
@@ -115,7 +115,7 @@ def _read(engine: InferenceEngine, handle: Handle, rows: list[Row]) -> Iterator[
     log_probs = [None] * len(rows) if sampled.log_probs is None else sampled.log_probs.tolist()
     for row, token, log_prob in zip(rows, sampled.tokens.tolist(), log_probs, strict=True):
         if not row.done:
-            if log_prob is not None and math.isnan(log_prob):
+            if token < 0 or (log_prob is not None and math.isnan(log_prob)):
                 raise UserError("The model's logits are not finite: compute in float32, or look at its weights.")
             row.tokens.append(token)
             yield row, token, log_prob

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.checkpoint.schema import Checkpoint, open_checkpoint
+from twingpt.core.checkpoint.schema import MANIFEST, Checkpoint, ManifestError, open_checkpoint
 from twingpt.core.config import GPTConfig, TrainConfig, coerce
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
@@ -164,7 +164,13 @@ def _find(name: str) -> tuple[Path, Checkpoint | None]:
         run = None
     if run and latest(run) is None and not (run / "latest").exists():
         return run, None
-    checkpoint = open_checkpoint(resolve(name))
+    try:
+        checkpoint = open_checkpoint(resolve(name))
+    except ManifestError as error:
+        raise UserError(
+            f"{str(error).rstrip('.')}; go on from an earlier checkpoint (RUN@STEP), or if another tool saved it, "
+            f"remove {MANIFEST} and fine-tune it by --init-from."
+        ) from None
     run = checkpoint.folder.parent.parent
     if not (run / "run.json").is_file():  # named from within, as `.`
         run = find_run(checkpoint.folder.resolve().parent.parent)

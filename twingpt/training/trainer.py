@@ -163,7 +163,11 @@ class Trainer:
         """Let the model write from the start of a document."""
         with self.meter.stopped():
             model = LanguageModel(self.state.config, self.state.data.tokenizer, self.engine.inference())
-            text = model.generate("", SAMPLE_TOKENS, seed=self.train.seed)
+            try:
+                text = model.generate("", SAMPLE_TOKENS, seed=self.train.seed)
+            except UserError:
+                self._report_training(leave=0)  # which names the step where the loss was not finite either
+                raise
         self.progress.sampled_at = self.progress.step
         self.report(Sampled(self.progress.step, text))
 

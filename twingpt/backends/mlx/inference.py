@@ -56,9 +56,9 @@ class InferenceEngine:
         mx.eval(self.params)
 
     def _cast(self, value: np.ndarray | Array) -> Array:
-        """A parameter on the device in the compute dtype; a quantized matrix stays uint32."""
+        """A parameter on the device in the compute dtype; a quantized matrix stays in words, and scales in bytes."""
         array = to_device(value)
-        return array if array.dtype == mx.uint32 else array.astype(DTYPES[self.dtype])
+        return array if array.dtype in (mx.uint32, mx.uint8) else array.astype(DTYPES[self.dtype])
 
     @on_device
     def forward(self, tokens: np.ndarray) -> np.ndarray:
@@ -109,13 +109,14 @@ class InferenceEngine:
         cache.check_logits(rows)
         logits = cache.logits[rows]
         seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
-        tokens = sample(logits, sampling, u, seen)
+        ids = sample(logits, sampling, u, seen)
+        tokens = mx.maximum(ids, 0)  # any token goes on where there is none: whoever reads it stops
         sampled = log_prob(logits, tokens) if log_probs else None
         slots = CacheSlots(cache, rows, tokens[:, None])
         x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
-        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, sampled)
+        step = Step(model.logits(x, self.params, self.config)[:, 0], ids, sampled)
         cache.set_logits(rows, step.logits)
-        mx.async_eval(step.logits, tokens, [] if sampled is None else sampled)
+        mx.async_eval(step.logits, ids, [] if sampled is None else sampled)
         cache.async_eval()
         return step
 

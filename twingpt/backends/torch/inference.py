@@ -13,7 +13,7 @@ from torch import Tensor
 from twingpt.backends.torch import model
 from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
 from twingpt.backends.torch.kv_cache import CacheSlots, KVCache
-from twingpt.backends.torch.quantized import prepack
+from twingpt.backends.torch.quantized import in_bytes, prepack
 from twingpt.backends.torch.sampler import log_prob, sample
 from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
@@ -54,15 +54,14 @@ class InferenceEngine:
         self._load(tensors)
 
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
-        self.params = {name: self._cast(value) for name, value in tensors}
+        self.params = {name: self._cast(value) for name, value in in_bytes(tensors, self.config)}
         prepack(self.params, self.config, DTYPES[self.dtype])
         self.rope = model.Rope(self.config, torch.device(self.device.name), ROPE_POSITIONS)
 
     def _cast(self, value: np.ndarray | Array) -> Array:
-        """A parameter on the device in the compute dtype; a quantized matrix becomes uint8."""
-        if isinstance(value, np.ndarray) and value.dtype == np.uint32:
-            return to_device(np.ascontiguousarray(value).view(np.uint8), self.device)
-        return to_device(value, self.device).to(DTYPES[self.dtype])
+        """A parameter on the device in the compute dtype; a quantized matrix stays in bytes."""
+        tensor = to_device(value, self.device)
+        return tensor if tensor.dtype == torch.uint8 else tensor.to(DTYPES[self.dtype])
 
     @torch.inference_mode()
     def forward(self, tokens: np.ndarray) -> np.ndarray:
@@ -108,9 +107,10 @@ class InferenceEngine:
         cache.check_logits(rows)
         logits = cache.logits[rows]
         seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
-        tokens = sample(logits, sampling, u, seen, self.device)
+        ids = sample(logits, sampling, u, seen, self.device)
+        tokens = ids.clamp_min(0)  # any token goes on where there is none: whoever reads it stops
         sampled = log_prob(logits, tokens) if log_probs else None
-        copies = self._copy_to_host(tokens, sampled)  # before the forward pass, for which `read` then need not wait
+        copies = self._copy_to_host(ids, sampled)  # before the forward pass, for which `read` then need not wait
         slots = CacheSlots(cache, rows, tokens[:, None])
         x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
         step = Step(model.logits(x, self.params, self.config)[:, 0], *copies)
