@@ -222,6 +222,17 @@ def test_globs_take_any_name_and_end_on_loops(tmp_path, pattern, names):
     assert paths == names
 
 
+def test_what_a_glob_takes_is_not_left_out(tmp_path):
+    folder = tmp_path / "folder"
+    for name in ("x.py", "sub/y.py", "sub/a.txt", ".git/c.txt", "sub/.git/c.txt"):
+        written(folder / name, b"text")
+    assert load(str(folder / "**")).left_out == {"hidden folder": 2}
+    assert load(str(folder / "*")).left_out == {".py": 1, "hidden folder": 1}
+    both = [str(folder), str(folder / "**" / "*.py")]
+    [note] = prepare_named(both, "both", TokenizerChoice("byte", 0), ReadOptions()).manifest["notes"]
+    assert note == "left out: 2 hidden folders"
+
+
 def test_a_folder_that_may_not_be_read(tmp_path):
     folder = written(tmp_path / "folder" / "sub" / "a.txt", b"a").parent
     folder.chmod(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -110,7 +109,7 @@ def joined(name: str, several: Iterable[Source]) -> Source:
     return Source(
         name,
         [one for source in found for one in source.inputs],
-        left_out=sum((Counter(source.left_out) for source in found), Counter()),
+        others={path: what for source in found for path, what in source.others.items()},
         most_bad=max((source.most_bad for source in found), default=0),
     )
 

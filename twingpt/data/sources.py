@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,14 +53,14 @@ RULES = 2  # how sources are read, by version; 1 went by names alone, and noted 
 class Source:
     """A data source: documents under a short name, in files or in memory; nothing is read before it is asked for.
 
-    `left_out` counts what of its folders is no document, by a word for it. More than `most_bad` records without text
-    are a UserError. `held_out` is what a data set has for validation itself.
+    `others` are the paths in its folders that are no documents, with a word for each. More than `most_bad` records
+    without text are a UserError. `held_out` is what a data set has for validation itself.
     """
 
     name: str
     inputs: Sequence[DocumentInput]
     licence: str | None = None
-    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    others: Mapping[Path, str] = dataclasses.field(default_factory=dict)
     most_bad: int = 0
     held_out: Source | None = None
 
@@ -84,6 +85,12 @@ class Source:
     def size(self) -> int:
         """Bytes to read."""
         return sum(one.size for one in self.inputs)
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """What is left out, counted by kind; not what another of the sources that it joins takes, as a glob may."""
+        taken = {one.path for one in self.inputs if isinstance(one, DocumentFile)}
+        return Counter(what for path, what in self.others.items() if path not in taken)
 
     def stamp(self) -> list[tuple[int, int]]:
         """Size and modification time of each file: another stamp means that a file was written to."""
@@ -202,9 +209,10 @@ def load(spec: str, options: ReadOptions = AS_THEY_ARE) -> Source:
         raise UserError(f"{spec} is neither a regular file nor a folder: save its text to a file first.")
     if glob.has_magic(spec):
         found = folders.match(path, options.file)
+        source = Source(slug(path.name), found.files, others=found.others)
         if not found.files:
-            raise UserError(f"No file matches {spec}{f'; {found.said}' if found.left_out else ''}.")
-        return Source(slug(path.name), found.files, left_out=found.left_out)
+            raise UserError(f"No file matches {spec}{_and_left_out(source)}.")
+        return source
     raise _missing(spec)
 
 
@@ -216,10 +224,16 @@ def _folder(spec: str, path: Path, options: ReadOptions) -> Source:
         held_out = Source(name, [*map(options.file, val)]) if val else None
         return Source(name, [*map(options.file, tables)], held_out=held_out)
     found = folders.walk(path, options.file)
+    source = Source(name, found.files, others=found.others)
     if not found.files:
         kinds = f"{', '.join(readers.KINDS)}, {' or '.join(compression.SUFFIXES)}"
-        raise UserError(f"{spec} has no text files ({kinds}){f'; {found.said}' if found.left_out else ''}.")
-    return Source(name, found.files, left_out=found.left_out)
+        raise UserError(f"{spec} has no text files ({kinds}){_and_left_out(source)}.")
+    return source
+
+
+def _and_left_out(source: Source) -> str:
+    """What is left out, to end a sentence with."""
+    return f"; {folders.say_left_out(source.left_out)}" if source.others else ""
 
 
 def _missing(spec: str) -> UserError:
