@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import names_in_unicode
 from twingpt.core.errors import UserError
-from twingpt.data import readers, sources
+from twingpt.data import compression, readers, sources
 from twingpt.data.builder import TokenizerChoice
 from twingpt.data.documents import guess_encoding
 from twingpt.data.prepare import prepare, prepare_named
@@ -315,6 +315,33 @@ def test_zstd_with_a_long_window_and_frames_to_skip(tmp_path):
     frame = zstd(TEXT, window_log=31, enable_ldm=True)
     content = frame.compress(TEXT) + frame.flush()
     assert documents_of(written(tmp_path / "a.txt.zst", FRAME + content + FRAME + content)) == [TEXT.decode() * 2]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_many_tiny_streams_and_damage_after_the_first(tmp_path, compress):
+    small, suffix = 700, compress.__module__.strip("_").replace("gzip", "gz").replace("lzma", "xz")
+    path = tmp_path / f"a.txt.{suffix}"
+    content = compress(TEXT) + compress(b"") * small + compress(b"a") * small
+    assert documents_of(written(path, content)) == [TEXT.decode() + "a" * small]
+    with pytest.raises(UserError, match=r"can't be read|is damaged or cut short"):
+        documents_of(written(path, content[:-3]))
+    with pytest.raises(UserError, match=r"can't be read|is damaged or cut short"):  # and not taken for what follows
+        documents_of(written(path, compress(TEXT) + compress(TEXT)[:6] + b"\xff" * 40))
+
+
+def test_a_window_that_takes_more_memory_than_there_is(tmp_path, monkeypatch):
+    alone = bytearray(lzma.compress(TEXT, lzma.FORMAT_ALONE))
+    alone[1:5] = struct.pack("<I", 2**32 - 1)  # the dictionary
+    message = r"can't be read: decompressing it takes more than 2.1 GB of memory; compress it anew with a smaller"
+    monkeypatch.setattr(compression, "most_memory", lambda: 2**31)
+    with pytest.raises(UserError, match=message):
+        documents_of(written(tmp_path / "a.txt.lzma", bytes(alone)))
+    frame = zstd(TEXT, window_log=27)
+    content = frame.compress(TEXT) + frame.flush()
+    assert documents_of(written(tmp_path / "a.txt.zst", content)) == [TEXT.decode()]
+    monkeypatch.setattr(compression, "most_memory", lambda: 2**26)
+    with pytest.raises(UserError, match=r"takes more than 67 MB of memory"):
+        documents_of(tmp_path / "a.txt.zst")
 
 
 @pytest.mark.parametrize(
