@@ -7,6 +7,7 @@ import lzma
 import os
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,9 +67,48 @@ def test_json_of_any_name_and_layout(tmp_path, name, content):
     assert documents_of(written(tmp_path / name, content)) == TEXTS
 
 
-@pytest.mark.parametrize("content", [b"{ is a brace\n", b"[1] It was a night.\n", b'["Hello," she said] no\n', b"{}x"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{ is a brace\n",
+        b"[1] It was a night.\n",
+        b'["Hello," she said] no\n',
+        b"{}x",
+        b"{}\nint main() { return 0; }\n",
+        b"{ }\n{}\n",
+        b"{}\n{\n  color: red\n}\n",
+        b"{{ x }}\n",
+        b"[1, 2]\n",
+        b"[]\n",
+    ],
+)
 def test_text_that_only_begins_like_json(tmp_path, content):
     assert documents_of(written(tmp_path / "page", content)) == [content.decode()]
+
+
+def test_json_as_plain_text(tmp_path):
+    other = {"package.json": b'{"name": "x"}', "n.ipynb": b'{"cells": [],\n"n": 4}', "lines.jsonl": LINES}
+    for name, content in other.items():
+        written(tmp_path / "code" / name, content)
+        options = ReadOptions(as_text=True)
+        assert load(str(tmp_path / "code" / name), options).documents == [content.decode()]
+        assert load(str(tmp_path / "code" / name)).digest != load(str(tmp_path / "code" / name), options).digest
+    assert len(load(str(tmp_path / "code"), ReadOptions(as_text=True)).documents) == 2
+    message = r"its fields are name: choose one with .* --field, or take the file as plain text with .* --as-text"
+    with pytest.raises(UserError, match=message):
+        documents_of(tmp_path / "code" / "package.json")
+    with pytest.raises(UserError, match=r"no field 'text', no fields: take the file as plain text with .*--as-text"):
+        documents_of(written(tmp_path / "e", b'{}\n{"text": "a"}\n'))
+    with pytest.raises(UserError, match=r"line 2, is not JSON: .* \(or take the file as plain text with .*--as-text\)"):
+        documents_of(written(tmp_path / "e", b'{"text": "a"}\nmore\n'))
+    with pytest.raises(UserError, match="--field body has no use with --as-text: leave one out"):
+        ReadOptions(field="body", as_text=True)
+
+
+def test_the_readme_names_what_is_always_text():
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8").replace("\n", " ")
+    *others, last = (f"`{suffix}`" for suffix in readers.TEXT_SUFFIXES)
+    assert f"only {', '.join(others)} and {last} are text in any case" in readme
 
 
 def test_a_text_file_may_hold_json(tmp_path):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from twingpt.commands.help import App
-from twingpt.commands.options import Errors, Field, Json, SkipBadLines, read_stdin
+from twingpt.commands.options import AsText, Errors, Field, Json, SkipBadLines, read_stdin
 from twingpt.commands.output import make_console, print_json
 
 app = App(
@@ -38,6 +38,7 @@ def tokenize_train(
     field: Field = None,
     errors: Errors = "strict",
     skip_bad_lines: SkipBadLines = 0,
+    as_text: AsText = False,
     json_: Json = False,
 ) -> None:
     """Learn a byte-level BPE from texts, for gpt train --tokenizer, transformers and mlx-lm."""
@@ -47,7 +48,7 @@ def tokenize_train(
     from twingpt.data.learning import learn_to_folder
     from twingpt.data.sources import ReadOptions, printable
 
-    options = ReadOptions(field, errors, skip_bad_lines=skip_bad_lines)
+    options = ReadOptions(field, errors, skip_bad_lines=skip_bad_lines, as_text=as_text)
     with Console(stderr=True).status(f"Learning from {escape(printable(', '.join(data)))}"):
         result = learn_to_folder(data, vocab_size, pattern, out, options, chat=chat)
     if json_:
@@ -97,6 +98,7 @@ def tokenize_compare(
     field: Field = None,
     errors: Errors = "strict",
     skip_bad_lines: SkipBadLines = 0,
+    as_text: AsText = False,
     json_: Json = False,
 ) -> None:
     """Compare tokenizers on a text: tokens, bytes per token, vocabulary, speed on one core."""
@@ -104,7 +106,7 @@ def tokenize_compare(
     from twingpt.data.learning import compare
     from twingpt.data.sources import ReadOptions
 
-    result = compare(tokenizer, data, ReadOptions(field, errors, skip_bad_lines=skip_bad_lines))
+    result = compare(tokenizer, data, ReadOptions(field, errors, skip_bad_lines=skip_bad_lines, as_text=as_text))
     if json_:
         print_json(result)
     else:

@@ -142,24 +142,28 @@ class ReadOptions:
     """How sources are read; `licence` is noted of those that have none of their own.
 
     JSON records and tables have their text in `field` (None: in "text", and nothing need have one); `errors` is
-    "strict" or "replace", for what is not UTF-8; so many records without text are left out.
+    "strict" or "replace", for what is not UTF-8; so many records without text are left out. With `as_text` JSON is the
+    plain text that it also is.
     """
 
     field: str | None = None
     errors: str = "strict"
     licence: str | None = None
     skip_bad_lines: int = 0
+    as_text: bool = False
 
     def __post_init__(self) -> None:
         """Check the values, before anything is read."""
         if self.errors not in ("strict", "replace"):
             raise unknown_choice("way with errors", self.errors, ("strict", "replace"))
+        if self.as_text and self.field is not None:
+            raise UserError(f"--field {self.field} has no use with --as-text: leave one out.")
         if self.skip_bad_lines < 0:
             raise UserError(f"--skip-bad-lines must be at least 0, and is {self.skip_bad_lines}.")
 
     def file(self, path: Path, name: str = "") -> DocumentFile:
         """A file that is read so."""
-        return DocumentFile(path, self.field or "text", self.errors, None, name, self.skip_bad_lines > 0)
+        return DocumentFile(path, self.field or "text", self.errors, None, name, self.skip_bad_lines > 0, self.as_text)
 
     def load(self, specs: Sequence[str], spool: Path) -> dict[str, Source]:
         """The sources that are called so: as `load` knows them, a hub's data sets, and stdin, kept in `spool`.
