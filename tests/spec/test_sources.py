@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import names_in_unicode
+from tests.conftest import links, names_in_unicode
 from twingpt.core.errors import UserError
 from twingpt.data import compression, readers, sources
 from twingpt.data.builder import TokenizerChoice
@@ -452,3 +452,25 @@ def test_what_older_rules_prepared_is_found_and_opened(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sources, "RULES", 3)
         assert prepare(path, "byte", 0).folder != unnamed.folder
+
+
+@links
+@pytest.mark.parametrize(
+    ("spec", "fingerprint"),
+    [
+        ("", "7616c6c9144bf191c1bcbf69314bbe94efbac07034a532466b44608c49adf4f8"),
+        ("dump", "6af988825a062540b32f774da575344595bf9bbb040255b64bb358d82d1a6553"),
+        ("*", "b34904e323cac4b059f198fd1b66bbf764cd884424471ef1450b573da478ca89"),
+        ("**/*.txt", "4511b73bbac042ea08bdda5f7d11878cb57bc7e20189c0b09864c6d9cae54844"),
+    ],
+)
+def test_the_first_rules_read_as_version_0_1_0_did(tmp_path, spec, fingerprint):
+    names = ["dump", "b.txt", ".hidden/c.txt", "run/run.json", "run/d.md", "e.json", "x.py"]
+    for i, name in enumerate(names):
+        lines = (json.dumps({"text": f"{i} and {j}"}) + "\n" for j in range(20))
+        written(tmp_path / "source" / name, "".join(lines).encode())
+    (tmp_path / "source" / "link").symlink_to(tmp_path / "source" / ".hidden")
+    data = prepare(str(tmp_path / "source" / spec), "byte", 0, rules=1)
+    assert data.fingerprint == fingerprint and data.manifest["rules"] == 1
+    now = prepare(str(tmp_path / "source" / spec), "byte", 0)
+    assert (now.fingerprint == fingerprint) == (spec == "**/*.txt") and now.manifest["rules"] == sources.RULES

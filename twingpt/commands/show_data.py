@@ -55,17 +55,27 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
 def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
     """Print what a preparation made, and how to train on it; `word` is the name, quoted for a shell."""
+    unseen = "" if result["val_tokens"] else " --eval-interval 0"  # as there is nothing to evaluate on
     console.print(
         f"[bold]{escape(result['name'])}[/]: {human_documents(result['documents'])}, "
         f"{human_bytes(result['bytes'])} of text; {human_count(result['tokens'])} tokens to train on, "
-        f"{human_count(result['val_tokens'])} held out; {human_time(result['seconds'])}, "
+        f"{_held_out(human_count(result['val_tokens']))}; {human_time(result['seconds'])}, "
         f"{human_bytes(result['peak_rss_bytes'])} of memory at most"
     )
     for note in result["notes"]:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     if any(what.startswith((".", "without")) for what in result["left_out"]):
         console.print("A glob takes files of any name: gpt data prepare 'FOLDER/**/*.py'", soft_wrap=True)
-    console.print(f"{escape(result['path'])}\nTrain on it: [bold]gpt train --data {escape(word)}[/]", soft_wrap=True)
+    console.print(
+        f"{escape(result['path'])}\nTrain on it: [bold]gpt train --data {escape(word)}{unseen}[/]", soft_wrap=True
+    )
+
+
+def _held_out(tokens: str, how: str = "") -> str:
+    """How many tokens are held out, and how, in words."""
+    if tokens == "0":
+        return "nothing held out"
+    return f"{tokens} held out{f' ({escape(how)})' if how else ''}"
 
 
 def print_list(console: Console, summaries: list[DatasetSummary]) -> None:
@@ -89,7 +99,7 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
     console.print(
         f"[bold]{escape(info['name'])}[/]: {human_documents(info['documents'])}, {human_bytes(info['bytes'])} of text, "
         f"{human_bytes(info['size_bytes'])} on disk\n"
-        f"{info['tokens']:,} tokens to train on, {info['val_tokens']:,} held out ({escape(info['split'])})\n"
+        f"{info['tokens']:,} tokens to train on, {_held_out(format(info['val_tokens'], ','), info['split'])}\n"
         f"tokenizer {escape(info['tokenizer'])} of {info['vocab_size']:,} ids, {per_token:.2f} bytes per token"
     )
     console.print(f"[dim]{escape(info['path'])}[/]", soft_wrap=True)

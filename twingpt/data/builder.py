@@ -98,8 +98,8 @@ class LoadedSources:
         with_val = [one for one in self.sources.values() if self.val or (one.held_out and self.share is None)]
         others = [one for one in self.sources.values() if one not in with_val]
         held_out = [one for name, one in self.all().items() if name not in self.sources]
-        by_share = Split(only="train") if self.share == 0 else Split(self.share or VAL_FRACTION)
-        splits = ((others, by_share), (with_val, Split(only="train")), (held_out, Split(only="val")))
+        by_share = VAL_FRACTION if self.share is None else self.share
+        splits = ((others, Split(by_share)), (with_val, Split(only="train")), (held_out, Split(only="val")))
         return [(joined("", one), split) for one, split in splits if one]
 
 
@@ -143,7 +143,7 @@ class DatasetBuilder:
         split = self._split(self.groups[0][1]).description
         facts: dict[str, Any] = {"name": self.name, "asked": self.choice.asked, "sources": rows, "split": split}
         facts["val"] = next(map(sources.printable, self.loaded.val), self.loaded.share)
-        facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned, "rules": sources.RULES}
+        facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned, "rules": self.source.rules}
         facts |= {"left_out": dict(self.source.left_out), "notes": self._notes(counts)}
         shards.finish_dataset(folder, tokenizer, facts, writers)
 

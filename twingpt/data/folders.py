@@ -74,6 +74,25 @@ def match(pattern: Path, read: Read) -> Found:
     return found
 
 
+def by_names(path: Path, read: Read) -> Found:
+    """The documents of a folder, or of a glob, under the first rules of reading: by their names alone.
+
+    They took files in hidden folders, runs and models, and none in linked folders.
+    """
+
+    def within(folder: Path) -> list[Path]:
+        return sorted(
+            one for one in folder.rglob("*") if one.name[0] != "." and readers.kind_by_name(one) and one.is_file()
+        )
+
+    found = Found()
+    matches = [path] if path.is_dir() else map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
+    for match in matches:
+        for file in within(match) if match.is_dir() else [match]:
+            found.take(file, read)
+    return found
+
+
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino

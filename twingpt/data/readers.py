@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,12 +57,20 @@ def is_data_file(path: Path) -> bool:
     return not path.name.startswith(".") and kind_of(path) is not None
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(
+    path: Path, kinds: Mapping[str, str] = KINDS, compressions: Sequence[str] = compression.SUFFIXES
+) -> str | None:
     """What a file holds by its suffix: text, jsonl, json, parquet or arrow; None for any other."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    compressed = bool(suffixes) and suffixes[-1] in compression.SUFFIXES
-    kind = KINDS.get(suffixes[-1 - compressed]) if len(suffixes) > compressed else None
+    compressed = bool(suffixes) and suffixes[-1] in compressions
+    kind = kinds.get(suffixes[-1 - compressed]) if len(suffixes) > compressed else None
     return None if compressed and kind in TABLES else kind
+
+
+def kind_by_name(path: Path) -> str | None:
+    """`kind_of` under the first rules of reading, which went by it alone and knew fewer suffixes."""
+    kinds = {suffix: kind for suffix, kind in KINDS.items() if suffix not in (".json", ".feather")}
+    return kind_of(path, kinds, (".gz", ".zst"))
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class DocumentFile:
     name: str = ""  # what a message calls it, if not by its path
     skip_bad: bool = False  # whether records without text are left out, and counted
     as_text: bool = False  # whether JSON is plain text, as in a file that is named so
+    by_name: bool = False  # whether its name alone decides what it holds
 
     @property
     def display_name(self) -> object:
@@ -85,6 +94,8 @@ class DocumentFile:
     @cached_property
     def kind(self) -> str:
         """text, jsonl, json (any other layout), parquet or arrow, by what the file holds."""
+        if self.by_name:
+            return kind_by_name(self.path) or "text"
         with _readable(self.path):
             with self.path.open("rb") as file:
                 begins = file.read(6)

@@ -47,6 +47,7 @@ class DocumentInput(Protocol):
 
 VALIDATION = ("validation", "valid", "val", "dev")  # what a data set calls what it holds out itself
 RULES = 2  # how sources are read, by version; 1 went by names alone, and noted no version
+HOW_READ = {1: "by its name alone", 2: "by what it holds"}
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,14 @@ class Source:
     held_out: Source | None = None
 
     @property
+    def rules(self) -> int:
+        """The version of RULES by which it is read."""
+        return 1 if any(isinstance(one, DocumentFile) and one.by_name for one in self.inputs) else RULES
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the inputs' digests, and over how they are read."""
-        return self.digest_under(RULES)
+        return self.digest_under(self.rules)
 
     def digest_under(self, rules: int) -> str:
         """The digest that it has, or had, where sources are read by these RULES."""
@@ -143,7 +149,7 @@ class ReadOptions:
 
     JSON records and tables have their text in `field` (None: in "text", and nothing need have one); `errors` is
     "strict" or "replace", for what is not UTF-8; so many records without text are left out. With `as_text` JSON is the
-    plain text that it also is.
+    plain text that it also is. `rules` are those of RULES that a run noted.
     """
 
     field: str | None = None
@@ -151,6 +157,7 @@ class ReadOptions:
     licence: str | None = None
     skip_bad_lines: int = 0
     as_text: bool = False
+    rules: int = RULES
 
     def __post_init__(self) -> None:
         """Check the values, before anything is read."""
@@ -163,7 +170,8 @@ class ReadOptions:
 
     def file(self, path: Path, name: str = "") -> DocumentFile:
         """A file that is read so."""
-        return DocumentFile(path, self.field or "text", self.errors, None, name, self.skip_bad_lines > 0, self.as_text)
+        skip_bad, by_name = self.skip_bad_lines > 0, self.rules == 1
+        return DocumentFile(path, self.field or "text", self.errors, None, name, skip_bad, self.as_text, by_name)
 
     def load(self, specs: Sequence[str], spool: Path) -> dict[str, Source]:
         """The sources that are called so: as `load` knows them, a hub's data sets, and stdin, kept in `spool`.
@@ -212,7 +220,7 @@ def load(spec: str, options: ReadOptions = AS_THEY_ARE) -> Source:
     if path.exists():
         raise UserError(f"{spec} is neither a regular file nor a folder: save its text to a file first.")
     if glob.has_magic(spec):
-        found = folders.match(path, options.file)
+        found = (folders.by_names if options.rules == 1 else folders.match)(path, options.file)
         source = Source(slug(path.name), found.files, others=found.others)
         if not found.files:
             raise UserError(f"No file matches {spec}{_and_left_out(source)}.")
@@ -224,10 +232,11 @@ def _folder(spec: str, path: Path, options: ReadOptions) -> Source:
     """The documents of a folder, or of a table that was saved as one."""
     name = printable(path.resolve().name)
     if tables := _saved_to_disk(path):
-        val = next(filter(None, (_saved_to_disk(path / split) for split in VALIDATION)), None)
+        splits = VALIDATION if options.rules > 1 else ()
+        val = next(filter(None, (_saved_to_disk(path / split) for split in splits)), None)
         held_out = Source(name, [*map(options.file, val)]) if val else None
         return Source(name, [*map(options.file, tables)], held_out=held_out)
-    found = folders.walk(path, options.file)
+    found = (folders.by_names if options.rules == 1 else folders.walk)(path, options.file)
     source = Source(name, found.files, others=found.others)
     if not found.files:
         kinds = f"{', '.join(readers.KINDS)}, {' or '.join(compression.SUFFIXES)}"
