@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import links, names_in_unicode
 from twingpt.core.errors import UserError
+from twingpt.core.paths import quote
 from twingpt.data import compression, readers, sources
 from twingpt.data.builder import TokenizerChoice
 from twingpt.data.documents import guess_encoding
@@ -103,6 +104,42 @@ def test_json_as_plain_text(tmp_path):
         documents_of(written(tmp_path / "e", b'{"text": "a"}\nmore\n'))
     with pytest.raises(UserError, match="--field body has no use with --as-text: leave one out"):
         ReadOptions(field="body", as_text=True)
+
+
+def test_line_ends_of_unicode_are_within_a_record(tmp_path):
+    content = "\n".join(
+        json.dumps({"text": f"a\u2028b\u2029c\x85d {i}"}, ensure_ascii=False) for i in range(2)
+    ).encode()
+    for name in ("dump", "dump.json", "dump.jsonl"):
+        assert load(str(written(tmp_path / name, content))).inputs[0].kind == "jsonl"
+        assert documents_of(tmp_path / name) == ["a\u2028b\u2029c\x85d 0", "a\u2028b\u2029c\x85d 1"]
+
+
+def test_a_line_ends_a_document_where_it_is_said(tmp_path):
+    path = str(written(tmp_path / "stories.txt", b"one\n<|endoftext|>\r\ntwo\n <|endoftext|>\nthree"))
+    [note] = prepare(path, "byte", 0).manifest["notes"]
+    assert note.startswith("<|endoftext|> in the text (2 times) is text like any other; where such a line ends a")
+    options = ReadOptions(separator="<|endoftext|>")
+    assert load(path, options).documents == ["one", "two", "three"]
+    data = prepare_named([path], "stories", TokenizerChoice("byte", 0), options)
+    assert data.manifest["documents"]["train"] == 3 and data.manifest["notes"] == []
+    with pytest.raises(UserError, match="stories is prepared already, from something else"):
+        prepare_named([path], "stories", TokenizerChoice("byte", 0), ReadOptions())
+    lines = written(tmp_path / "dump.jsonl", LINES)
+    with pytest.raises(UserError, match="--separator -- has no use: no files of text are given, and each record"):
+        ReadOptions(separator="--").load([str(lines)], tmp_path)
+    assert ReadOptions(separator="--").load([str(lines), path], tmp_path)
+
+
+def test_files_that_are_called_as_splits_are_told(tmp_path):
+    for name in ("train", "valid", "test"):
+        written(tmp_path / "data" / f"{name}.jsonl", LINES)
+    [note] = prepare(str(tmp_path / "data"), "byte", 0).manifest["notes"]
+    train, valid = (tmp_path / "data" / f"{name}.jsonl" for name in ("train", "valid"))
+    instead = f"gpt data prepare {quote(train)} --val {quote(valid)}"
+    assert note == f"trained on as train.jsonl is: valid.jsonl, test.jsonl; to hold one out: {instead}"
+    data = prepare_named([str(train)], "split", TokenizerChoice("byte", 0), ReadOptions(), val=str(valid))
+    assert data.manifest["notes"] == [] and data.manifest["documents"] == {"train": 3, "val": 3}
 
 
 def test_the_readme_names_what_is_always_text():

@@ -80,7 +80,9 @@ def _held_out(tokens: str, how: str = "") -> str:
 
 def print_list(console: Console, summaries: list[DatasetSummary]) -> None:
     """Print a line a data set, and the errors of broken ones."""
-    table = Table("name", "documents", "text", "tokens", "held out", "tokenizer", "on disk", box=box.SIMPLE_HEAD)
+    table = Table("name", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))  # most fit 80 columns
+    for title in ("documents", "text", "tokens", "held out", "tokenizer", "on disk"):
+        table.add_column(title, justify="left" if title == "tokenizer" else "right")
     for row in summaries:
         facts = ("", "", "", "", "[red]broken[/]")
         if row.error is None:
@@ -126,7 +128,8 @@ def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
         state = f"{here} of {len(files)} files here" if 0 < here < len(files) else "downloaded" if here else ""
         state = state if files else "comes with Python"
         size = human_bytes(row["size"]) if row["size"] else "–"
-        facts = [f"[bold]{row['name']:11}[/]  {size:>7}  {row['licence']:16}", shards, state and f"[green]{state}[/]"]
-        console.print("  ".join(filter(None, facts)), soft_wrap=True)
+        more = list(filter(None, [shards, state and f"[green]{state}[/]"]))
+        licence = f"{row['licence']:16}" if more else row["licence"]
+        console.print("  ".join([f"[bold]{row['name']:11}[/]  {size:>7}  {licence}", *more]), soft_wrap=True)
         pin = row["revision"] or f"SHA-256 {files[0]['sha256']}"
         console.print(f"{'':13}[dim]{row['address']}, {pin}[/]", soft_wrap=True)

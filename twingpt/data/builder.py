@@ -16,6 +16,7 @@ from typing import Any
 from twingpt.core import rng
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
+from twingpt.core.tokenizer.base import END_OF_TEXT
 from twingpt.data import shards, sources, spelling, workers
 from twingpt.data.documents import pieces
 from twingpt.data.shards import SPLITS, ShardWriter
@@ -23,7 +24,7 @@ from twingpt.data.sources import Source
 from twingpt.data.split import VAL_FRACTION, Split
 from twingpt.data.tokenizers import find, learn_or_find
 from twingpt.data.workers import ChunkEncoder, EncodedChunk
-from twingpt.runs.units import human_share
+from twingpt.runs.units import counted, human_share
 
 FEW = 20  # text files; with so few, tails may be held out, and a pass that counts is cheaper than encoding twice
 SAMPLE = 2**26  # characters that a tokenizer is learned from, at most
@@ -161,6 +162,12 @@ class DatasetBuilder:
                 f"{unspelled.ids:,} ids stand for what is unknown, and {unspelled.lost:,} of {unspelled.characters:,} "
                 "characters are lost."
             )
+        if counts.ends:
+            notes.append(
+                f"{END_OF_TEXT} in the text ({counted(counts.ends, 'time')}) is text like any other; where such a line "
+                f"ends a document: gpt data prepare --separator '{END_OF_TEXT}'"
+            )
+        notes += [note for source in self.loaded.sources.values() for note in source.split_notes]
         return [*notes, *self.source.notes(counts.bad)]
 
     def _source_rows(self, digests: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -320,6 +320,7 @@ def too_long(path: object, line: int) -> UserError:
 
 
 DECODER = json.JSONDecoder(parse_int=any_integer)
+LINE_END = re.compile(r"[\r\n]")  # and not those of str.splitlines(), which JSON may have within a text
 EMPTY_OBJECT = re.compile(r"\{\s*\}")
 BETWEEN_VALUES = re.compile(r"[\s,]*")
 AFTER_ELEMENT, AFTER_RECORD = re.compile(r"\s*[,\]]"), re.compile(r"\s*(?:,\s*[\[{]|[\[{]|\Z)")
@@ -331,7 +332,7 @@ def json_layout(head: str, named: str | None) -> str | None:
     Of a file that is `named` .jsonl or .json no doubt is left, but how it is laid out. Of another, {} says nothing: a
     program or a template may begin so.
     """
-    lines = list(filter(None, map(str.strip, head.splitlines())))
+    lines = list(filter(None, map(str.strip, LINE_END.split(head))))
     if named == "jsonl":
         return "json" if lines and (lines[0].startswith("[") or lines[0] == "{") else "jsonl"
     first = next((line for line in lines if not EMPTY_OBJECT.fullmatch(line)), "")

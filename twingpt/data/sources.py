@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.paths import expand
+from twingpt.core.paths import expand, quote
 from twingpt.data import compression, folders, named, readers
 from twingpt.data.documents import DocumentPiece, Item
 from twingpt.data.readers import Advance, DocumentFile, InMemoryDocuments
@@ -120,6 +120,19 @@ class Source:
         notes = [f"{counted(len(bad), 'bad record')} left out, the first: {bad[0]}"] if bad else []
         return notes + ([folders.say_left_out(self.left_out)] if self.left_out else [])
 
+    @property
+    def split_notes(self) -> list[str]:
+        """A sentence where a file called train lies beside others that are called as what is held out."""
+        paths = {_stem(one.path): one.path for one in self.inputs if isinstance(one, DocumentFile)}
+        train, names = paths.get("train"), (*VALIDATION, "test")
+        beside = [paths[name] for name in names if train and name in paths and paths[name].parent == train.parent]
+        if not train or not beside:
+            return []
+        return [
+            f"trained on as {train.name} is: {', '.join(path.name for path in beside)}; to hold one out: "
+            f"gpt data prepare {quote(train)} --val {quote(beside[0])}"
+        ]
+
     def check_bad(self, bad: Sequence[str]) -> None:
         """Raise UserError for more bad records than may be left out."""
         if len(bad) > self.most_bad:
@@ -149,7 +162,8 @@ class ReadOptions:
 
     JSON records and tables have their text in `field` (None: in "text", and nothing need have one); `errors` is
     "strict" or "replace", for what is not UTF-8; so many records without text are left out. With `as_text` JSON is the
-    plain text that it also is. `rules` are those of RULES that a run noted.
+    plain text that it also is, and a line of `separator` ends a document of a text. `rules` are those of RULES that a
+    run noted.
     """
 
     field: str | None = None
@@ -157,6 +171,7 @@ class ReadOptions:
     licence: str | None = None
     skip_bad_lines: int = 0
     as_text: bool = False
+    separator: str | None = None
     rules: int = RULES
 
     def __post_init__(self) -> None:
@@ -171,7 +186,8 @@ class ReadOptions:
     def file(self, path: Path, name: str = "") -> DocumentFile:
         """A file that is read so."""
         skip_bad, by_name = self.skip_bad_lines > 0, self.rules == 1
-        return DocumentFile(path, self.field or "text", self.errors, None, name, skip_bad, self.as_text, by_name)
+        separator = None if self.separator is None else self.separator.strip()
+        return DocumentFile(path, self.field or "text", self.errors, separator, name, skip_bad, self.as_text, by_name)
 
     def load(self, specs: Sequence[str], spool: Path) -> dict[str, Source]:
         """The sources that are called so: as `load` knows them, a hub's data sets, and stdin, kept in `spool`.
@@ -179,11 +195,17 @@ class ReadOptions:
         Raises UserError for a field that nothing has a use for.
         """
         found = {spec: self._load(spec, spool) for spec in specs}
-        self.check_field([one for source in found.values() for one in source.inputs])
+        self.check_used([one for source in found.values() for one in source.inputs])
         return found
 
-    def check_field(self, inputs: Sequence[DocumentInput]) -> None:
-        """Raise UserError for a field that none of the inputs has a use for."""
+    def check_used(self, inputs: Sequence[DocumentInput]) -> None:
+        """Raise UserError for a field, or a separator, that none of the inputs has a use for."""
+        texts = any(isinstance(one, DocumentFile) and one.kind == "text" for one in inputs)
+        if self.separator is not None and not texts:
+            raise UserError(
+                f"--separator {self.separator} has no use: no files of text are given, and each record of JSON or a "
+                "table is a document."
+            )
         if self.field is not None and all(one.kind in ("text", "memory", "prepared") for one in inputs):
             raise UserError(
                 f"--field {self.field} has no use: no JSON and no tables are given, but text (JSON in a .txt is text: "
