@@ -52,6 +52,7 @@ def run_json(state: RunState) -> str:
             "folder": mixture.folders(state.data),
             "fingerprint": state.data.fingerprint,
             "tokenizer": state.data.tokenizer.digest,
+            "rules": mixture.rules(state.data),
         },
         "evaluation": {"windows": state.eval_windows, "batch_size": state.eval_batch_size},
         "setup": dataclasses.asdict(state.setup),

@@ -13,6 +13,7 @@ from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand
 from twingpt.data import mixture
 from twingpt.data.mixture import Data
+from twingpt.data.split import parse_share
 from twingpt.runs import trackers
 from twingpt.runs.folder import check_untrained, checkpoints
 from twingpt.training import memory
@@ -48,6 +49,11 @@ def new_run(
     engines = registry.get(backend)
     target = registry.find_device(engines, device)
     _, train = resolve(options, target, 256)  # wrong before any work is done
+    if train.eval_interval and train.val_data and parse_share(train.val_data, "--val-data") == 0:
+        raise UserError(
+            f"--val-data {train.val_data} holds out nothing to evaluate on, and --eval-interval is "
+            f"{train.eval_interval}: give --eval-interval 0 too, or hold out a share."
+        )
     run = expand(out) if out else Path("runs") / f"{mixture.title(train.data)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     _check_free(run)
     tokenizer = init.tokenizer() if init else None

@@ -73,7 +73,7 @@ def resume_run(
     _check_goes_on(stored, progress, train, stop_after)
     place = _find_place(stored.setup, Setup(backend, device, compile, report_to))
     train, replaced = _with_dtype(train, place.device, options)
-    data = stored.open_data(train, training["data"], moved=bool({"data", "val_data"} & options.keys()))
+    data = stored.open_data(train, training["data"], given=[key for key in ("data", "val_data") if key in options])
     data.check(config, evaluated=train.eval_interval > 0)
     # A run goes on exactly, so nothing of it changes unasked.
     free = place.engines.free_memory(place.device)

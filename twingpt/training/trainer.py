@@ -128,7 +128,7 @@ class Trainer:
         """Leave the run saved where it stands; and evaluated, unless somebody waits for it to end."""
         progress = self.progress
         self._report_training(leave=0)
-        if progress.evaluated_at != progress.step and not self.interrupt.requested:
+        if not self._evaluated and not self.interrupt.requested:
             self._evaluate()
         if self.train.sample_interval and progress.sampled_at != progress.step and not self.interrupt.requested:
             self._sample()
@@ -136,9 +136,14 @@ class Trainer:
 
     def _reason(self) -> str:
         """Why the run stopped: finished (and evaluated at its end), interrupted, or stop-after."""
-        if self.progress.evaluated_at == self.progress.step >= self.train.max_iters:
+        if self._evaluated and self.progress.step >= self.train.max_iters:
             return "finished"
         return "interrupted" if self.interrupt.requested else "stop-after"
+
+    @property
+    def _evaluated(self) -> bool:
+        """Whether no evaluation is left to do at this step, as where nothing is held out."""
+        return self.progress.evaluated_at == self.progress.step or not self.state.data.holds_out
 
     def _evaluate(self) -> bool:
         """Report the held-out loss, after what n-grams reach where that is new; whether it is the best so far."""
