@@ -9,9 +9,10 @@ from typing import Any
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
-from twingpt.core.presets import DEEPEST, shaped
+from twingpt.core.presets import shaped
 from twingpt.runs.units import human_count
 
+DEEPEST = 48  # of --depth
 HEAD_DIM = 64  # what fused attention kernels want
 MIN_HEADS = 4
 MIN_BLOCK, MAX_BLOCK = 128, 2048

@@ -12,7 +12,6 @@ from twingpt.core.backend import Backend, Device
 from twingpt.core.checkpoint.schema import Checkpoint
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
-from twingpt.core.paths import quote
 from twingpt.runs import trackers
 from twingpt.runs.events import last_baseline, read_events, seconds_so_far
 from twingpt.runs.folder import check_untrained, checkpoint_folder
@@ -22,6 +21,7 @@ from twingpt.training.describe import describe, rewind_folder, start_entry
 from twingpt.training.engine import make_engine
 from twingpt.training.flops import peak
 from twingpt.training.recipes import Options
+from twingpt.training.shell import quote
 from twingpt.training.state import Progress, RunState, Setup
 from twingpt.training.stored import StoredRun
 

@@ -22,8 +22,10 @@ from twingpt.core.config import (
     without_none,
 )
 from twingpt.core.errors import UserError
-from twingpt.core.paths import expand, quote, write_atomically
-from twingpt.core.presets import DEEPEST, PRESETS, SHAPES
+from twingpt.core.paths import expand, write_atomically
+from twingpt.core.presets import PRESETS, SHAPES
+from twingpt.training.depth import DEEPEST
+from twingpt.training.shell import quote
 
 if sys.version_info >= (3, 11):
     import tomllib

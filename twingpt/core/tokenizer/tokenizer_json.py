@@ -10,12 +10,7 @@ from typing import Any
 from twingpt.core.errors import UserError
 from twingpt.core.reading import inside, read_json, read_text
 from twingpt.core.tokenizer.base import END_OF_TEXT, Tokenizer
-from twingpt.core.tokenizer.bpe import (
-    TIKTOKEN_PATTERNS,
-    BPETokenizer,
-    bpe_model,
-    unprintable,
-)
+from twingpt.core.tokenizer.bpe import TIKTOKEN_PATTERNS, BPETokenizer, bpe_model, unprintable
 from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer.huggingface import MODEL_CLASSES, ONLY_CLASSES, HuggingFaceTokenizer, check, unreachable
 
