@@ -48,36 +48,39 @@ def sample(logits: Array, sampling: SamplingRows, u: np.ndarray, device: Device)
         return logits.argmax(-1)
     temp, top_k = np.where(s.temp == 0, 1, s.temp), np.where(s.top_k == 0, V, s.top_k)
     top_p, min_p = np.where(s.top_p == 1, np.inf, s.top_p), np.maximum(s.min_p, NEVER)
-    settings = to_device(np.stack([temp, top_k, top_p, min_p, s.temp == 0, u]).astype(np.float32)[..., None], device)
-    mass = (logits - logits.amax(-1, keepdim=True)).div_(settings[0]).exp_().sum(-1, keepdim=True)
+    some, every = top_k < V, (top_k >= V) & (top_p > 1) & (min_p <= NEVER)
+    numbers = to_device(np.stack([temp, top_k, top_p, min_p, u]).astype(np.float32)[..., None], device)
+    kinds = to_device(np.stack([s.temp == 0, some, every])[..., None], device)
+    mass = (logits - logits.amax(-1, keepdim=True)).div_(numbers[0]).exp_().sum(-1, keepdim=True)
     if device.kind == "cpu" and V > 4 * SHORTLIST:
         ranked, order = largest(logits, SHORTLIST + 1)
-        index, decided = _draw(ranked[:, :-1], mass, settings, V)
+        index, decided = _draw(ranked[:, :-1], mass, numbers, kinds)
         if (decided & (ranked.gather(-1, index) > ranked[:, -1:])).all():  # or it may have left out a lower, equal id
             return order.gather(-1, index)[:, 0]
     ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    return order.gather(-1, _draw(ranked, mass, settings, V)[0])[:, 0]
+    return order.gather(-1, _draw(ranked, mass, numbers, kinds)[0])[:, 0]
 
 
-def _draw(ranked: Array, mass: Array, settings: Array, V: int) -> tuple[Array, Array]:
-    """Inverse CDF over the n largest of V logits, falling: (B, n) -> indices (B, 1), and whether the rest matters not.
+def _draw(ranked: Array, mass: Array, numbers: Array, kinds: Array) -> tuple[Array, Array]:
+    """Inverse CDF over a row's n largest logits, falling: (B, n) -> indices (B, 1), and whether the rest matters not.
 
-    `mass` (B, 1) sums exp((logit - largest) / temp) over all. No number depends on n where the rest doesn't matter.
+    `mass` (B, 1) sums exp((logit - largest) / temp) over all. `kinds` tells the rows that are greedy, that draw from
+    `some` ids by their number, and from `every` id. No number here depends on n where the rest doesn't matter.
     """
-    temp, top_k, top_p, min_p, greedy, u = settings
+    temp, top_k, top_p, min_p, u = numbers
+    greedy, some, every = kinds
     n = ranked.shape[-1]
     p = (ranked - ranked[:, :1]).div_(temp).exp_()
     p.masked_fill_(torch.arange(n, device=p.device) >= top_k, 0.0)
     reached = p.cumsum(-1)
-    mass = torch.where(top_k < V, reached[:, -1:], mass)
+    mass = torch.where(some, reached[:, -1:], mass)
     below = (reached < top_p * mass).sum(-1, keepdim=True)  # and the one that reaches it is kept
     n_kept = torch.minimum(below + 1, (p >= min_p).sum(-1, keepdim=True))
     last = (n_kept - 1).clamp_min(0)  # NaN keeps none
-    every = (top_k >= V) & (top_p > 1) & (min_p <= NEVER)
     end = u * torch.where(every, mass, reached.gather(-1, last))
     index = torch.minimum((reached <= end).sum(-1, keepdim=True), last)  # rounding may carry u past it
-    decided = torch.where(top_k < V, top_k <= n, torch.where(every, end < reached[:, -1:], n_kept < n))
-    return torch.where(greedy > 0, 0, index), decided | (greedy > 0)
+    decided = torch.where(some, top_k <= n, torch.where(every, end < reached[:, -1:], n_kept < n))
+    return torch.where(greedy, 0, index), decided | greedy
 
 
 def largest(logits: Array, k: int) -> tuple[Array, Array]:
