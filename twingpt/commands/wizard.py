@@ -26,9 +26,8 @@ from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset
 from twingpt.runs.units import human_bytes, human_count, human_time
 from twingpt.training import depth, memory, recipes
-from twingpt.training.depth import DEEPEST
 from twingpt.training.estimate import Place, Plan, Speed, measure, places, plan
-from twingpt.training.settings import Settings, write
+from twingpt.training.settings import DEEPEST, Settings, write
 from twingpt.training.shell import quote
 
 DEPTHS = (2, 4, 6, 8, 12, 16, 20, 24)  # shown; any is accepted

@@ -11,8 +11,8 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.presets import shaped
 from twingpt.runs.units import human_count
+from twingpt.training.settings import DEEPEST
 
-DEEPEST = 48  # of --depth
 HEAD_DIM = 64  # what fused attention kernels want
 MIN_HEADS = 4
 MIN_BLOCK, MAX_BLOCK = 128, 2048

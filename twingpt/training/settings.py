@@ -24,7 +24,6 @@ from twingpt.core.config import (
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand, write_atomically
 from twingpt.core.presets import PRESETS, SHAPES
-from twingpt.training.depth import DEEPEST
 from twingpt.training.shell import quote
 
 if sys.version_info >= (3, 11):
@@ -33,6 +32,8 @@ else:
     import tomli as tomllib
 
 Settings = dict[str, Any]
+
+DEEPEST = 48  # of --depth
 
 
 @dataclass(frozen=True)
