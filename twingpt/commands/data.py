@@ -9,7 +9,7 @@ import typer
 from twingpt.commands.help import App
 from twingpt.commands.options import AsText, Errors, Field, Json, Separator, SettingsCommand, SkipBadLines, Yes
 from twingpt.commands.output import ask_to_remove, make_console, print_json
-from twingpt.core.paths import quote
+from twingpt.runs.shell import quote
 
 app = App(
     name="data",

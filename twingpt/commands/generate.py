@@ -1,14 +1,21 @@
 """gpt generate: sample text from a model."""
 
+from __future__ import annotations
+
 import sys
 import time
-from typing import Annotated
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from twingpt.commands.help import App
 from twingpt.commands.options import Backend, Device, Json, read_stdin
 from twingpt.commands.output import print_json
+from twingpt.core.errors import UserError
+
+if TYPE_CHECKING:
+    from twingpt.inference.language_model import Response
 
 app = App()
 
@@ -17,7 +24,7 @@ app = App()
     epilog="[bold]Examples[/]\n\n"
     'gpt generate runs/novel -p "It was a"\n\n'
     'gpt generate runs/novel@best -p "It was a" -m 400 --temp 0.7 --seed 7\n\n'
-    "echo -n 'def ' | gpt generate runs/code -p - --json\n"
+    "echo -n 'def ' | gpt generate runs/code -p - --json --num-samples 4 --logprobs 5\n"
 )
 def generate(
     model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run: RUN@best, latest.")],
@@ -28,6 +35,15 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this probability.")] = 0.95,
     min_p: Annotated[float, typer.Option(help="Drop those less likely than this share of the likeliest.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens seen before are less likely.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from logits of tokens generated before.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that one was generated.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=NUMBER", help="Added to the logit of a token; repeatable.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Texts to generate side by side.")] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json, log-probabilities of the tokens and of so many likeliest.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text, on either backend.")] = 1337,
     backend: Backend = "auto",
     device: Device = None,
@@ -45,6 +61,9 @@ def generate(
     from twingpt.backends import registry
     from twingpt.inference.load import load
 
+    if logprobs is not None and not json_:
+        raise UserError("--logprobs shows nothing without --json: add it.")
+    biases = dict(map(_bias, logit_bias or []))
     start = read_stdin() if prompt == "-" else prompt
     loaded = load(model, backend, device, dtype)
     ids = loaded.encode(start, special=special)
@@ -57,32 +76,57 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=biases,
         seed=seed,
         stop=stop,
-        log_probs=False,
+        log_probs=logprobs is not None,
+        top_log_probs=logprobs or 0,
+        num_samples=num_samples,
     )
     if not json_:
         print(f"{name} on {engine.device.name}, in {engine.dtype}", file=sys.stderr)
         print(start, end="", flush=True)
-    text, tokens, finish_reason = "", list[int](), None
+    samples: list[dict[str, Any]] = [{"text": "", "tokens": [], "finish_reason": None} for _ in range(num_samples)]
     began = time.perf_counter()
     for response in responses:
-        text, finish_reason = text + response.text, response.finish_reason
-        tokens += [response.token] * (response.token not in loaded.ends)
-        if not json_:
+        _add(samples[response.choice], response, loaded.ends)
+        if not json_ and response.choice == 0:  # the others would come between
             print(response.text, end="", flush=True)
+    seconds = time.perf_counter() - began
     if not json_:
-        print()
+        print(*("", *(f"\n{start}{sample['text']}" for sample in samples[1:])), sep="\n")
         return
     print_json(
         {
-            "text": text,
-            "tokens": tokens,
+            **samples[0],
             "prompt_tokens": ids,
-            "finish_reason": finish_reason,
-            "tokens_per_second": len(tokens) / (time.perf_counter() - began),
+            "tokens_per_second": sum(len(sample["tokens"]) for sample in samples) / seconds,
             "backend": name,
             "device": engine.device.name,
             "dtype": engine.dtype,
+            **({"samples": samples} if num_samples > 1 else {}),
         }
     )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """The id and the number of ID=NUMBER."""
+    token, _, number = text.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError:
+        raise UserError(f"--logit-bias must be ID=NUMBER, as in 50=-100, and is {text!r:.60}.") from None
+
+
+def _add(sample: dict[str, Any], response: Response, ends: Collection[int]) -> None:
+    """Add what a response says to the sample that it is of; an end of text is no token of it."""
+    sample["text"] += response.text
+    sample["finish_reason"] = response.finish_reason
+    if response.token in ends:
+        return
+    sample["tokens"].append(response.token)
+    if response.log_prob is not None:
+        top = [{"token": token, "log_prob": log_prob} for token, log_prob in response.top]
+        sample.setdefault("log_probs", []).append({"log_prob": response.log_prob, "top": top})

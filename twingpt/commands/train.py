@@ -9,7 +9,7 @@ from twingpt.commands.help import App
 from twingpt.commands.options import FILE, OPTIMIZER, WHERE, SettingsCommand, option
 from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
-from twingpt.core.paths import quote
+from twingpt.runs.shell import quote
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -63,10 +63,15 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step sampled in its rows: ids (B,), -1 where logits aren't finite; maybe raw log-probabilities (B,)."""
+    """What a step sampled in its rows: ids (B,), -1 where logits aren't finite; maybe raw log-probabilities (nats).
+
+    `log_probs` (B,) are those of the ids, `top` and `top_ids` (B, k) as in LogProbs; None where not asked for.
+    """
 
     tokens: Any
-    log_probs: Any
+    log_probs: Any = None
+    top: Any = None
+    top_ids: Any = None
 
 
 class InferenceEngine(Protocol):
@@ -96,11 +101,11 @@ class InferenceEngine(Protocol):
     def prefill(self, cache: Any, row: int, tokens: Array) -> Handle:
         """Run (T,) ids of a prompt, or of a part of it, behind what a row holds. Enqueues only."""
 
-    def step(self, cache: Any, sampling: SamplingRows, u: Array, *, log_probs: bool = True) -> Handle:
+    def step(self, cache: Any, sampling: SamplingRows, u: Array, *, log_probs: int | None = 0) -> Handle:
         """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
 
-        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled, with `log_probs`
-        unless they are left out: they take a pass over the vocabulary.
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues; a CPU may compute the logits first. Reads as
+        Sampled, with log-probabilities of the ids and of the `log_probs` likeliest; None leaves both out, and a pass.
         """
 
     def logits(self, handle: Handle) -> Array:

@@ -18,10 +18,11 @@ from typing import Any, Protocol
 
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.paths import expand, quote
+from twingpt.core.paths import expand
 from twingpt.data import compression, folders, named, readers
 from twingpt.data.documents import DocumentPiece, Item
 from twingpt.data.readers import Advance, DocumentFile, InMemoryDocuments
+from twingpt.runs.shell import quote
 from twingpt.runs.units import counted
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")

@@ -12,11 +12,11 @@ from twingpt.core.backend import Backend, Device
 from twingpt.core.checkpoint.schema import Checkpoint
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
-from twingpt.core.paths import quote
 from twingpt.runs import trackers
 from twingpt.runs.events import last_baseline, read_events, seconds_so_far
 from twingpt.runs.folder import check_untrained, checkpoint_folder
 from twingpt.runs.inventory import best_loss
+from twingpt.runs.shell import quote
 from twingpt.training import memory
 from twingpt.training.describe import describe, rewind_folder, start_entry
 from twingpt.training.engine import make_engine

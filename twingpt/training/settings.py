@@ -22,8 +22,9 @@ from twingpt.core.config import (
     without_none,
 )
 from twingpt.core.errors import UserError
-from twingpt.core.paths import expand, quote, write_atomically
-from twingpt.core.presets import DEEPEST, PRESETS, SHAPES
+from twingpt.core.paths import expand, write_atomically
+from twingpt.core.presets import PRESETS, SHAPES
+from twingpt.runs.shell import quote
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,6 +32,8 @@ else:
     import tomli as tomllib
 
 Settings = dict[str, Any]
+
+DEEPEST = 48  # of --depth
 
 
 @dataclass(frozen=True)

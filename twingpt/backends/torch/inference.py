@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from twingpt.backends.torch import model
 from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
 from twingpt.backends.torch.kv_cache import CacheSlots, KVCache
 from twingpt.backends.torch.quantized import in_bytes, prepack
-from twingpt.backends.torch.sampler import log_prob, sample
+from twingpt.backends.torch.sampler import log_probs_of, penalise, sample
 from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.sampler import SamplingRows
@@ -29,13 +30,12 @@ ROPE_POSITIONS = 4096  # of the first RoPE tables, which grow: a block_size may 
 class Step:
     """Handle of a prefill or step of B rows, on the device: the logits after it, (B, V) float32, and what was sampled.
 
-    A step's `tokens` and `log_probs` are (B,); a prefill samples nothing and has None. On CUDA they are copies on the
-    host, which are there once `copied` has happened.
+    A prefill samples nothing and has None. On CUDA what was sampled is copies on the host, which are there once
+    `copied` has happened.
     """
 
     logits: Array
-    tokens: Array | None = None
-    log_probs: Array | None = None
+    sampled: Sampled | None = None
     copied: torch.cuda.Event | None = None
 
 
@@ -97,41 +97,39 @@ class InferenceEngine:
         return Step(logits)
 
     @torch.inference_mode()
-    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray, *, log_probs: bool = True) -> Step:
+    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray, *, log_probs: int | None = 0) -> Step:
         """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
 
-        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled, with `log_probs`
-        unless they are left out: they take a pass over the vocabulary.
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues; a CPU may compute the logits first. Reads as
+        Sampled, with log-probabilities of the ids and of the `log_probs` likeliest; None leaves both out, and a pass.
         """
         rows = slice(0, len(u))
         cache.check_logits(rows)
         logits = cache.logits[rows]
-        seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
-        ids = sample(logits, sampling, u, seen, self.device)
+        penalised = penalise(logits, sampling, partial(cache.counts, rows), self.device)
+        ids = sample(penalised, sampling, u, self.device)
         tokens = ids.clamp_min(0)  # any token goes on where there is none: whoever reads it stops
-        sampled = log_prob(logits, tokens) if log_probs else None
-        copies = self._copy_to_host(ids, sampled)  # before the forward pass, for which `read` then need not wait
+        sampled = Sampled(ids, *(() if log_probs is None else log_probs_of(logits, tokens, log_probs)))
+        copies = self._copy_to_host(sampled)  # before the forward pass, for which `read` then need not wait
         slots = CacheSlots(cache, rows, tokens[:, None])
         x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
         step = Step(model.logits(x, self.params, self.config)[:, 0], *copies)
         cache.set_logits(rows, step.logits)
         return step
 
-    def _copy_to_host(
-        self, tokens: Array, log_probs: Array | None
-    ) -> tuple[Array, Array | None, torch.cuda.Event | None]:
+    def _copy_to_host(self, sampled: Sampled) -> tuple[Sampled, torch.cuda.Event | None]:
         """On CUDA, copies in pinned memory, enqueued, and the event after them; elsewhere the arrays, and None.
 
         `Tensor.cpu` waits for all that is enqueued when it is called: for the next step too, while the device would
         have nothing to do after it.
         """
         if self.device.kind != "cuda":
-            return tokens, log_probs, None
-        tokens = tokens.to("cpu", non_blocking=True)
-        log_probs = None if log_probs is None else log_probs.to("cpu", non_blocking=True)
+            return sampled, None
+        arrays = vars(sampled).values()
+        copies = Sampled(*(None if array is None else array.to("cpu", non_blocking=True) for array in arrays))
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self.device.name))
-        return tokens, log_probs, copied
+        return copies, copied
 
     def logits(self, handle: Step) -> np.ndarray:
         """(B, V) float32 logits after the last positions of a handle's rows; waits."""
@@ -140,9 +138,13 @@ class InferenceEngine:
     def read(self, handle: Step | LogProbs) -> Any:
         """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
-            assert handle.tokens is not None, "a prefill samples nothing"
+            assert handle.sampled is not None, "a prefill samples nothing"
             if handle.copied:
                 handle.copied.synchronize()
-            log_probs = None if handle.log_probs is None else handle.log_probs.cpu().numpy()
-            return Sampled(handle.tokens.cpu().numpy(), log_probs)
-        return LogProbs(*(None if array is None else array.cpu().numpy() for array in vars(handle).values()))
+            return Sampled(**_on_host(handle.sampled))
+        return LogProbs(**_on_host(handle))
+
+
+def _on_host(handle: Sampled | LogProbs) -> dict[str, np.ndarray | None]:
+    """The arrays of a handle by name; waits."""
+    return {name: None if array is None else array.cpu().numpy() for name, array in vars(handle).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,14 +43,15 @@ class KVCache(kv_cache.KVCache):
         self.logits[rows] = logits  # a copy: a handle's logits stay as they are
         self.has_logits[rows] = True
 
-    def seen(self, rows: slice) -> Array:
-        """Which ids stand among the positions of `rows`, (B, V) booleans."""
+    def counts(self, rows: slice, start: np.ndarray) -> Array:
+        """How often each id stands among the positions of `rows`, from (B,) `start` on, (B, V)."""
         vocab_size, end = self.logits.shape[1], int(self.lengths[rows].max())
-        lengths = to_device(self.lengths[rows].copy(), self.device)
-        held = torch.arange(end, device=lengths.device) < lengths[:, None]
-        ids = self.tokens[rows, :end].masked_fill(~held, vocab_size)  # what a row doesn't hold: beyond the last id
-        seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
-        return seen.scatter_(1, ids, value=True)[:, :vocab_size]
+        first, lengths = to_device(np.stack([start, self.lengths[rows]])[..., None], self.device)
+        position = torch.arange(end, device=lengths.device)
+        others = (position < first) | (position >= lengths)
+        ids = self.tokens[rows, :end].masked_fill(others, vocab_size)  # beyond the last id
+        counts = torch.zeros(len(ids), vocab_size + 1, device=ids.device)
+        return counts.scatter_add_(1, ids, torch.ones_like(counts[:, :1]).expand_as(ids))[:, :vocab_size]
 
     def clear(self, rows: slice) -> None:
         """Forget what an earlier text left: an infinity of it would be NaN under a mask that only multiplies by 0."""
