@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.errors import OutOfMemoryError, UserError
+from twingpt.backends.errors import DeviceError, OutOfMemoryError
+from twingpt.core.errors import UserError
 from twingpt.core.schedule import hyperparameters
 from twingpt.data.prefetch import Prefetcher
 from twingpt.evaluation.held_out import evaluate
@@ -55,9 +56,10 @@ class Trainer:
 
         SIGINT and SIGTERM end it after what is under way, saved, and `interrupt.exit_code` tells which it was. A
         checkpoint that can't be saved waits while training goes on. Raises UserError for a loss that is not finite,
-        for want of memory, where the last checkpoint can't be saved in the end, or another process trains it.
+        for want of memory or another failure of the device, where the last checkpoint can't be saved in the end, or
+        another process trains it.
         """
-        with runs.training(self.state.folder), self.interrupt, self._memory_errors():
+        with runs.training(self.state.folder), self.interrupt, self._device_errors():
             for event in start_events(self.state):
                 self.report(event)
             self.meter.start()
@@ -192,14 +194,20 @@ class Trainer:
         return UserError(f"{what} is not finite: lower the learning rate; {self.saver.kept}.")
 
     @contextmanager
-    def _memory_errors(self) -> Iterator[None]:
-        """Where the device runs out of memory within the block, raise OutOfMemoryError that says what to change."""
+    def _device_errors(self) -> Iterator[None]:
+        """Let a DeviceError within the block say after which step it came, and what is saved.
+
+        Want of memory says which of the run's settings to change.
+        """
         state = self.state
         try:
-            with state.backend.memory_errors():
+            with state.backend.device_errors():
                 yield
         except OutOfMemoryError as error:
             advice = memory.advice(state.config, state.train, state.backend.NAME, state.device, None)
             raise OutOfMemoryError(
                 f"{state.device.name} ran out of memory after {self.progress.step} steps; {self.saver.kept}. {advice}"
             ) from error
+        except DeviceError as error:
+            where = f"{state.device.name} failed after {self.progress.step} steps; {self.saver.kept}"
+            raise DeviceError(f"{where}. {error}") from error

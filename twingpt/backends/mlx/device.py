@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,17 +16,13 @@ import mlx.core as mx
 import numpy as np
 
 from twingpt.backends import host
+from twingpt.backends.mlx.errors import explain
 from twingpt.backends.mlx.prepare import open_blas
 from twingpt.core.backend import Device, Memory
-from twingpt.core.errors import OutOfMemoryError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-
-# What the message of a RuntimeError contains when memory ran out: of MLX's allocators, Metal and CUDA.
-OUT_OF_MEMORY = re.compile(r"\[malloc\]|\[metal::malloc\]|Insufficient Memory|out of memory", re.IGNORECASE)
 
 
 def _known(*dtypes: str) -> tuple[str, ...]:
@@ -35,8 +30,12 @@ def _known(*dtypes: str) -> tuple[str, ...]:
 
 
 def devices() -> list[Device]:
-    """The devices that are present, the best first: Metal or CUDA, the CPU."""
-    found = [_metal()] if mx.metal.is_available() else [_cuda()] if mx.cuda.is_available() else []
+    """The devices that are present, the best first: Metal or CUDA, the CPU.
+
+    Raises DeviceError where Metal is there and can't be had, as with a metallib that doesn't fit the system.
+    """
+    with device_errors():
+        found = [_metal()] if mx.metal.is_available() else [_cuda()] if mx.cuda.is_available() else []
     cpu = f"{host.cpu_name()}, BLAS: {open_blas()}"  # which has float32 alone: bfloat16 and float16 are slow
     return [*found, Device("cpu", "cpu", cpu, tuple(DTYPES), ("float32",), "float32", host.total_memory())]
 
@@ -56,11 +55,14 @@ def _cuda() -> Device:
 
 
 def on_device(method: F) -> F:
-    """Decorator: run an engine's method on the default stream of the engine's device, whatever MLX's default is."""
+    """Decorator: run an engine's method on the default stream of its device, under `device_errors`.
+
+    That is the thread's own stream, whatever MLX's default device is.
+    """
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with mx.stream(mx.cpu if self.device.kind == "cpu" else mx.gpu):
+        with device_errors(), mx.stream(mx.cpu if self.device.kind == "cpu" else mx.gpu):
             return method(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -94,16 +96,16 @@ def free_memory(device: Device) -> int:
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
-    """Raise OutOfMemoryError within the block for whatever MLX raises where memory is short.
+def device_errors() -> Iterator[None]:
+    """Raise a DeviceError, with the way out, within the block for what MLX raises of a device (see `errors.TROUBLES`).
 
-    Its CPU build on Linux raises nothing there: an allocation that fails ends the process (mlx 0.32).
+    Its CPU build on Linux raises nothing for want of memory: an allocation that fails ends the process (mlx 0.32).
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # C++'s bad_alloc arrives as the latter
-        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            raise OutOfMemoryError("MLX ran out of memory.") from error
+        if told := explain(error):
+            raise told from error
         raise
 
 
