@@ -126,7 +126,7 @@ def test_an_engine_has_the_methods_and_the_constructor_of_its_protocol(engines, 
 TWINS = ("model", "inference", "training", "optimizer", "quantized", "device", "measure")
 INT4 = {"dequantize", "dequantizing_matmul", "has_int4_kernel", "prepack", "pack", "packed_matmul"}
 ALONE = {  # public names that one framework needs and the other has no use for
-    "mlx": {"wire_memory"},
+    "mlx": set(),
     "torch": {"return_freed_memory", "extend", "grads", *INT4},
 }
 PLACED = {"device", "length"}  # parameters of torch's alone, which places tensors and keeps tables of RoPE

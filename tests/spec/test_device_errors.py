@@ -51,8 +51,8 @@ MESSAGES = {  # message: what is said of it, and the way out
     "There is no Stream(gpu, 1) in current thread.": ("a thread's own", "in one thread"),
     "There is no Stream(cpu, 0) in current thread.": ("a thread's own", "in one thread"),
     # mlx/backend/metal/device.cpp:97
-    "[metal::load_device] No Metal device available. This typically occurs in headless, sandboxed, or virtualized macOS "
-    "sessions where the GPU is not accessible.": ("no GPU for this session", "--backend torch"),
+    "[metal::load_device] No Metal device available. This typically occurs in headless, sandboxed, or virtualized "
+    "macOS sessions where the GPU is not accessible.": ("no GPU for this session", "--backend torch"),
 }  # fmt: skip
 
 

@@ -1,14 +1,17 @@
-"""The host: its processor, the dtypes that processors and GPUs are fast at, and its memory."""
+"""The host: its processor, the dtypes that processors and GPUs are fast at, its memory, and keeping it awake."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,23 @@ def _peak_memory(used: Any) -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 0
+
+
+@contextmanager
+def awake() -> Iterator[bool]:
+    """Keep a Mac from idle sleep within the block, by caffeinate(8); whether that is so, as it never is elsewhere."""
+    command = shutil.which("caffeinate") if platform.system() == "Darwin" else None
+    if command is None:
+        yield False
+        return
+    # It ends with this process even where that is killed (-w), and Ctrl-C, which saves first, is not for it.
+    arguments = [command, "-i", "-w", str(os.getpid())]
+    process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
+    try:
+        yield True
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def end_with_parent() -> None:

@@ -43,10 +43,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use on the device, now and at most so far; on a CPU those of the process."""
+    """Bytes in use on the device, now and at most so far, and freed ones kept for reuse; on a CPU the process's two."""
 
     now: int
     peak: int
+    cached: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class TrainEngine(Protocol):
         """An inference engine on the present parameters, in the dtype of training."""
 
     def memory(self) -> Memory:
-        """Bytes in use on the device, now and at most so far."""
+        """Bytes in use on the device, now and at most so far, and freed ones kept for reuse."""
 
 
 class NewTrainEngine(Protocol):
@@ -185,6 +186,12 @@ class Backend(Protocol):
 
     def free_memory(self, device: Device) -> int:
         """Bytes that can still be allocated on the device."""
+
+    def memory_limits(self, device: Device, *, cache: int, wired: int) -> AbstractContextManager[None]:
+        """Within the block hold Metal to so many bytes of freed memory kept for reuse, and of memory kept wired."""
+
+    def clear_cache(self, device: Device) -> None:
+        """Give freed memory that is kept for reuse back to the system, where it is the system's memory too."""
 
     def arrays_peak(self, device: Device, run: Callable[[], Any]) -> int:
         """Peak bytes of the arrays that `run` makes on the device; `run` waits for them."""

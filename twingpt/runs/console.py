@@ -17,6 +17,7 @@ from twingpt.runs.events import (
     DataNoted,
     Evaluated,
     Event,
+    MachineNoted,
     MemoryPlanned,
     ReporterFailed,
     RunEnded,
@@ -129,6 +130,8 @@ class ConsoleReporter:
             self._sampled(event)
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
+        elif isinstance(event, MachineNoted):
+            self.console.print(f"[dim]{escape(event.message)}[/]", soft_wrap=True)
         elif isinstance(event, DataNoted | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed):
             self.console.print(f"[yellow]{escape(_warning(event))}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
@@ -188,6 +191,8 @@ class ConsoleReporter:
 
     def _trained(self, event: Trained) -> None:
         speed, memory = human_count(event.tokens_per_second), human_bytes(event.memory_bytes)
+        if event.cached_memory_bytes is not None:
+            memory += f" + {human_bytes(event.cached_memory_bytes)} cache"
         share, epoch = human_share(event.mfu), "–" if event.epoch is None else f"{event.epoch:.2f}"
         steps_per_second = event.tokens_per_second / self.tokens_per_step
         self.progress.update(

@@ -1,7 +1,6 @@
 """Devices, dtypes and memory in MLX: the twin of `backends/torch/device.py`.
 
-Two public functions have no twin: `on_device`, since MLX places operations and not arrays, and `wire_memory`,
-since only Metal wires memory. torch's `return_freed_memory` has none here.
+torch's `return_freed_memory` has no twin here.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -79,10 +78,13 @@ def details() -> dict[str, Any]:
 
 
 def memory(device: Device) -> Memory:
-    """Bytes in use on the device, now and at most so far; on a CPU those of the process."""
+    """Bytes in use on the device, now and at most so far, and freed ones kept for reuse; on a CPU the process's two.
+
+    MLX counts its cache in neither of the first two: a run that seemed to take 7 GB had 51 (mlx-lm#986).
+    """
     if device.kind == "cpu":
         return host.process_memory()
-    return Memory(mx.get_active_memory(), mx.get_peak_memory())
+    return Memory(mx.get_active_memory(), mx.get_peak_memory(), mx.get_cache_memory())
 
 
 def free_memory(device: Device) -> int:
@@ -93,6 +95,34 @@ def free_memory(device: Device) -> int:
     if device.kind == "metal" and device.memory_bytes:
         return min(free, max(0, device.memory_bytes - mx.get_active_memory()))
     return free
+
+
+@contextmanager
+def memory_limits(device: Device, *, cache: int, wired: int) -> Iterator[None]:
+    """Within the block hold Metal to so many bytes of freed memory kept for reuse, and of memory kept wired.
+
+    MLX's own limit of its cache is nearly all memory, and macOS swaps for it (mlx#3129: a terabyte a day). Nothing is
+    wired but for `wired` bytes: with a wired limit macOS panicked in 3 of 3 runs, and in none of 10 without (mlx#3186).
+    However the block ends, both limits are what they were, and the cache is empty. Unmeasured on a Mac.
+    """
+    if device.kind != "metal":
+        yield
+        return
+    cache_before, wired_before = mx.set_cache_limit(cache), mx.set_wired_limit(wired)
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # of a stream that an error has ended: nothing is under way there
+            mx.synchronize()  # the wired limit may not change under work that is
+        mx.set_wired_limit(wired_before)
+        mx.set_cache_limit(cache_before)
+        mx.clear_cache()
+
+
+def clear_cache(device: Device) -> None:
+    """Give freed memory that is kept for reuse back to the system, on Metal, where it is the system's memory too."""
+    if device.kind == "metal":
+        mx.clear_cache()
 
 
 @contextmanager
@@ -107,12 +137,6 @@ def device_errors() -> Iterator[None]:
         if told := explain(error):
             raise told from error
         raise
-
-
-def wire_memory(device: Device) -> None:
-    """On Metal, set the wired limit to the recommended working set: macOS pages large models out between steps else."""
-    if device.kind == "metal" and device.memory_bytes:
-        mx.set_wired_limit(device.memory_bytes)
 
 
 def to_device(array: np.ndarray | mx.array) -> mx.array:

@@ -84,13 +84,14 @@ def details() -> dict[str, Any]:
 
 
 def memory(device: Device) -> Memory:
-    """Bytes in use on the device, now and at most so far; on a CPU those of the process."""
-    if device.kind == "cuda":
-        return Memory(torch.cuda.memory_allocated(device.name), torch.cuda.max_memory_allocated(device.name))
-    if device.kind == "xpu":
-        return Memory(torch.xpu.memory_allocated(device.name), torch.xpu.max_memory_allocated(device.name))
-    if device.kind == "mps":  # has no peak counter, but the driver's pool only grows
-        return Memory(torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory())
+    """Bytes in use on the device, now and at most so far, and freed ones kept for reuse; on a CPU the process's two."""
+    if device.kind in ("cuda", "xpu"):
+        gpus, name = getattr(torch, device.kind), device.name
+        allocated = gpus.memory_allocated(name)
+        return Memory(allocated, gpus.max_memory_allocated(name), gpus.memory_reserved(name) - allocated)
+    if device.kind == "mps":  # has no peak counter, but the driver's pool shrinks only where the cache is cleared
+        allocated, driver = torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory()
+        return Memory(allocated, driver, max(0, driver - allocated))
     return host.process_memory()
 
 
@@ -104,6 +105,18 @@ def free_memory(device: Device) -> int:
     if device.kind == "mps":
         return min(free, max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
     return free
+
+
+@contextmanager
+def memory_limits(device: Device, *, cache: int, wired: int) -> Iterator[None]:
+    """Within the block hold Metal to limits that PyTorch has none of: its allocator sets its own for MPS."""
+    yield
+
+
+def clear_cache(device: Device) -> None:
+    """Give freed memory that is kept for reuse back to the system, on MPS, where it is the system's memory too."""
+    if device.kind == "mps":
+        torch.mps.empty_cache()
 
 
 @contextmanager
