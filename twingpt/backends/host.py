@@ -17,7 +17,9 @@ from typing import Any
 
 import psutil
 
-from twingpt.core.backend import Memory
+from twingpt.core.backend import Device, Memory
+
+NATIVE_BFLOAT16 = 3  # the generation of Apple's M series from which on its GPU has instructions for bfloat16
 
 # (limit, usage) of a container's memory, in cgroups v2 and v1 as seen from within.
 CGROUPS = (
@@ -68,14 +70,33 @@ def nvidia_fast_dtypes(capability: int) -> tuple[str, ...]:
 
 
 def apple_fast_dtypes(chip: str) -> tuple[str, ...]:
-    """The dtypes that the GPU of an Apple chip ("Apple M3 Pro") computes in at full speed.
+    """The dtypes that the GPU of an Apple chip ("Apple M3 Pro") computes in at full speed, those of training last.
 
     Metal does bfloat16 by way of float32 on M1 and M2, and natively from M3 on
-    (huggingface/transformers#40458, philipturner/metal-flash-attention#17).
+    (huggingface/transformers#40458, philipturner/metal-flash-attention#17). Of another chip, such as the
+    "Apple Paravirtual device" of a virtual machine, nothing is known.
     """
-    generation = re.match(r"Apple M(\d+)", chip)
-    native = generation is not None and int(generation[1]) >= 3
-    return ("float32", "float16", "bfloat16") if native else ("float32", "float16")
+    generation = apple_generation(chip)
+    if generation == 0:
+        return ("float32",)
+    return ("float32", "float16", "bfloat16") if generation >= NATIVE_BFLOAT16 else ("float32", "float16")
+
+
+def apple_generation(chip: str) -> int:
+    """3 for an "Apple M3 Pro"; 0 for a chip that isn't one of Apple's M series."""
+    found = re.match(r"Apple M(\d+)", chip)
+    return int(found[1]) if found else 0
+
+
+def dtype_reason(device: Device) -> str:
+    """Why Metal trains in its default dtype, as part of a sentence; nothing for other kinds of devices."""
+    if device.kind != "metal":
+        return ""
+    return {
+        "bfloat16": f"from M{NATIVE_BFLOAT16} on the chip has instructions for bfloat16",
+        "float16": "M1 and M2 have none for bfloat16; it has a loss scale",
+        "float32": f"nothing is known of how fast {device.description} is in half precision",
+    }[device.default_dtype]
 
 
 def _container_memory() -> tuple[int, int] | None:

@@ -165,10 +165,11 @@ class ConsoleReporter:
     def _started(self, event: RunStarted) -> None:
         self.tokens_per_step = event.tokens_per_step
         self.progress.update(self.task, total=event.max_iters, completed=event.step)
+        why = f" ({event.dtype_why})" if event.dtype_why else ""
         verb = f"goes on after step {event.step:,}" if event.step else "starts"
         self.console.print(
             f"[bold]{escape(event.run)}[/] {verb}: {human_count(event.parameters)} parameters on "
-            f"{event.backend} {event.device} in {event.dtype}",
+            f"{event.backend} {event.device} in {event.dtype}{why}",
             soft_wrap=True,
         )
         trained = event.max_iters * event.tokens_per_step

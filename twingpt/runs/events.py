@@ -37,7 +37,10 @@ class SourceLoss:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Training begins, or resumes, after `step` of `max_iters` steps; `sources` are a mixture's, by name."""
+    """Training begins, or resumes, after `step` of `max_iters` steps; `sources` are a mixture's, by name.
+
+    `dtype_why` is why the device trains in `dtype` by default, where that is its chip's.
+    """
 
     step: int
     max_iters: int
@@ -52,6 +55,7 @@ class RunStarted:
     val_tokens: int
     vocab_size: int
     sources: dict[str, MixedSource] = field(default_factory=dict)
+    dtype_why: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from twingpt.backends import host
 from twingpt.core.parameters import parameter_count
 from twingpt.data.mixture import Mixture, parts
 from twingpt.runs.events import (
@@ -43,6 +44,7 @@ def start_events(state: RunState) -> Iterator[Event]:
         val_tokens=manifest["splits"]["val"]["tokens"],
         vocab_size=state.config.vocab_size,
         sources=_mixed_sources(state),
+        dtype_why=host.dtype_reason(state.device) if state.train.dtype == state.device.default_dtype else "",
     )
     for part in parts(state.data) if step == 0 else ():
         yield from (DataNoted(step, f"{part.name}: {note}") for note in part.data.manifest.get("notes", ()))

@@ -43,7 +43,8 @@ def _metal() -> Device:
     info = mx.device_info(mx.gpu)
     chip, memory_bytes = str(info["device_name"]), int(info["max_recommended_working_set_size"])
     fast = _known(*host.apple_fast_dtypes(chip))
-    return Device("gpu", "metal", chip, tuple(DTYPES), fast, "bfloat16", memory_bytes)
+    # As for CUDA: in bfloat16 where the chip has instructions for it, else in float16 with a loss scale.
+    return Device("gpu", "metal", chip, tuple(DTYPES), fast, fast[-1], memory_bytes)
 
 
 def _cuda() -> Device:
@@ -68,12 +69,25 @@ def on_device(method: F) -> F:
 
 
 def details() -> dict[str, Any]:
-    """The framework's version and build, as `gpt doctor` shows them."""
+    """The framework's version and build, and on Metal its working set and limits, as `gpt doctor` shows them."""
+    metal = mx.metal.is_available()
     return {
         "version": importlib.metadata.version("mlx"),
-        "metal": mx.metal.is_available(),
+        "metal": metal,
         "cuda": mx.cuda.is_available(),
         "blas": open_blas(),
+        **(_limits() if metal else {}),
+    }
+
+
+def _limits() -> dict[str, Any]:
+    """Metal's recommended working set, and MLX's limits in bytes: two can be read only by setting them."""
+    wired, cache = mx.set_wired_limit(0), mx.set_cache_limit(0)
+    mx.set_wired_limit(wired)
+    mx.set_cache_limit(cache)
+    return {
+        "working_set_bytes": int(mx.device_info(mx.gpu)["max_recommended_working_set_size"]),
+        "limits": {"wired": wired, "cache": cache, "memory": mx.get_memory_limit()},
     }
 
 
