@@ -62,7 +62,9 @@ def test_a_run_goes_on_as_it_was_started(gpt, prose, tmp_path, twins, version):
     result = train(gpt, "--resume", run)
     assert (result["backend"], result["device"], result["step"]) == ("mlx", "cpu", 4)
     assert settings.read(run / "config.toml") == before
-    assert described(run)["setup"] == {key: before[key] for key in ("backend", "device", "compile", "report_to")}
+    assert described(run)["setup"] == {"wired_limit": None} | {
+        key: before[key] for key in ("backend", "device", "compile", "report_to")
+    }
     assert len(list((run / "tensorboard").iterdir())) == files + 1
 
 

@@ -99,6 +99,7 @@ def describe(state: RunState) -> None:
         "compile": state.setup.compile,
         "init_from": state.init_from,
         "report_to": state.setup.report_to,
+        "wired_limit": state.setup.wired_limit,
     }
     where = {key: value for key, value in values.items() if value is not None}
     settings.write(run / "config.toml", settings.spelled_out(state.config, state.train) | where, AGAIN)

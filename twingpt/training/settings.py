@@ -54,6 +54,9 @@ class RunSettings:
     backend: str | None = setting(None, "Backend", choices=("auto", "mlx", "torch"), derived="auto")
     device: str | None = setting(None, "A device of the backend: cpu, cuda, cuda:1, mps or gpu", derived="the best")
     compile: bool | None = setting(None, "Compile the step", derived="not on a CPU")
+    wired_limit: float | None = setting(
+        None, "On Metal, keep memory wired: a share of the working set, 0.9 at most, or bytes", derived="nothing"
+    )
     report_to: str | None = setting(None, "tensorboard, wandb, mlflow: one or several, with commas", derived="none")
 
 

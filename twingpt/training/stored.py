@@ -178,7 +178,7 @@ def _read_setup(run: Path, described: Mapping[str, Any]) -> Setup:
         except UserError:
             found = {}
     start = described["starts"][-1] if described["starts"] else {}
-    kinds = {"backend": str, "device": str, "compile": bool, "report_to": str}
+    kinds = {"backend": str, "device": str, "compile": bool, "report_to": str, "wired_limit": float}
     kept = {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}
     last = start.get("backend") if isinstance(start, dict) else None
     return Setup(**{"backend": last if isinstance(last, str) else None} | kept)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from twingpt.backends.mlx import model
-from twingpt.backends.mlx.device import DTYPES, on_device, to_device, to_numpy, wire_memory
+from twingpt.backends.mlx.device import DTYPES, on_device, to_device, to_numpy
 from twingpt.backends.mlx.kv_cache import CacheSlots, KVCache
 from twingpt.backends.mlx.sampler import log_probs_of, penalise, sample
 from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
@@ -46,7 +46,6 @@ class InferenceEngine:
         dtype: str = "float32",
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        wire_memory(device)
         self._load(tensors)
 
     @on_device

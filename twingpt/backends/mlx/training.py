@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from twingpt.backends.mlx import model
-from twingpt.backends.mlx.device import DTYPES, memory, on_device, to_device, to_numpy, wire_memory
+from twingpt.backends.mlx.device import DTYPES, memory, on_device, to_device, to_numpy
 from twingpt.backends.mlx.inference import InferenceEngine
 from twingpt.backends.mlx.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
@@ -65,7 +65,6 @@ class TrainEngine:
         skip_nonfinite: bool = False,
         seed: int = 0,
     ) -> None:
-        wire_memory(device)
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
@@ -158,5 +157,5 @@ class TrainEngine:
         return InferenceEngine(self.config, self.params.items(), self.device, dtype=self.dtype)
 
     def memory(self) -> Memory:
-        """Bytes in use on the device, now and at most so far."""
+        """Bytes in use on the device, now and at most so far, and freed ones kept for reuse."""
         return memory(self.device)

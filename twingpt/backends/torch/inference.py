@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twingpt.backends.torch import model
-from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
+from twingpt.backends.torch.device import DTYPES, device_errors, on_device, to_device, to_numpy
 from twingpt.backends.torch.kv_cache import CacheSlots, KVCache
 from twingpt.backends.torch.quantized import in_bytes, prepack
 from twingpt.backends.torch.sampler import log_probs_of, penalise, sample
@@ -51,7 +51,8 @@ class InferenceEngine:
         dtype: str = "float32",
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self._load(tensors)
+        with device_errors():
+            self._load(tensors)
 
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
         self.params = {name: self._cast(value) for name, value in in_bytes(tensors, self.config)}
@@ -63,14 +64,14 @@ class InferenceEngine:
         tensor = to_device(value, self.device)
         return tensor if tensor.dtype == torch.uint8 else tensor.to(DTYPES[self.dtype])
 
-    @torch.inference_mode()
+    @on_device
     def forward(self, tokens: np.ndarray) -> np.ndarray:
         """(B, T) ids -> (B, T, V) float32 logits, without the KV cache; waits."""
         ids = to_device(check_tokens(tokens, self.config), self.device)
         x = model.hidden_states(self.params, ids, self.config, self.rope)
         return to_numpy(model.logits(x, self.params, self.config))
 
-    @torch.inference_mode()
+    @on_device
     def log_probs(self, tokens: np.ndarray, targets: np.ndarray, top_k: int = 0) -> LogProbs:
         """Log-probabilities of (B, T) targets after (B, T) ids, and of the `top_k` likeliest ids. Enqueues only.
 
@@ -80,12 +81,12 @@ class InferenceEngine:
         x = model.hidden_states(self.params, ids, self.config, self.rope)
         return model.log_probs(x, self.params, to_device(targets.astype(np.int64), self.device), self.config, top_k)
 
-    @torch.inference_mode()
+    @on_device
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KV cache of so many rows, with room for `capacity` positions a row, which doubles as it fills."""
         return KVCache(self.config, rows, capacity, DTYPES[self.dtype], self.device)
 
-    @torch.inference_mode()
+    @on_device
     def prefill(self, cache: KVCache, row: int, tokens: np.ndarray) -> Step:
         """Run (T,) ids of a prompt, or of a part of it, behind what a row holds. Enqueues only."""
         ids, rows = to_device(check_tokens(tokens[None], self.config), self.device).long(), slice(row, row + 1)
@@ -96,7 +97,7 @@ class InferenceEngine:
         cache.set_logits(rows, logits)
         return Step(logits)
 
-    @torch.inference_mode()
+    @on_device
     def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray, *, log_probs: int | None = 0) -> Step:
         """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
 
@@ -131,10 +132,12 @@ class InferenceEngine:
         copied.record(torch.cuda.current_stream(self.device.name))
         return copies, copied
 
+    @on_device
     def logits(self, handle: Step) -> np.ndarray:
         """(B, V) float32 logits after the last positions of a handle's rows; waits."""
         return to_numpy(handle.logits)
 
+    @on_device
     def read(self, handle: Step | LogProbs) -> Any:
         """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
