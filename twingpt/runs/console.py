@@ -17,6 +17,7 @@ from twingpt.runs.events import (
     DataNoted,
     Evaluated,
     Event,
+    MachineBusy,
     MemoryPlanned,
     ReporterFailed,
     RunEnded,
@@ -129,7 +130,9 @@ class ConsoleReporter:
             self._sampled(event)
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
-        elif isinstance(event, DataNoted | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed):
+        elif isinstance(
+            event, DataNoted | MachineBusy | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed
+        ):
             self.console.print(f"[yellow]{escape(_warning(event))}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
@@ -212,7 +215,14 @@ class ConsoleReporter:
             )
 
 
-def _warning(event: DataNoted | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed) -> str:
+def _warning(
+    event: DataNoted | MachineBusy | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed,
+) -> str:
+    if isinstance(event, MachineBusy):
+        return (
+            f"step {event.step:,}: other processes keep {event.busy:.1f} of {event.cores} cores busy, "
+            "and the run goes slower for it"
+        )
     if isinstance(event, SetAside):
         return f"What lay after step {event.step:,} is set aside as a run of its own: {event.folder}"
     if isinstance(event, ReporterFailed):

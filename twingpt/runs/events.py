@@ -181,6 +181,15 @@ class SettingReplaced:
 
 
 @dataclass(frozen=True)
+class MachineBusy:
+    """Other processes keep so many of the machine's cores busy, on which the run computes; told once a start."""
+
+    step: int
+    busy: float
+    cores: int
+
+
+@dataclass(frozen=True)
 class SetAside:
     """The run goes on from an earlier `step`, and what lay after it is now a run of its own in `folder`."""
 
@@ -194,6 +203,7 @@ Event = (
     | DataNoted
     | SettingReplaced
     | SetAside
+    | MachineBusy
     | Trained
     | Evaluated
     | Baseline

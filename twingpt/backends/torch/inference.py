@@ -15,6 +15,7 @@ from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
 from twingpt.backends.torch.kv_cache import CacheSlots, KVCache
 from twingpt.backends.torch.quantized import prepack
 from twingpt.backends.torch.sampler import log_prob, sample
+from twingpt.backends.torch.threads import adapt_threads
 from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.sampler import SamplingRows
@@ -75,6 +76,7 @@ class InferenceEngine:
 
         Reads as LogProbs. Goes by chunks of positions: the (B, T, V) logits are never in memory.
         """
+        adapt_threads(self.device)
         ids = to_device(check_tokens(tokens, self.config), self.device)
         x = model.hidden_states(self.params, ids, self.config, self.rope)
         return model.log_probs(x, self.params, to_device(targets.astype(np.int64), self.device), self.config, top_k)
@@ -102,6 +104,7 @@ class InferenceEngine:
         Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled, with `log_probs`
         unless they are left out: they take a pass over the vocabulary.
         """
+        adapt_threads(self.device)
         rows = slice(0, len(u))
         cache.check_logits(rows)
         logits = cache.logits[rows]
