@@ -14,6 +14,7 @@ from twingpt.backends.torch import model
 from twingpt.backends.torch.device import DTYPES, memory, return_freed_memory, to_device, to_numpy
 from twingpt.backends.torch.inference import InferenceEngine
 from twingpt.backends.torch.optimizer import optimizer_step
+from twingpt.backends.torch.threads import adapt_threads
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
 from twingpt.core.dropout import dropout_keys, dropout_sites
@@ -134,6 +135,7 @@ class TrainEngine:
     @torch.no_grad()
     def optimizer_step(self, hyper: Hyper) -> Array:
         """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
+        adapt_threads(self.device)
         numbers: list[Any] = list(to_device(np.array([*hyper, self.divisor], np.float32), self.device))
         divisor = numbers.pop()
         loss = torch.stack(self.losses).sum() / (divisor * self.loss_scale)
