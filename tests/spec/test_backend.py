@@ -123,7 +123,7 @@ def test_an_engine_has_the_methods_and_the_constructor_of_its_protocol(engines, 
         assert parameters(getattr(engine, method)) == parameters(function), method
 
 
-TWINS = ("model", "inference", "training", "optimizer", "quantized", "device", "measure")
+TWINS = ("layers", "attention", "model", "inference", "training", "optimizer", "quantized", "device", "measure")
 INT4 = {"dequantize", "dequantizing_matmul", "has_int4_kernel", "prepack", "pack", "packed_matmul"}
 ALONE = {  # public names that one framework needs and the other has no use for
     "mlx": {"on_device", "wire_memory"},
