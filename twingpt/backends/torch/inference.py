@@ -14,6 +14,7 @@ from torch import Tensor
 from twingpt.backends.torch import model
 from twingpt.backends.torch.device import DTYPES, device_errors, on_device, to_device, to_numpy
 from twingpt.backends.torch.kv_cache import CacheSlots, KVCache
+from twingpt.backends.torch.layers import Rope
 from twingpt.backends.torch.quantized import in_bytes, prepack
 from twingpt.backends.torch.sampler import log_probs_of, penalise, sample
 from twingpt.backends.torch.threads import adapt_threads
@@ -58,7 +59,7 @@ class InferenceEngine:
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
         self.params = {name: self._cast(value) for name, value in in_bytes(tensors, self.config)}
         prepack(self.params, self.config, DTYPES[self.dtype])
-        self.rope = model.Rope(self.config, torch.device(self.device.name), ROPE_POSITIONS)
+        self.rope = Rope(self.config, torch.device(self.device.name), ROPE_POSITIONS)
 
     def _cast(self, value: np.ndarray | Array) -> Array:
         """A parameter on the device in the compute dtype; a quantized matrix stays in bytes."""
