@@ -221,11 +221,11 @@ def test_check_tokens(tokens, message):
         check_tokens(np.array(tokens), GPTConfig(vocab_size=97, block_size=16))
 
 
-def test_every_engine_checks_its_tokens(engines):
+def test_every_engine_checks_its_tokens(placed):
     from twingpt.core.parameters import initialise
 
     config = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32)
-    engine = engines.InferenceEngine(config, initialise(config, 0), cpu(engines))
+    engine = placed.InferenceEngine(config, initialise(config, 0), placed.device)
     cache = engine.new_cache(1, 16)
     for call in (lambda: engine.forward(np.array([[97]])), lambda: engine.prefill(cache, 0, np.array([97]))):
         with pytest.raises(UserError, match="Token id 97"):

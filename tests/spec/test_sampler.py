@@ -1,9 +1,10 @@
 """The sampler's spec, and the device samplers against it."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 
-from tests.conftest import cpu
 from twingpt.core import rng
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
@@ -57,11 +58,11 @@ def test_u_walks_down_the_sorted_distribution():
     assert [sample(LOGITS, sampling, u) for u in (0.0, 0.39, 0.41, 0.64, 0.66, 0.86, 0.96)] == [1, 1, 3, 3, 4, 0, 2]
 
 
-def test_a_device_samples_some_id_where_no_logit_is_a_number(engines):
+def test_a_device_samples_some_id_where_no_logit_is_a_number(placed):
     config = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32)
     params = dict(initialise(config, 0))
     params["model.norm.weight"] = np.full(32, np.nan, np.float32)
-    engine = engines.InferenceEngine(config, params.items(), cpu(engines))
+    engine = placed.InferenceEngine(config, params.items(), placed.device)
     cache = engine.new_cache(1, 4)
     engine.prefill(cache, 0, np.array([1, 2]))
     sampled = engine.read(engine.step(cache, SamplingRows([Sampling()]), np.array([0.5])))
@@ -100,7 +101,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_device_sampler_equals_the_spec(engines, settings):
+def test_device_sampler_equals_the_spec(placed, settings):
     rows = [Sampling(**{**PLAIN, **settings})] * 64
     if not settings:  # each row has settings of its own
         rows = [Sampling(**{**PLAIN, **chosen}) for chosen in SETTINGS for _ in range(8)]
@@ -108,24 +109,21 @@ def test_device_sampler_equals_the_spec(engines, settings):
     logits = random.normal(0, 3, (64, 300)).astype(np.float32)
     u = random.random(64, np.float32)
     seen = random.random((64, 300)) < 0.2
-    if engines.NAME == "torch":
-        import torch as framework
+    sampler, device = (import_module(f"twingpt.backends.{placed.NAME}.{name}") for name in ("sampler", "device"))
+    place = [placed.device] if placed.NAME == "torch" else []
 
-        from twingpt.backends.torch import sampler
+    def array(values):
+        return device.to_device(values, *place)
 
-        array, device = framework.from_numpy, [cpu(engines)]
-    else:
-        from twingpt.backends.mlx import sampler
-        from twingpt.backends.mlx.device import to_device as array
-
-        device = []
     batch = SamplingRows(rows)
     penalise = (batch.repetition_penalty != 1).any()
-    tokens = sampler.sample(array(logits), batch, u, array(seen) if penalise else None, *device)
+    with placed.stream():
+        tokens = sampler.sample(array(logits), batch, u, array(seen) if penalise else None, *place)
+        log_prob = sampler.log_prob(array(logits), tokens).tolist()
     assert tokens.tolist() == [sample(logits[i], rows[i], float(u[i]), seen[i]) for i in range(64)]
     log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     expected = [log_p[row, token] for row, token in enumerate(tokens.tolist())]
-    np.testing.assert_allclose(sampler.log_prob(array(logits), tokens).tolist(), expected, atol=1e-5)
+    np.testing.assert_allclose(log_prob, expected, atol=placed.within(1e-5))
 
 
 def test_uniforms_are_keyed_and_even():

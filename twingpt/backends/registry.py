@@ -7,7 +7,6 @@ import importlib.util
 import platform
 from typing import cast
 
-from twingpt.backends.mlx.prepare import prepare
 from twingpt.core.backend import Backend, Device
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
@@ -74,8 +73,7 @@ def get(name: str = "auto") -> Backend:
     """Import the backend that `choose` names, with its process prepared; UserError where its framework is broken."""
     chosen, _ = choose(name)
     try:
-        if chosen == "mlx":
-            prepare()
+        importlib.import_module(f"twingpt.backends.{chosen}.prepare").prepare()
         return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}.backend"))
     except (ImportError, OSError) as error:
         raise UserError(f"The {chosen} backend can't be imported ({error}): {how_to_install(chosen)}.") from error
@@ -90,6 +88,19 @@ def find_device(backend: Backend, name: str | None) -> Device:
         if name in (device.name, device.kind):
             return device
     raise unknown_choice(f"{backend.NAME} device", name, [device.name for device in devices])
+
+
+def device_failure(backend: Backend, device: Device) -> str | None:
+    """What a small matrix product raises on a device, in a line; None where it works.
+
+    MPS is there on hosted virtual machines, and can't allocate.
+    """
+    try:
+        with backend.memory_errors():
+            backend.matmul(device, "float32", 16)()
+    except (RuntimeError, UserError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def find_dtype(device: Device, name: str | None) -> str:
