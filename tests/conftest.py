@@ -40,6 +40,7 @@ import numpy as np
 import pytest
 
 from twingpt.backends import registry
+from twingpt.checks import kernels
 from twingpt.checks.tolerances import float32_tolerance
 from twingpt.core.backend import Backend, Device
 from twingpt.core.checkpoint import schema
@@ -52,6 +53,7 @@ from twingpt.training import flops
 
 if os.name == "nt":  # or what tests write would have other bytes there
     Path.write_text = functools.partialmethod(Path.write_text, newline="\n")
+KERNEL_CASES, kernels.CASES = kernels.CASES, ((64, 257, 24),)  # tests/spec/test_kernels.py runs them in full
 flops.SECONDS = 0.02  # no test looks at how fast a device is
 # The same examples in every run, however slow the machine.
 SLOW = [hypothesis.HealthCheck.too_slow]
