@@ -189,7 +189,7 @@ def place_pairs() -> list:
     if missing:
         return [pytest.param(None, id="twins", marks=missing[0].marks)]
     cpus = {entry.values[0].NAME: entry.values[0] for entry in places() if entry.values[0].device.name == "cpu"}
-    pairs = [pytest.param(tuple(cpus[name] for name in registry.BACKENDS), id="cpu")]
+    pairs = [pytest.param(tuple(cpus[name] for name in registry.BACKENDS), id="twins-cpu")]
     for entry in places():
         placed = entry.values[0]
         if placed.device.name != "cpu":

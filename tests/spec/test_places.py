@@ -1,11 +1,12 @@
 """The parametrization over devices takes every device that a backend has, here where only CPUs are."""
 
 import dataclasses
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 
-from tests import conftest
+from tests import conftest, devices
 from tests.conftest import Placed, cpu, pytest_generate_tests, within
 from twingpt.checks.tolerances import float32_tolerance
 from twingpt.core.backend import Device
@@ -36,7 +37,7 @@ def test_a_second_device_and_one_that_fails_are_taken_too(twins, monkeypatch):
     pytest_generate_tests(metafunc)
     single, pairs = metafunc.parameters["placed"], metafunc.parameters["placed_twins"]
     assert [*single] == ["mlx-cpu", "torch-nowhere", "torch-cpu:0", "torch-cpu"]
-    assert [*pairs] == ["cpu", "torch-nowhere", "torch-cpu:0"]
+    assert [*pairs] == ["twins-cpu", "torch-nowhere", "torch-cpu:0"]
     for found in (single, pairs):
         (mark,) = found["torch-nowhere"].marks
         assert mark.args == (True,) and mark.kwargs["reason"].startswith("torch can't use nowhere: ")
@@ -66,3 +67,27 @@ def test_tolerances_by_device_and_length(kind, description, limits):
     assert within(2e-3, placed, placed) == 2e-3
     if kind != "cpu":
         assert float32_tolerance(device, 24) == limits[0]
+
+
+REPORT = """<testsuites><testsuite>
+<testcase name="test_logits[mlx-gpu-qwen3]"/>
+<testcase name="test_logits[mlx-gpu-gpt2]"><failure message="off"/></testcase>
+<testcase name="test_sampler[torch-mps-settings0]"><skipped message="torch can't use mps: no memory"/></testcase>
+<testcase name="test_logits[twins-cpu-qwen3]"/>
+<testcase name="test_steps[torch-cuda:1]"/>
+<testcase name="test_help[torch]"><skipped message="elsewhere"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_table_of_what_passed_on_which_device():
+    assert devices.table(ElementTree.fromstring(REPORT)).splitlines() == [
+        "| device | passed | failed | skipped |",
+        "| --- | --: | --: | --: |",
+        "| mlx-gpu | 1 | 1 | 0 |",
+        "| no device of its own | 0 | 0 | 1 |",
+        "| torch-cuda:1 | 1 | 0 | 0 |",
+        "| torch-mps | 0 | 0 | 1 |",
+        "| twins-cpu | 1 | 0 | 0 |",
+        "",
+        "torch-mps skipped: torch can't use mps: no memory",
+    ]
