@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
 # The ids that tests/conftest.py gives to devices; twins-cpu is both backends on the CPU.
-PLACE = re.compile(r"[\[-](twins-cpu|(?:mlx|torch)-(?:cpu|gpu|mps|(?:cuda|xpu):\d+))(?=[\]-])")
+PLACE = re.compile(r"[\[-](twins-cpu|(?:mlx|torch)-(?:cpu|gpu|mps|cuda|xpu)(?::\d+)?)(?=[\]-])")
 OUTCOMES = ("passed", "failed", "skipped")
 
 
