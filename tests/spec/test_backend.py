@@ -99,6 +99,16 @@ def test_a_backend_does_no_work_when_imported_and_is_prepared_by_the_registry(be
         assert blas.startswith(("OpenBLAS", "torch") if before == "nothing" else "MLX's own (mlx was imported before")
 
 
+@needs("torch")
+def test_opening_torch_has_float32_products_in_float32():
+    """As after TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which some containers set."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    registry.get("torch")
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+
+
 def methods(protocol):
     return {name: m for name, m in vars(protocol).items() if inspect.isfunction(m) and not name.startswith("_")}
 
