@@ -43,7 +43,7 @@ def faulty(part: str):
             return super().forward(tokens) * {"forward": 1.001, "not finite": math.nan}.get(part, 1)
 
         def logits(self, handle):
-            off = part == ("chunk" if handle.tokens is None else "step")
+            off = part == ("chunk" if handle.sampled is None else "step")
             return super().logits(handle) * (1.001 if off else 1)
 
         def read(self, handle):
