@@ -73,7 +73,7 @@ def test_a_depth_is_repeated_bit_for_bit_too(gpt, prose, tmp_path):
     less = ["--tokenizer", "byte", "--block-size", 64, "--batch-size", 2, "--max-iters", 3, "--device", "cpu"]
     code, out, err = gpt("train", "--data", prose, "--depth", 1, "--shape", "nano", *less, "--out", first)
     assert code == 0, err
-    assert "depth 1: 82.4k parameters, 6.1k tokens, 3 steps" in out
+    assert "depth 1: 82.5k parameters, 6.1k tokens, 3 steps" in out
     train(gpt, "--config", first / "config.toml", "--out", second)
     assert equal(tensors(first), tensors(second))
 

@@ -13,8 +13,8 @@ from twingpt.core.presets import shaped
 from twingpt.runs.units import human_count
 from twingpt.training.settings import DEEPEST
 
-HEAD_DIM = 64  # what fused attention kernels want
-MIN_HEADS = 4  # depths 1 to 4 have narrower heads for it: fewer were never tried, and micro has as many
+HEAD_DIM = 64  # fused attention has it on every device, and every width here is a multiple
+MIN_HEADS = 4  # of a given width that is none
 MIN_BLOCK, MAX_BLOCK = 128, 2048
 MICRO_TOKENS = 8192  # of a micro-batch; more are accumulated
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022
@@ -40,7 +40,7 @@ def derive(options: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     The idea is nanochat's (Karpathy 2025, scripts/base_train.py and nanochat/gpt.py): the width from the
     depth, AdamW's rates x (n_embd / 768)^-0.5, the same rate for Muon at every width, and the horizon
     from a ratio of tokens to parameters. Three things differ. Small models are narrower, so that depth 4 is
-    the preset `micro`; depth 12 is as large as GPT-2 small, as there. The ratio is Chinchilla's, over all
+    as wide as the preset `micro`; depth 12 is as large as GPT-2 small, as there. The ratio is Chinchilla's, over all
     parameters. And nanochat's batch, tuned at depth 12 and carried down by tokens^0.383, would leave
     shallow models a hundred steps: the batch follows the Step Law (Li et al. 2025, arXiv 2503.04715).
 
@@ -56,7 +56,7 @@ def derive(options: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     n_embd = max(1, values["n_embd"])
     if "head_dim" in values:
         values.setdefault("n_head", max(1, n_embd // max(1, values["head_dim"])))
-    values.setdefault("n_head", max(MIN_HEADS, n_embd // HEAD_DIM))
+    values.setdefault("n_head", max(MIN_HEADS if n_embd % HEAD_DIM else 1, n_embd // HEAD_DIM))
     values.setdefault("block_size", min(MAX_BLOCK, max(MIN_BLOCK, 2 ** (n_embd - 1).bit_length())))
     values.setdefault("learning_rate", _short(REFERENCE_LR * (n_embd / REFERENCE_WIDTH) ** -0.5))
     values.setdefault("min_lr", _short(values["learning_rate"] / 10))
