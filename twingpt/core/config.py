@@ -415,7 +415,7 @@ class TrainConfig:
     """
 
     data: str | tuple[str, ...] = setting(
-        "python-docs",
+        "python-library",
         "What gpt data sources or list names, or a file or folder; several as SOURCE:WEIGHT, repeated",
         examples=('["novel.txt:0.7", "notes/:0.3"]',),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from twingpt.core.errors import UserError
 from twingpt.core.paths import home, write_atomically
-from twingpt.data import download
+from twingpt.data import download, python_library
 
 TINYSTORIES = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
 OPENWEBTEXT = "79d93d786212f7344586290adb811d4ae6a1762c"
@@ -63,7 +63,11 @@ _FINEWEB_EDU = (
     (540632672, "b393f51fefab26cd6f4c8f65707c1924f6666c4961a0ebebe04bb57f7ec832de"),
 )
 
+# What needs no download, and what gives its documents.
+EMBEDDED = {"python-library": python_library.documents, "python-docs": python_library.topics}
+
 TABLE = (
+    NamedSource("python-library", "PSF-2.0", "https://docs.python.org/3/library/", None, f"Python {python_version()}"),
     NamedSource("python-docs", "PSF-2.0", "https://docs.python.org/3/reference/", None, f"Python {python_version()}"),
     NamedSource(
         "shakespeare",
@@ -224,12 +228,11 @@ def describe() -> Iterator[dict[str, Any]]:
     for source in TABLE:
         places = [(file, _local_path(file)) for file in source.files]
         files = [asdict(file) | {"path": str(path), "downloaded": path.is_file()} for file, path in places]
-        yield asdict(source) | {"size": source.size or _embedded_size(), "files": files}
+        yield asdict(source) | {"size": source.size or _embedded_size(source.name), "files": files}
 
 
-def _embedded_size() -> int | None:
+def _embedded_size(name: str) -> int | None:
     try:
-        from pydoc_data.topics import topics
-    except ImportError:
+        return sum(len(text.encode()) for text in EMBEDDED[name]())
+    except UserError:  # this Python doesn't carry it
         return None
-    return sum(len(text.encode()) for text in topics.values())

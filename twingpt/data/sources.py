@@ -297,7 +297,7 @@ def empty(what: object) -> UserError:
 def _named(spec: str, name: str, shards: int | None) -> Source:
     source, files = named.SOURCES[name], named.fetch(name, shards)
     if not files:
-        return Source(spec, [InMemoryDocuments(tuple(_python_docs()))], source.licence)
+        return Source(spec, [InMemoryDocuments(tuple(named.EMBEDDED[name]()))], source.licence)
     return Source(spec, [DocumentFile(file, separator=source.separator) for file in files], source.licence)
 
 
@@ -363,17 +363,6 @@ def _stem(path: Path) -> str:
 def slug(text: str) -> str:
     """`text` as a name: what is not a letter, digit, _, . or - becomes a -."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "data"
-
-
-def _python_docs() -> list[str]:
-    """The language reference that every CPython carries, a document a topic."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise UserError(
-            "This Python has no pydoc_data.topics: give --data a text file, or use a full CPython."
-        ) from None
-    return [topics[name] for name in sorted(topics)]
 
 
 def _saved_to_disk(folder: Path) -> list[Path] | None:
