@@ -18,10 +18,9 @@ from pathlib import Path
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Before any framework is imported: workers share the cores, and nothing may touch the user's own cache.
-# Nor may other processes change how many threads compute, and with them the last bits.
-threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(os.cpu_count())
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(name, threads)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and all that tests would start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TWINGPT_HOME"] = tempfile.mkdtemp(prefix="twingpt-test-home-")
@@ -56,7 +55,7 @@ if os.name == "nt":  # or what tests write would have other bytes there
     Path.write_text = functools.partialmethod(Path.write_text, newline="\n")
 KERNEL_CASES, kernels.CASES = kernels.CASES, ((64, 257, 24),)  # tests/spec/test_kernels.py runs them in full
 flops.SECONDS = 0.02  # no test looks at how fast a device is
-host.OtherLoad.INTERVAL = float("inf")  # nor at what else the machine does
+host.OtherLoad.INTERVAL = float("inf")  # nor do other processes change how many threads compute
 # The same examples in every run, however slow the machine.
 SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=SLOW, database=None)
