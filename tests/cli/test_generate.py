@@ -9,9 +9,11 @@ import pytest
 
 import twingpt
 from tests.cli.test_train import SMALL
-from tests.conftest import BOTH, ONE, decoded, open_checkpoint
+from tests.conftest import BOTH, ONE, decoded, dose, open_checkpoint
+from twingpt.core import reference
 from twingpt.core.backend import Device, Sampled
 from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.checkpoint.quantize import dequantize, quantize
 from twingpt.core.config import GPTConfig
 from twingpt.core.kv_cache import KVCache
 from twingpt.core.parameters import initialise
@@ -99,8 +101,10 @@ def test_text_on_stdout_and_prompt_from_stdin(gpt, trained, stdin):
 
 
 class ScriptedCache(KVCache):
-    def copy(self, source, row):
+    def copy(self, *args):
         raise NotImplementedError
+
+    read_row = write_row = copy
 
 
 class Scripted:
@@ -110,7 +114,7 @@ class Scripted:
         self.config = GPTConfig(vocab_size=257, block_size=block_size, n_embd=32)
         self.tokens, self.steps, self.prefills = tokens, 0, []
 
-    def new_cache(self, rows, capacity):
+    def new_cache(self, rows, capacity, *, kv_bits=None):
         return ScriptedCache(rows, self.config.block_size)
 
     def prefill(self, cache, row, tokens):
@@ -404,3 +408,55 @@ def test_a_prompt_that_is_not_text(gpt, trained, stdin):
     stdin(None)
     code, _, err = gpt("generate", trained, "-p", "-")
     assert code == 2 and "no stdin" in err
+
+
+@pytest.mark.parametrize("max_iters", dose(60, 400))
+def test_a_quantized_kv_cache_costs_little_held_out_loss(tmp_path, max_iters):
+    """By the reference, which the twins equal (test_quantized.py): at most 0.1 % in 8 bits."""
+    from twingpt.training.launch import new_run
+    from twingpt.training.trainer import Trainer
+
+    options = {
+        "data": "python-docs", "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 128,
+        "block_size": 64, "batch_size": 16, "max_iters": max_iters, "eval_interval": 0, "sample_interval": 0,
+        "checkpoint_interval": 0, "eval_iters": 2,
+    }  # fmt: skip
+    trainer = Trainer(new_run(options, tmp_path / "run", "auto", "cpu"))
+    trainer.fit()
+    opened = open_checkpoint(tmp_path / "run")
+    params = dict(opened.parameters())
+    tokens, targets = next(iter(trainer.state.data.validation(32, 64, 1)))
+
+    def loss(kv_bits):
+        def kv_store(layer, *exact):
+            return [dequantize(*quantize(x, kv_bits, 64), 64) for x in exact]
+
+        logits = reference.forward(params, tokens, opened.config, kv_store if kv_bits else None)
+        return reference.cross_entropy(logits, targets).sum() / (targets >= 0).sum()
+
+    exact = loss(None)
+    assert exact < 5
+    costs = {bits: abs(loss(bits) / exact - 1) for bits in (8, 4)}
+    assert 0 < costs[8] < 1e-3 and costs[8] < costs[4] < 0.05
+
+
+@one
+def test_kv_bits(gpt, tmp_path, decided, backend):
+    config = GPTConfig(vocab_size=257, block_size=48, n_layer=2, n_head=1, n_embd=64, init_std=0.3)
+    checkpoint.save_model(tmp_path / "wide", config, ByteTokenizer(), initialise(config, 29))
+    model = twingpt.load(tmp_path / "wide", backend=backend)
+    texts = {}
+    for bits in (None, 8, 4):
+        option = [] if bits is None else ["--kv-bits", bits]
+        code, out, err = gpt("generate", tmp_path / "wide", "-p", "The", "-m", 60, "--backend", backend, *option)
+        assert code == 0, err
+        texts[bits] = out.removeprefix("The").removesuffix("\n")
+        assert texts[bits] == model.generate("The", 60, kv_bits=bits)
+    assert texts[4] != texts[None]
+    assert model.generate(["The", "A class"], 60, kv_bits=8)[0] == texts[8]
+    for folder, bits, message in (
+        (decided, 8, "the model's heads are 16 wide: leave out kv_bits."),
+        (tmp_path / "wide", 5, "Quantization with bits 5 is not known: choose 4 or 8."),
+    ):
+        code, out, err = gpt("generate", folder, "-p", "The", "--kv-bits", bits, "--backend", backend)
+        assert code == 2 and message in " ".join(err.split())

@@ -35,6 +35,9 @@ def generate(
         str | None,
         typer.Option(help="float32, bfloat16 or float16. (default: as stored, where the device is fast at it)"),
     ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Quantize the KV cache to 8 or 4 bits: less memory, less exact.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None,
     special: Annotated[
         bool, typer.Option("--special", help="Spellings of special tokens in the prompt are those tokens.")
@@ -59,6 +62,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop,
+        kv_bits=kv_bits,
         log_probs=False,
     )
     if not json_:

@@ -41,12 +41,17 @@ class Row:
 
 
 def decode(
-    engine: InferenceEngine, rows: Iterable[Row], max_rows: int = MAX_ROWS, *, log_probs: bool = True
+    engine: InferenceEngine,
+    rows: Iterable[Row],
+    max_rows: int = MAX_ROWS,
+    *,
+    log_probs: bool = True,
+    kv_bits: int | None = None,
 ) -> Iterator[tuple[Row, int, float | None]]:
     """Decode texts side by side, at most `max_rows` at a time: yield (row, id, log-probability by the raw logits).
 
     The id at position i of a text is sampled with the uniform keyed by (seed, i). When a row holds block_size
-    positions, the last half of its text is prefilled anew.
+    positions, the last half of its text is prefilled anew. `kv_bits` are the KV cache's, see `new_cache`.
     """
     waiting, active = deque(rows), list[Row]()
     if not waiting:
@@ -54,7 +59,7 @@ def decode(
     block_size = engine.config.block_size
     first = [*waiting][:max_rows]  # one that joins later makes the cache grow if it has to
     longest = max(min(len(row.tokens), block_size) + min(row.max_tokens, ROOM) for row in first)
-    cache = engine.new_cache(min(max_rows, len(waiting)), longest)
+    cache = engine.new_cache(min(max_rows, len(waiting)), longest, kv_bits=kv_bits)
     settings: SamplingRows  # of the active rows
     unread: tuple[Handle, list[Row]] | None = None
     while True:

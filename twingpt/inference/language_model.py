@@ -134,12 +134,14 @@ class LanguageModel:
         stop: str | Sequence[str] | None = None,
         special: bool = False,
         log_probs: bool = True,
+        kv_bits: int | None = None,
     ) -> Iterator[Response]:
         """Go on from a prompt, or from several side by side: yields a Response for each token as it is generated.
 
         A prompt is a text or ids, see `encode`; an empty one begins a new document. The same seed gives the same text,
         alone or beside others, on either backend in one precision; several seeds are one for each prompt, so that a
         prompt given several times has several texts. A text ends before the first of the `stop` strings.
+        With `kv_bits` 8 or 4 the KV cache is quantized: it takes less memory, and rounds what attention sees.
         Raises UserError for a setting out of range, or a prompt that can't be encoded, before the first token.
         """
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
@@ -154,7 +156,8 @@ class LanguageModel:
         if len(seeds) != len(encoded):
             raise UserError(f"There are {len(encoded)} prompts and {len(seeds)} seeds: give one seed, or one for each.")
         rows = [Row(self._context(ids), sampling, max_tokens, one) for ids, one in zip(encoded, seeds, strict=True)]
-        return self._responses(rows, encoded, stops, log_probs=log_probs)
+        sampled = decode(self.engine, rows, log_probs=log_probs, kv_bits=kv_bits)
+        return self._responses(sampled, rows, encoded, stops)
 
     def _context(self, ids: list[int]) -> list[int]:
         """The ids to go on from: those of the prompt, or where it is empty the end of the document before."""
@@ -165,11 +168,15 @@ class LanguageModel:
         return [self.tokenizer.end_of_text]
 
     def _responses(
-        self, rows: list[Row], prompts: list[list[int]], stop: tuple[str, ...], *, log_probs: bool
+        self,
+        sampled: Iterator[tuple[Row, int, float | None]],
+        rows: list[Row],
+        prompts: list[list[int]],
+        stop: tuple[str, ...],
     ) -> Iterator[Response]:
         texts = [TextStream(self.tokenizer, ids, stop) if self.tokenizer else None for ids in prompts]
         numbers, first = {row: number for number, row in enumerate(rows)}, [0.0] * len(rows)
-        for row, token, log_prob in decode(self.engine, rows, log_probs=log_probs):
+        for row, token, log_prob in sampled:
             now, number = time.perf_counter(), numbers[row]
             n, text_stream = len(row.tokens) - row.n_prompt, texts[number]
             first[number] = first[number] or now

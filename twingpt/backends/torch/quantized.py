@@ -3,7 +3,7 @@
 A quantized matrix `name` is `name.weight`, packed (out, in * bits / 8) uint8, with `name.scales` and
 `name.biases` (out, in / group_size) in the compute dtype. In bfloat16 on a CPU torch has a kernel for 4 bits, for
 which `prepack` packs the matrices again: `name.packed` and `name.packed_scales`. MLX, whose own layout this is, has
-no twin of that and of what follows `dequantized_rows`.
+no twin of that and of what follows `dequantized_rows`: `mx.quantize` and `mx.dequantize` are its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twingpt.core.checkpoint.quantize import MIN_SCALE
 from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import EMBEDDING, parameter_table
 
@@ -55,6 +56,26 @@ def dequantize(w_q: Array, scales: Array, biases: Array, width: int) -> Array:
         w_q = torch.stack([w_q & 15, w_q >> 4], dim=-1).flatten(-2)
     groups = w_q.view(*scales.shape, -1).to(scales.dtype)
     return torch.addcmul(biases[..., None], groups, scales[..., None]).flatten(-2)
+
+
+def quantize(x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
+    """Quantize (…, width) to what `dequantize` takes, scales and biases in x's dtype: `mx.quantize`'s bits.
+
+    The arithmetic is that of `core.checkpoint.quantize`, in float32.
+    """
+    groups, steps = x.float().unflatten(-1, (-1, group_size)), 2**bits - 1
+    low, high = groups.aminmax(dim=-1)
+    scale = ((high - low) / steps).clamp_min(float(MIN_SCALE))
+    from_low = low.abs() > high.abs()
+    scale, edge = torch.where(from_low, scale, -scale), torch.where(from_low, low, high)
+    zero = torch.round(edge / scale)
+    exact = zero != 0
+    scale = torch.where(exact, edge / zero.where(exact, 1.0), scale)
+    bias = edge.where(exact, 0.0)
+    q = torch.round((groups - bias[..., None]) / scale[..., None]).clamp(0, steps).to(torch.uint8).flatten(-2)
+    if bits == 4:
+        q = q[..., ::2] | q[..., 1::2] << 4
+    return q, scale.to(x.dtype), bias.to(x.dtype)
 
 
 def dequantizing_matmul(x: Array, w_q: Array, scales: Array, biases: Array) -> Array:

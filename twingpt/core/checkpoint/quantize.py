@@ -158,8 +158,7 @@ def _dequantize(words: Array, scales: Array, biases: Array, width: int) -> Array
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     q = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
     groups = q.reshape(*scales.shape, -1).astype(np.float32)
-    numbers: Array = groups * scales[..., None] + biases[..., None]
-    return numbers.reshape(*words.shape[:-1], width)
+    return np.asarray(groups * scales[..., None] + biases[..., None]).reshape(*words.shape[:-1], width)
 
 
 def dequantized(tensors: Iterable[tuple[str, Array]], config: GPTConfig) -> Iterator[tuple[str, Array]]:
