@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,8 @@ import typer
 from twingpt.commands.help import App
 from twingpt.commands.options import Backend, Device, Json, read_stdin
 from twingpt.commands.output import print_json
+from twingpt.core.errors import UserError
+from twingpt.core.paths import expand
 
 app = App()
 
@@ -38,6 +41,12 @@ def generate(
     kv_bits: Annotated[
         int | None, typer.Option(help="Quantize the KV cache to 8 or 4 bits: less memory, less exact.")
     ] = None,
+    prompt_cache_file: Annotated[
+        Path | None, typer.Option(help="Keep prompts' keys and values here: one that begins alike starts sooner.")
+    ] = None,
+    prompt_cache_bytes: Annotated[
+        int | None, typer.Option(help="Of them and the text's at most. (default: 4 GiB)", min=0)
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None,
     special: Annotated[
         bool, typer.Option("--special", help="Spellings of special tokens in the prompt are those tokens.")
@@ -46,11 +55,23 @@ def generate(
 ) -> None:
     """Let a model go on from a prompt, streaming its text."""
     from twingpt.backends import registry
-    from twingpt.inference.load import load
+    from twingpt.inference.load import language_model
+    from twingpt.inference.prompt_cache import MAX_BYTES, PromptCache, model_digest
+    from twingpt.weights.formats import open_model
 
     start = read_stdin() if prompt == "-" else prompt
-    loaded = load(model, backend, device, dtype)
+    opened = open_model(model).model
+    loaded = language_model(opened, backend, device, dtype)
     ids = loaded.encode(start, special=special)
+    prompt_cache = None
+    if prompt_cache_file:
+        file, digest = expand(prompt_cache_file), model_digest(opened)
+        limit = MAX_BYTES if prompt_cache_bytes is None else prompt_cache_bytes
+        prompt_cache = PromptCache(loaded.engine, kv_bits=kv_bits, max_bytes=limit)
+        if file.exists():
+            prompt_cache.load(file, digest)
+        elif not file.parent.is_dir():
+            raise UserError(f"There is no folder {file.parent} for the prompt cache: make it, or give another file.")
     name, engine = registry.choose(backend)[0], loaded.engine
     responses = loaded.stream(
         ids,
@@ -63,6 +84,7 @@ def generate(
         seed=seed,
         stop=stop,
         kv_bits=kv_bits,
+        prompt_cache=prompt_cache,
         log_probs=False,
     )
     if not json_:
@@ -75,8 +97,13 @@ def generate(
         tokens += [response.token] * (response.token not in loaded.ends)
         if not json_:
             print(response.text, end="", flush=True)
+    if prompt_cache and prompt_cache.changed:
+        prompt_cache.save(file, digest)
     if not json_:
         print()
+        if prompt_cache:
+            kept = "" if not prompt_cache.refused else ", and it is too long to be kept in --prompt-cache-bytes"
+            print(f"{prompt_cache.reused} of the prompt's tokens were in {file}{kept}", file=sys.stderr)
         return
     print_json(
         {

@@ -15,6 +15,7 @@ from twingpt.core.backend import Handle, InferenceEngine
 from twingpt.core.errors import UserError
 from twingpt.core.kv_cache import KVCache
 from twingpt.core.sampler import Sampling, SamplingRows
+from twingpt.inference.prompt_cache import PromptCache
 
 MAX_ROWS = 16  # texts that are decoded side by side at most: each has a KV cache
 ROOM = 256  # positions beyond the prompt that a KV cache begins with; it grows as it fills
@@ -47,11 +48,13 @@ def decode(
     *,
     log_probs: bool = True,
     kv_bits: int | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[tuple[Row, int, float | None]]:
     """Decode texts side by side, at most `max_rows` at a time: yield (row, id, log-probability by the raw logits).
 
     The id at position i of a text is sampled with the uniform keyed by (seed, i). When a row holds block_size
-    positions, the last half of its text is prefilled anew. `kv_bits` are the KV cache's, see `new_cache`.
+    positions, the last half of its text is prefilled anew. `kv_bits` are the KV cache's, see `new_cache`, and the
+    `prompt_cache`'s, which gives the beginnings of prompts and keeps them.
     """
     waiting, active = deque(rows), list[Row]()
     if not waiting:
@@ -66,7 +69,7 @@ def decode(
         before = list(active)
         _leave(cache, active)
         while waiting and len(active) < len(cache.lengths):
-            _join(engine, cache, active, waiting.popleft())
+            _join(engine, cache, active, waiting.popleft(), prompt_cache)
         if active and active != before:
             settings = SamplingRows([row.sampling for row in active])
         full = [number for number in range(len(active)) if cache.lengths[number] == block_size]
@@ -96,11 +99,19 @@ def _leave(cache: KVCache, active: list[Row]) -> None:
             cache.trim(len(active), int(cache.lengths[len(active)]))
 
 
-def _join(engine: InferenceEngine, cache: KVCache, active: list[Row], row: Row) -> None:
+def _join(
+    engine: InferenceEngine, cache: KVCache, active: list[Row], row: Row, prompt_cache: PromptCache | None
+) -> None:
     """Prefill the end of a row's prompt behind the active ones: all that leaves a place for one token."""
     row.started = time.perf_counter()
-    engine.prefill(cache, len(active), np.array(row.tokens[-max(1, engine.config.block_size - 1) :]))
+    number, block_size = len(active), engine.config.block_size
+    tokens = row.tokens[-max(1, block_size - 1) :]
+    known = prompt_cache.restore(cache, number, tokens) if prompt_cache else 0
+    engine.prefill(cache, number, np.array(tokens[known:]))
     active.append(row)
+    if prompt_cache:
+        decoded = sum(min(block_size, one.n_prompt + one.max_tokens) for one in active)
+        prompt_cache.keep(cache, number, tokens, decoded)
 
 
 def _step(

@@ -15,6 +15,7 @@ from twingpt.core.errors import UserError
 from twingpt.core.sampler import Sampling
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.inference.decoding import Row, decode
+from twingpt.inference.prompt_cache import PromptCache
 from twingpt.inference.text import TextStream
 
 Array = np.ndarray
@@ -135,13 +136,15 @@ class LanguageModel:
         special: bool = False,
         log_probs: bool = True,
         kv_bits: int | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> Iterator[Response]:
         """Go on from a prompt, or from several side by side: yields a Response for each token as it is generated.
 
         A prompt is a text or ids, see `encode`; an empty one begins a new document. The same seed gives the same text,
         alone or beside others, on either backend in one precision; several seeds are one for each prompt, so that a
         prompt given several times has several texts. A text ends before the first of the `stop` strings.
-        With `kv_bits` 8 or 4 the KV cache is quantized: it takes less memory, and rounds what attention sees.
+        With `kv_bits` 8 or 4 the KV cache is quantized: it takes less memory, and rounds what attention sees. A
+        `prompt_cache` of this engine, with the same `kv_bits`, gives the beginnings of prompts, and keeps them.
         Raises UserError for a setting out of range, or a prompt that can't be encoded, before the first token.
         """
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
@@ -156,7 +159,9 @@ class LanguageModel:
         if len(seeds) != len(encoded):
             raise UserError(f"There are {len(encoded)} prompts and {len(seeds)} seeds: give one seed, or one for each.")
         rows = [Row(self._context(ids), sampling, max_tokens, one) for ids, one in zip(encoded, seeds, strict=True)]
-        sampled = decode(self.engine, rows, log_probs=log_probs, kv_bits=kv_bits)
+        if prompt_cache and (prompt_cache.engine is not self.engine or prompt_cache.kv_bits != kv_bits):
+            raise UserError("The prompt cache is that of another engine, or of other kv_bits.")
+        sampled = decode(self.engine, rows, log_probs=log_probs, kv_bits=kv_bits, prompt_cache=prompt_cache)
         return self._responses(sampled, rows, encoded, stops)
 
     def _context(self, ids: list[int]) -> list[int]:
