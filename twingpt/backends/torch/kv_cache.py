@@ -34,20 +34,20 @@ class KVCache(kv_cache.KVCache):
         super().__init__(rows, config.block_size)
         self.device, self.quantization = device, kv_quantization(config, kv_bits)
         shape = (rows, config.n_kv_head, bucket(capacity, config.block_size), config.head_dim)
-        empty = self.pack(torch.zeros(shape, dtype=dtype, device=device.name))
+        empty = self.quantized(torch.zeros(shape, dtype=dtype, device=device.name))
         self.keys = [[torch.zeros_like(part) for part in empty] for _ in range(config.n_layer)]
         self.values = [[torch.zeros_like(part) for part in empty] for _ in range(config.n_layer)]
         self.tokens = torch.zeros(rows, shape[2], dtype=torch.int64, device=device.name)
         self.logits = torch.zeros(rows, config.vocab_size, device=device.name)
 
-    def pack(self, x: Array) -> Sequence[Array]:
+    def quantized(self, x: Array) -> Sequence[Array]:
         """Keys or values (…, d) as they are held: quantized, or as they are."""
         if self.quantization is None:
             return (x,)
         return quantize(x, self.quantization.group_size, self.quantization.bits)
 
-    def unpack(self, parts: Sequence[Array]) -> Array:
-        """The inverse of `pack`."""
+    def dequantized(self, parts: Sequence[Array]) -> Array:
+        """The inverse of `quantized`."""
         if self.quantization is None:
             return parts[0]
         words, scales, biases = parts
@@ -156,9 +156,10 @@ class CacheSlots:
 
     def _append(self, buffers: Sequence[Array], x: Array, seen: slice) -> Array:
         row, position = self.index
-        for buffer, new in zip(buffers, self.cache.pack(x), strict=True):  # two index arrays come first: (B, T, K, …)
+        for buffer, new in zip(buffers, self.cache.quantized(x), strict=True):
+            # Two index arrays come first: (B, T, K, …).
             buffer[row, :, position] = new if self.even else new.transpose(1, 2)
-        return self.cache.unpack([buffer[self.rows, :, seen] for buffer in buffers])
+        return self.cache.dequantized([buffer[self.rows, :, seen] for buffer in buffers])
 
     def previous_tokens(self) -> Array | None:
         """The ids before the first tokens, (B, 1); None where nothing stands there. Rows of a batch have all some."""
