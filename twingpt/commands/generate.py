@@ -45,7 +45,7 @@ def generate(
         Path | None, typer.Option(help="Keep prompts' keys and values here: one that begins alike starts sooner.")
     ] = None,
     prompt_cache_bytes: Annotated[
-        int | None, typer.Option(help="Of them and the text's at most. (default: 4 GiB)", min=0)
+        int | None, typer.Option(help="Bytes that they and this text may take. (default: 4 GiB)")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None,
     special: Annotated[
