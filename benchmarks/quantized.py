@@ -24,6 +24,7 @@ from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import initialise
 from twingpt.core.sampler import Sampling, SamplingRows
+from twingpt.weights.quantize import apply
 
 DTYPES = ("float32", "bfloat16")
 BITS = (None, 8, 4)
@@ -53,7 +54,7 @@ def rows(config: GPTConfig) -> list[dict[str, Any]]:
     found, measures = [], []
     for backend in filter(registry.installed, BACKENDS):
         for bits in BITS:
-            tensors = list(Quantization(bits, 64).apply(full, config)) if bits else full
+            tensors = list(apply(Quantization(bits, 64), full, config)) if bits else full
             size = sum(array.nbytes for _, array in tensors)
             for dtype in DTYPES:
                 found.append({"backend": backend, "bits": bits or 32, "dtype": dtype, "stored_bytes": size})

@@ -71,7 +71,7 @@ def decoded(engine, prompt, n, *settings, seed=0):
     from twingpt.inference.decoding import Row, decode
 
     row = Row([int(token) for token in prompt], *(settings or (Sampling(temp=0),)), n, seed)
-    return [token for _, token, _ in decode(engine, [row])]
+    return [token.id for _, token in decode(engine, [row])]
 
 
 def dose(small, full) -> list:

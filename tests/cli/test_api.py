@@ -114,5 +114,5 @@ def test_what_the_readme_shows(tmp_path, monkeypatch, backend, capsys):
     twingpt.train(config, tiny, data="fox.txt", out="runs/first", backend=backend, device="cpu")
     exec(code.replace("python-docs", "fox.txt").replace("vocab_size=512", "vocab_size=270"), names := {})
     assert names["logits"].shape == (1, 3, 270) and names["found"].top.shape == (1, 2, 5)
-    assert names["summary"]["step"] == 20 and len(names["texts"]) == 2
+    assert names["summary"]["step"] == 20 and len(names["texts"]) == 5
     assert "RunEnded(" in capsys.readouterr().out and (tmp_path / "second-4bit" / "config.json").is_file()

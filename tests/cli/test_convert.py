@@ -24,11 +24,13 @@ from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.paths import new_folder
 from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer, CharTokenizer
+from twingpt.data.tokenizers import find
 from twingpt.evaluation.held_out import HeldOut
 from twingpt.weights import huggingface, torch_state
 from twingpt.weights.dtypes import round_to
 from twingpt.weights.formats import HUB_FILES, open_model
 from twingpt.weights.generation import end_ids
+from twingpt.weights.quantize import apply
 
 SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64, "init_std": 0.1}
 
@@ -145,9 +147,8 @@ def test_quantized_directories_are_read_back_to_the_bit(gpt, source, tmp_path, t
     _, out, _ = gpt("convert", folder, tmp_path / "q", "--force", "--to", to, "--q-bits", 4, "--q-group-size", 32)
     why = "Not quantized, as its width 200 is not a multiple of 32: model.layers.*.mlp.down_proj.weight\n"
     assert "parameters in 4 bits, " in out and why in out
-    wanted = dict(
-        Quantization(4, 32).apply(initialise(open_checkpoint(folder).config, 1), open_checkpoint(folder).config)
-    )
+    config = open_checkpoint(folder).config
+    wanted = dict(apply(Quantization(4, 32), initialise(config, 1), config))
     opened = open_model(tmp_path / "q")
     assert opened.format == {"twingpt": "twingpt", "mlx": "mlx-lm"}[to]
     assert opened.model.quantization == Quantization(4, 32)
@@ -410,6 +411,36 @@ def test_inspect_looks_at_the_files(gpt, source, tmp_path, monkeypatch):
     assert f"{shard.name} is missing" in refused(gpt, tmp_path / "hf", "--inspect")
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("to", ["twingpt", "hf"])
+def test_a_tokenizer_that_is_given_goes_before_one_that_cannot_be_read(gpt, tmp_path, file, to):
+    config = GPTConfig.from_dict(SMALL)
+    huggingface.write(tmp_path / "hf", config, initialise(config, 1), {"eos_token_id": None})
+    for name in {file, "merges.txt"}:
+        (tmp_path / "hf" / name).write_text("[broken")
+    assert file in refused(gpt, tmp_path / "hf", tmp_path / "a", "--to", to)
+    assert converted(gpt, tmp_path / "hf", tmp_path / "a", "--to", to, "--tokenizer", "byte")["tokenizer"].startswith(
+        "byte"
+    )
+    content = json.loads((tmp_path / "a" / "config.json").read_text("utf-8"))
+    assert content["eos_token_id"] == 256 and open_model(tmp_path / "a").model.tokenizer().kind == "byte"
+    assert "a tokenizer of its own: leave out --tokenizer" in refused(
+        gpt, tmp_path / "a", tmp_path / "b", "--tokenizer", "byte"
+    )
+
+
+NO_OBJECTS = {"a list": b"[]", "null": b"null", "empty": b"", "broken": b"{", "UTF-16": "{}".encode("utf-16")}
+
+
+@pytest.mark.parametrize("content", NO_OBJECTS.values(), ids=NO_OBJECTS)
+def test_a_tokenizer_is_whole_beside_a_config_that_is_none(gpt, source, tmp_path, content):
+    folder = source()
+    (folder / "manifest.json").unlink()
+    (folder / "config.json").write_bytes(content)
+    assert find(str(folder)).kind == find(str(folder / "tokenizer.json")).kind == "byte"
+    assert f"{folder / 'config.json'} " in refused(gpt, folder, "--inspect")
+
+
 def test_a_model_gets_its_tokenizer(gpt, tmp_path):
     config = GPTConfig.from_dict(SMALL)
     save_model(tmp_path / "bare", config, None, initialise(config, 1))
@@ -466,7 +497,7 @@ def test_a_file_of_a_model(gpt, source, tmp_path):
         ([], "Where should the result go?"),
         (["new", "--to", "onnx"], "Unknown format 'onnx'"),
         (["new", "--to", "hf", "--q-bits", 4], "--q-bits is for --to twingpt or mlx"),
-        (["new", "--q-bits", 5], "bits 5 is not known: choose 4 or 8"),
+        (["new", "--q-bits", 7], "bits 7 is not known: choose 2, 3, 4, 5, 6 or 8"),
         (["new", "--q-bits", 4, "--q-group-size", 48], "group_size 48 is not known: choose 32, 64 or 128"),
         (["new", "--to", "twingpt", "--dtype", "bfloat16"], "is in float32, from which training goes on: --dtype"),
         (["new", "--dtype", "int8"], "Unknown dtype 'int8': "),

@@ -13,6 +13,7 @@ from twingpt.core.parameters import initialise
 from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer
 from twingpt.training import launch
+from twingpt.weights.quantize import apply
 
 TINY = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "init_std": 0.1}
 SHORT = ["--max-iters", 6, "--eval-interval", 3, "--eval-iters", 2, "--sample-interval", 0, "--batch-size", 2]
@@ -76,7 +77,8 @@ def test_learned_positions_are_cropped_and_never_invented(gpt, model, prose, tmp
 @needs("torch")
 def test_a_quantized_model_is_fine_tuned_in_full_precision(gpt, prose, tmp_path):
     config = GPTConfig.from_dict(TINY)
-    checkpoint.save_model(tmp_path / "q", config, ByteTokenizer(), initialise(config, 3), Quantization(8, 32))
+    tensors = apply(Quantization(8, 32), initialise(config, 3), config)
+    checkpoint.save_model(tmp_path / "q", config, ByteTokenizer(), tensors, Quantization(8, 32))
     started(gpt, "--init-from", tmp_path / "q", "--data", prose, "--backend", "torch", "--out", tmp_path / "run")
     assert open_checkpoint(tmp_path / "run").quantization is None
 

@@ -13,7 +13,7 @@ from tests.conftest import BOTH, ONE, decoded, dose, open_checkpoint
 from twingpt.core import reference
 from twingpt.core.backend import Device, Sampled
 from twingpt.core.checkpoint import schema as checkpoint
-from twingpt.core.checkpoint.quantize import dequantize, quantize
+from twingpt.core.checkpoint.quantize import dequantize
 from twingpt.core.checkpoint.safetensors_file import TensorFile, write_safetensors
 from twingpt.core.config import GPTConfig
 from twingpt.core.kv_cache import KVCache
@@ -24,6 +24,7 @@ from twingpt.inference.decoding import Row, decode
 from twingpt.inference.language_model import LanguageModel
 from twingpt.inference.load import stored_dtype
 from twingpt.inference.prompt_cache import PromptCache
+from twingpt.weights.quantize import quantize
 
 both, one = pytest.mark.parametrize("backend", BOTH), pytest.mark.parametrize("backend", ONE)
 
@@ -114,7 +115,7 @@ class Scripted:
 
     def __init__(self, tokens, block_size=16):
         self.config = GPTConfig(vocab_size=257, block_size=block_size, n_embd=32)
-        self.tokens, self.steps, self.prefills = tokens, 0, []
+        self.tokens, self.steps, self.prefills, self.n_prompt = tokens, 0, [], []
 
     def new_cache(self, rows, capacity, *, kv_bits=None):
         return ScriptedCache(rows, self.config.block_size)
@@ -123,7 +124,8 @@ class Scripted:
         self.prefills.append(tokens.tolist())
         cache.advance(slice(row, row + 1), len(tokens))
 
-    def step(self, cache, sampling, u, *, log_probs=True):
+    def step(self, cache, sampling, u, *, log_probs=0):
+        self.n_prompt += sampling.n_prompt.tolist()
         cache.check_room(slice(0, 1), 1)
         cache.advance(slice(0, 1), 1)
         self.steps += 1
@@ -181,12 +183,14 @@ def test_a_full_context_goes_on_from_its_last_half():
     whole = [*range(10), *range(100, 140)]
     assert engine.prefills[0] == whole[:10]
     assert engine.prefills[1] == whole[8:16] and engine.prefills[2] == whole[16:24]
+    assert engine.n_prompt == [10] * 6 + [2] * 8 + [0] * 26  # of what it holds
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end():
     engine = Scripted(list(range(100, 160)), block_size=16)
     assert decoded(engine, range(50), 5) == list(range(100, 105))
     assert engine.prefills == [list(range(35, 50)), [*range(43, 50), 100]]
+    assert engine.n_prompt == [15] + [7] * 4
 
 
 @both
@@ -240,12 +244,69 @@ def test_one_prompt_has_several_texts_by_several_seeds(trained, backend):
 
 
 @one
+def test_several_samples_of_a_prompt_share_its_prefill(trained, backend, monkeypatch):
+    model = twingpt.load(trained, backend=backend)
+    prefills, prefill = [], model.engine.prefill
+    monkeypatch.setattr(model.engine, "prefill", lambda *args: prefills.append(args[1]) or prefill(*args))
+    settings = {"seed": 4, "presence_penalty": 0.5, "repetition_penalty": 1.1}
+    texts = model.generate("The", 20, num_samples=20, **settings)
+    assert len(set(texts)) > 15 and prefills == [0, *prefills[1:]] and 1 < len(prefills) <= 5  # 16 begin as one
+    assert texts[0] == model.generate("The", 20, **settings)
+    many = model.generate(["a", "The", "b"], 20, num_samples=2, **settings)
+    assert many == [model.generate(prompt, 20, num_samples=2, **settings) for prompt in ("a", "The", "b")]
+    assert many[1] == texts[:2] and model.generate("The", 20, num_samples=1, **settings) == texts[:1]
+    found = {(r.index, r.choice) for r in model.stream(["a", "b"], 3, num_samples=2)}
+    assert found == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+@one
+def test_penalties_and_biases_change_a_text(trained, backend):
+    model = twingpt.load(trained, backend=backend)
+    plain = list(model.stream("The", 30, temp=0, top_log_probs=3))
+    for response in plain:
+        assert len(response.top) == 3 and response.top[0] == (response.token, response.log_prob)
+    tokens = [r.token for r in plain]
+    never = model.stream("The", 30, temp=0, logit_bias={tokens[0]: -100})
+    assert tokens[0] not in [r.token for r in never]
+    assert {r.token for r in model.stream("The", 9, logit_bias={7: 100})} == {7}
+    varied = [r.token for r in model.stream("The", 30, temp=0, frequency_penalty=2, presence_penalty=2)]
+    assert len(set(varied)) > len(set(tokens))
+    for settings, message in [
+        ({"logit_bias": {512: 1}}, "logit_bias has the id 512, which is outside the vocabulary, 0 to 511"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1"),
+        ({"top_log_probs": 513}, "top_log_probs must be from 0 to 512"), ({"top_log_probs": -1}, "of at least 0"),
+    ]:  # fmt: skip
+        with pytest.raises(twingpt.UserError, match=message):
+            model.stream("The", 3, **settings)
+
+
+@one
+def test_samples_and_log_probabilities_in_json(gpt, trained, backend):
+    options = ("generate", trained, "-p", "The", "-m", 9, "--backend", backend, "--seed", 2)
+    several = ("--num-samples", 3, "--presence-penalty", 0.5, "--frequency-penalty", 0.1, "--logit-bias", "5=-100")
+    code, out, err = gpt(*options, *several, "--logprobs", 2, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    first, *rest = found["samples"]
+    assert len(rest) == 2 and {key: found[key] for key in first} == first and found["text"] != rest[0]["text"]
+    for sample in found["samples"]:
+        assert len(sample["log_probs"]) == len(sample["tokens"]) and 5 not in sample["tokens"]
+        for entry in sample["log_probs"]:
+            assert [set(likely) for likely in entry["top"]] == [{"token", "log_prob"}] * 2
+            assert entry["log_prob"] <= entry["top"][0]["log_prob"] <= 0
+    out = gpt(*options, *several)[1]
+    assert out == "\n".join(["The" + first["text"], *("\nThe" + sample["text"] for sample in rest)]) + "\n"
+    found = json.loads(gpt(*options, "--logprobs", 0, "--json")[1])
+    assert "samples" not in found and all(entry["top"] == [] for entry in found["log_probs"])
+
+
+@one
 def test_more_prompts_than_rows_wait_their_turn(trained, backend):
     model = twingpt.load(trained, backend=backend)
     rows = [Row(model.encode(prompt), Sampling(temp=0.9), 5 + n, n) for n, prompt in enumerate(["The", "a", "b"] * 3)]
     texts = {row: [] for row in rows}
-    for row, token, _ in decode(model.engine, rows, max_rows=2):
-        texts[row].append(token)
+    for row, token in decode(model.engine, rows, max_rows=2):
+        texts[row].append(token.id)
         row.done = row.done or len(texts[row]) == 3 * (row.seed % 2 + 1)
     for row, tokens in texts.items():
         assert len(tokens) == min(row.max_tokens, 3 * (row.seed % 2 + 1))
@@ -383,6 +444,12 @@ def test_logits(trained, backend):
     ("arguments", "message"),
     [(["--temp", -1], "temp must be 0 (greedy) or from 0.001 to 1000"), (["--top-p", 0], "top_p must be in (0, 1]"),
      (["-m", 0], "max_tokens must be a whole number of at least 1"), (["--device", "cuda:7"], "Unknown"),
+     (["--presence-penalty", 3], "presence_penalty must be from -2 to 2"),
+     (["--logit-bias", "5"], "--logit-bias must be ID=NUMBER, as in 50=-100, and is '5'"),
+     (["--logit-bias", "5=1e9"], "logit_bias must be numbers from -100 to 100 by token id"),
+     (["--logit-bias", "512=1"], "outside the vocabulary, 0 to 511"),
+     (["--logprobs", 2], "--logprobs shows nothing without --json"),
+     (["--num-samples", 0], "num_samples must be a whole number of at least 1"),
      (["--dtype", "float8"], "Unknown dtype"), (["--backend", "jax"], "Unknown backend 'jax'")],
 )  # fmt: skip
 def test_mistakes(gpt, trained, arguments, message):
@@ -412,6 +479,19 @@ def test_a_prompt_that_is_not_text(gpt, trained, stdin):
     assert code == 2 and "no stdin" in err
 
 
+@pytest.mark.parametrize("settings", [(), ("--temp", 0), ("--json",)])
+@pytest.mark.parametrize("backend", BOTH)
+def test_an_overflow_in_half_precision_is_one_sentence(gpt, tmp_path, backend, settings):
+    config = GPTConfig(257, block_size=16, n_layer=1, n_head=2, n_embd=32, init_std=0.2)
+    tensors = {name: array * 3000 if "mlp" in name else array for name, array in initialise(config, 1)}
+    checkpoint.save_model(tmp_path / "large", config, ByteTokenizer(), tensors.items())
+    common = ("generate", tmp_path / "large", "-p", "a", "-m", 3, "--backend", backend, "--device", "cpu", *settings)
+    code, out, err = gpt(*common, "--dtype", "float16")
+    assert code == 2 and err.endswith("gpt: The model's logits are not finite: compute in float32, or look at its "
+                                      "weights.\n"), (out, err)  # fmt: skip
+    assert gpt(*common, "--dtype", "float32")[0] == 0
+
+
 @pytest.mark.parametrize("max_iters", dose(60, 400))
 def test_a_quantized_kv_cache_costs_little_held_out_loss(tmp_path, max_iters):
     """By the reference, which the twins equal (test_quantized.py): at most 0.1 % in 8 bits."""
@@ -431,7 +511,7 @@ def test_a_quantized_kv_cache_costs_little_held_out_loss(tmp_path, max_iters):
 
     def loss(kv_bits):
         def kv_store(layer, *exact):
-            return [dequantize(*quantize(x, kv_bits, 64), 64) for x in exact]
+            return [dequantize(64, *quantize(x, kv_bits, 64)) for x in exact]
 
         logits = reference.forward(params, tokens, opened.config, kv_store if kv_bits else None)
         return reference.cross_entropy(logits, targets).sum() / (targets >= 0).sum()
@@ -458,7 +538,7 @@ def test_kv_bits(gpt, tmp_path, decided, backend):
     assert model.generate(["The", "A class"], 60, kv_bits=8)[0] == texts[8]
     for folder, bits, message in (
         (decided, 8, "the model's heads are 16 wide: leave out kv_bits."),
-        (tmp_path / "wide", 5, "Quantization with bits 5 is not known: choose 4 or 8."),
+        (tmp_path / "wide", 5, "kv_bits must be 8 or 4, and is 5."),
     ):
         code, out, err = gpt("generate", folder, "-p", "The", "--kv-bits", bits, "--backend", backend)
         assert code == 2 and message in " ".join(err.split())
@@ -511,6 +591,8 @@ def test_a_prompt_that_begins_alike_is_prefilled_from_there(tmp_path, backend, k
     assert len(cache.rows) == 3  # one that another begins with is not kept beside it
     beside = [(index, *rest) for index, row in enumerate(alone) for _, *rest in row]
     assert tokens(prompts, prompt_cache=cache) == beside  # rows of one batch
+    several = {"num_samples": 3, "repetition_penalty": 1.3, "frequency_penalty": 0.5}  # of ids that were restored too
+    assert tokens(prompts[1], prompt_cache=cache, **several) == tokens(prompts[1], **several)
     long = "x" * 60  # its last 47 are the prompt
     assert tokens(long, prompt_cache=cache) == tokens(long)
     assert len(cache.rows[0][0]) == 47
@@ -537,6 +619,8 @@ def test_a_prompt_cache_keeps_to_its_bytes(tmp_path, backend):
     assert lengths("e" * 15, 1) == [15]
     assert lengths("f" * 16, 1) == [] and cache.refused == 2
     assert lengths(["g" * 5, "h" * 5], 3) == [5, 5]
+    model.generate("g" * 5, 3, num_samples=3, prompt_cache=cache)  # 24 are decoded
+    assert [bytes(ids.tolist()) for ids, _ in cache.rows] == [b"ggggg"]
     model.generate([chr(n) + "x" for n in range(100)], 1, prompt_cache=(many := PromptCache(model.engine)))
     assert len(many.rows) == 64 and bytes(many.rows[0][0].tolist()) == b"cx"
 

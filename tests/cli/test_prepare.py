@@ -546,7 +546,7 @@ def test_train_finds_a_data_set_by_its_name(gpt, dump, home, tmp_path, monkeypat
 
 
 @needs("torch")
-def test_train_on_held_out_text_of_its_own(gpt, dump, home, tmp_path):
+def test_train_on_held_out_text_of_its_own(gpt, dump, home, tmp_path, monkeypatch):
     val = tmp_path / "val.txt"
     val.write_text("held out text. " * 20)
     where = ["--backend", "torch", *SMALL, "--eval-interval", 0]
@@ -558,8 +558,48 @@ def test_train_on_held_out_text_of_its_own(gpt, dump, home, tmp_path):
     moved = val.rename(tmp_path / "moved.txt")
     train(gpt, "--resume", tmp_path / "run", "--val-data", moved, "--data", dump)
     prepared(gpt, dump, "--tokenizer", "byte", "--name", "docs")
-    error = mistake(gpt, "train", "--data", "docs", "--val-data", moved, "--out", tmp_path / "x", *where)
-    assert "docs is prepared with what it holds out" in error
+    other = [*where, "--out", tmp_path / "x"]
+    error = mistake(gpt, "train", "--data", "docs", "--val-data", moved, *other)
+    assert "docs is prepared with what it holds out: leave out --val-data, or prepare its text again with gpt" in error
+    error = mistake(gpt, "train", "--resume", tmp_path / "run", "--val-data", dump)
+    assert f"--val-data {dump} is also what is trained on" in error
+    error = mistake(gpt, "train", "--resume", tmp_path / "run", "--val-data", "0.3")
+    assert "The held-out text 0.3 is not what" in error and "give --val-data the original" in error
+    assert "--val-data 2: a share must be 0, or" in mistake(gpt, "train", "--data", dump, "--val-data", 2, *other)
+    monkeypatch.chdir(tmp_path)
+    error = mistake(gpt, "train", "--data", moved, "--val-data", "docs", *other)
+    assert f"--val-data docs is a prepared data set, and no text: give what it was prepared from, {dump}." in error
+    error = mistake(gpt, "data", "prepare", moved, "--val", home / "docs", "--name", "more")
+    assert f"--val {home / 'docs'} is a prepared data set, and no text" in error
+    assert "docs is a prepared data set, and no" in mistake(gpt, "data", "prepare", "docs", "--name", "more")
+    (tmp_path / "docs").mkdir()
+    assert "docs has no text files" in mistake(gpt, "data", "prepare", "docs", "--name", "more")
+    assert "; ./docs is the file or" in mistake(gpt, "train", "--data", moved, "--val-data", "docs", *other)
+
+
+@needs("torch")
+def test_nothing_is_held_out_where_nothing_is_evaluated(gpt, prose, home, tmp_path):
+    code, out, _ = gpt("data", "prepare", prose, "--val", 0, "--tokenizer", "byte", "--name", "all")
+    assert code == 0 and "to train on, nothing held out;" in out and "gpt train --data all --eval-interval 0" in out
+    assert "tokens to train on, nothing held out\n" in gpt("data", "info", "all")[1]
+    small = ["--backend", "torch", *SMALL, "--max-iters", 3]
+    never = [*small, "--eval-interval", 0]
+    error = mistake(gpt, "train", "--data", prose, "--val-data", "0.0", *small)
+    assert "--val-data 0.0 holds out nothing to evaluate on, and --eval-interval is" in error
+    assert [*home.iterdir()] == [home / "all"]  # it was refused before anything was prepared
+    error = mistake(gpt, "train", "--data", "all", *small, "--out", tmp_path / "x")
+    assert "all holds out nothing to evaluate on: give --eval-interval 0, or prepare the text again and hold" in error
+    for data in (["all"], [prose, "--val-data", 0], ["all", "--data", prose]):
+        run = tmp_path / f"run{len(data)}-{data[0] == 'all'}"
+        result = train(gpt, "--data", *data, *never, "--out", run)
+        assert result["reason"] == "finished" and result["val_loss"] is None
+        assert train(gpt, "--resume", run, "--max-iters", 4)["step"] == 4
+        assert not (run / "best").exists() and (run / "report.html").exists()
+    error = mistake(gpt, "train", "--resume", run, "--max-iters", 6, "--eval-interval", 2)
+    assert "holds out nothing to evaluate on: give --eval-interval 0" in error
+    assert "has 0 tokens, and a loss needs two: hold out more text" in mistake(gpt, "baseline", "all")
+    error = mistake(gpt, "convert", run, tmp_path / "q", "--q-bits", 4, "--q-group-size", 32, "--data", "all")
+    assert "all holds out nothing to measure the loss on: give other text" in error
 
 
 @needs("torch")

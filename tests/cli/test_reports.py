@@ -12,7 +12,7 @@ from tests.cli.test_commands import mistake
 from tests.cli.test_train import SMALL, logged, train
 from tests.conftest import STARTED, names_in_unicode, needs, story, write_run
 from twingpt.runs import folder as runs
-from twingpt.runs import report, trackers
+from twingpt.runs import plot, report, trackers
 from twingpt.runs.events import Baseline, JSONLReporter, RunEnded, RunStarted, Sampled, Trained, points, read_events
 
 
@@ -367,6 +367,24 @@ def test_plot_draws_runs_over_one_another(gpt, several):
 
 @names_in_unicode
 @pytest.mark.filterwarnings("error")  # one would be printed on the terminal
+def test_a_single_point_is_seen_and_steps_are_whole(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(plot, "_write", lambda figure, path: figures.append(figure))
+    point = {"x": [1], "y": [2.0]}
+    run = {"label": "a", "run": "a", "train": point, "val": {"x": [], "y": []}, "baseline": None}
+    plot.plot_curves(plot.Curves("step", "loss", False, [run]), tmp_path / "a.svg")
+    JSONLReporter(tmp_path / "metrics.jsonl").report(story(10)[1])
+    plot.plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.svg", "a")
+    for figure in figures:
+        assert isinstance(figure, Figure)
+        [axes] = figure.axes
+        assert axes.lines[0].get_marker() == "o" and len(axes.lines[0].get_xdata()) == 1
+        axes.set_xlim(0, 3)
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
 def test_plot_of_a_run_whose_name_the_font_lacks(gpt, several):
     write_run(Path("runs/東京"), story(40))
     assert gpt("plot", "東京", "-o", "x.png") == (0, "x.png\n", "")

@@ -1,7 +1,9 @@
 """Going on with a run: as it was started, on the same held-out windows, and from an earlier step with nothing lost."""
 
 import dataclasses
+import functools
 import json
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,9 @@ from tests.cli.test_train import SMALL, equal, logged, tensors, train
 from tests.conftest import ONE, dose, needs, story, write_run
 from twingpt.core.config import TrainConfig
 from twingpt.core.errors import UserError
+from twingpt.data import mixture, sources
 from twingpt.data.prepare import prepare
+from twingpt.data.readers import DocumentFile
 from twingpt.evaluation import held_out
 from twingpt.runs import folder as runs
 from twingpt.runs import inventory, trackers
@@ -36,7 +40,7 @@ def described(run) -> dict:
 def older(run) -> None:
     """Make a run what an older version left: neither setup nor evaluation in its run.json."""
     content = {key: value for key, value in described(run).items() if key not in ("setup", "evaluation")}
-    content["data"].pop("tokenizer")
+    del content["data"]["tokenizer"], content["data"]["rules"]
     (run / "run.json").write_text(json.dumps(content))
 
 
@@ -58,7 +62,9 @@ def test_a_run_goes_on_as_it_was_started(gpt, prose, tmp_path, twins, version):
     result = train(gpt, "--resume", run)
     assert (result["backend"], result["device"], result["step"]) == ("mlx", "cpu", 4)
     assert settings.read(run / "config.toml") == before
-    assert described(run)["setup"] == {key: before[key] for key in ("backend", "device", "compile", "report_to")}
+    assert described(run)["setup"] == {"wired_limit": None} | {
+        key: before[key] for key in ("backend", "device", "compile", "report_to")
+    }
     assert len(list((run / "tensorboard").iterdir())) == files + 1
 
 
@@ -368,3 +374,63 @@ def test_exit_codes_are_documented(gpt):
     out = " ".join(gpt("--help")[1].split())
     for code in ("0", "1", "2", "130", "143"):
         assert f" {code} " in out[out.index("Exit codes") :], code
+
+
+# Data that are gone -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(tmp_path, prose, monkeypatch):
+    """JSON lines in a file without a suffix, which the first rules of reading took for text."""
+    monkeypatch.setenv("TWINGPT_HOME", str(tmp_path / "home"))
+    path = tmp_path / "lines"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in prose.read_text("utf-8").splitlines()))
+    return path
+
+
+@needs("torch")
+@pytest.mark.parametrize(("noted", "several"), [(True, True), (False, False)])
+def test_data_are_prepared_again_by_the_rules_of_then(gpt, lines, prose, tmp_path, monkeypatch, noted, several):
+    run, where = tmp_path / "run", [*SMALL, "--backend", "torch"]
+    data = ["--data", lines, *(["--data", f"{prose}:0.5"] if several else [])]
+    with monkeypatch.context() as patch:
+        patch.setattr(mixture, "prepare_all", functools.partial(mixture.prepare_all, rules=1))
+        train(gpt, *data, *where, "--out", run, "--stop-after", 3)
+    content = described(run)
+    assert content["data"]["rules"] == 1
+    if not noted:
+        del content["data"]["rules"]
+        (run / "run.json").write_text(json.dumps(content))
+    shutil.rmtree(tmp_path / "home")
+    assert train(gpt, "--resume", run, "--stop-after", 6)["step"] == 6
+    assert train(gpt, "--resume", run, *data, "--stop-after", 7)["step"] == 7
+    again = described(run)
+    assert again["data"]["rules"] == 1 and again["data"]["fingerprint"] == content["data"]["fingerprint"]
+    again["data"]["rules"] = 3
+    (run / "run.json").write_text(json.dumps(again))
+    shutil.rmtree(tmp_path / "home")
+    error = mistake(gpt, "train", "--resume", run)
+    assert "are read as a newer version of twingpt does: install that" in error
+
+
+@needs("torch")
+def test_what_became_of_the_data_is_said(gpt, lines, tmp_path, monkeypatch):
+    run, where = tmp_path / "run", [*SMALL[2:], "--backend", "torch", "--out", tmp_path / "run"]
+    prepared = ["data", "prepare", lines, "--tokenizer", "byte", "--name", "docs"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.ReadOptions, "file", lambda self, path, name="": DocumentFile(path, by_name=True))
+        assert gpt(*prepared)[0] == 0
+    train(gpt, "--data", "docs", *where, "--stop-after", 3)
+    assert gpt("data", "rm", "docs", "--yes")[0] == 0
+    error = mistake(gpt, "train", "--resume", run)
+    assert f"The prepared data set docs of {run} is gone: prepare its text again under that name, or give" in error
+    assert gpt(*prepared)[0] == 0
+    error = mistake(gpt, "train", "--resume", run)
+    assert "the rules of reading changed: a file was read by its name alone, and is by what it holds. Give the" in error
+    assert train(gpt, "--resume", run, "--data", lines, "--stop-after", 4)["step"] == 4
+    shutil.rmtree(tmp_path / "home")
+    lines.write_text(lines.read_text("utf-8") * 2)
+    error = mistake(gpt, "train", "--resume", run)
+    assert "fingerprint differs): it was changed since, so give --data a copy of the original, or start" in error
+    error = mistake(gpt, "train", "--resume", run, "--data", lines)
+    assert "fingerprint differs): give --data the original, or start" in error

@@ -1,5 +1,6 @@
 """gpt train: a run from text to checkpoints, and going on with it exactly."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,8 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import BOTH, dose, needs, open_checkpoint, posix
-from twingpt.backends import registry
+from tests.conftest import BOTH, cpu, dose, needs, open_checkpoint, posix
+from twingpt.backends import host, registry
 from twingpt.runs import folder as runs
 from twingpt.runs.events import read_events
 from twingpt.training import launch
@@ -351,3 +352,27 @@ def test_gpt2_shape_trains_too(gpt, prose, tmp_path):
     arguments = ["--tokenizer", "byte", "--n-layer", 2, *SMALL[position + 2 : position + 4], *SMALL[position + 6 :]]
     train(gpt, "--data", prose, "--out", tmp_path / "run", "--shape", "gpt2", *arguments)
     assert open_checkpoint(tmp_path / "run").config.position == "learned"
+
+
+@both
+def test_a_run_in_the_float16_of_its_device_goes_on_converts_and_writes(gpt, prose, tmp_path, backend, monkeypatch):
+    """As on an M1: float16 with its loss scale comes from the device, is kept in run.json, and needs no flag again."""
+    engines = registry.get(backend)
+    metal = dataclasses.replace(cpu(engines), fast_dtypes=("float32", "float16"), default_dtype="float16")
+    monkeypatch.setattr(engines, "devices", lambda: [metal])
+    monkeypatch.setattr(host, "dtype_reason", lambda device: "the chip has none for bfloat16")
+    run, options = tmp_path / "run", ["--data", prose, "--backend", backend, *SMALL]
+    code, out, err = gpt("train", *options, "--out", run, "--stop-after", 5)
+    assert code == 0 and "in float16 (the chip has none for bfloat16)" in " ".join(out.split()), err
+    assert json.loads((run / "run.json").read_text("utf-8"))["train"]["dtype"] == "float16"
+    monkeypatch.setattr(engines, "devices", lambda: [dataclasses.replace(metal, default_dtype="float32")])
+    result = train(gpt, "--resume", run, "--backend", backend)
+    assert result["dtype"] == "float16" and result["step"] == 12 and result["val_loss"] < 5.4
+    train(gpt, *options, "--out", tmp_path / "whole", "--dtype", "float16")
+    whole = tensors(tmp_path / "whole")
+    assert equal(whole, tensors(run)) and whole["loss_scale"] > 1
+    assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in whole.values())
+    assert gpt("convert", run, tmp_path / "half", "--to", "hf", "--dtype", "float16")[0] == 0
+    for model, dtype in ((run, "float32"), (tmp_path / "half", "float16")):
+        code, out, err = gpt("generate", model, "-p", "The", "-m", 5, "--backend", backend, "--json")
+        assert code == 0 and json.loads(out)["dtype"] == dtype, err

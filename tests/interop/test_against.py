@@ -18,6 +18,7 @@ from twingpt.core.presets import SHAPES
 from twingpt.core.tokenizer import ByteTokenizer
 from twingpt.weights.convert import convert
 from twingpt.weights.formats import open_model
+from twingpt.weights.quantize import apply
 
 SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64, "init_std": 0.1}
 LIBRARIES = {"hf": "transformers", "mlx-lm": "mlx-lm"}
@@ -29,7 +30,9 @@ MLX_LM = pytest.param("mlx-lm", marks=needs("mlx"))
 def native(tmp_path):
     def make(quantization=None, **switches):
         config = GPTConfig.from_dict({**SMALL, **switches})
-        checkpoint.save_model(tmp_path / "native", config, ByteTokenizer(), initialise(config, 4), quantization)
+        tensors = initialise(config, 4)
+        tensors = apply(quantization, tensors, config) if quantization else tensors
+        checkpoint.save_model(tmp_path / "native", config, ByteTokenizer(), tensors, quantization)
         return tmp_path / "native"
 
     return make

@@ -317,6 +317,48 @@ def test_names_as_older_files_have_them(tmp_path):
     assert read.keys() == params.keys() and all(np.array_equal(read[name], params[name]) for name in params)
 
 
+WRAPPED = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "in parallel": lambda name: f"module.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "FSDP": lambda name: "_fsdp_wrapped_module." + name.replace(".mlp.", "._fsdp_wrapped_module.mlp."),
+    "checkpointed": lambda name: name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("shape", ["qwen3", "gpt2"])
+def test_names_of_a_model_that_was_saved_wrapped(tmp_path, shape, wrap):
+    """https://github.com/huggingface/transformers/issues/28041"""
+    path, config = written(tmp_path / "x", **SHAPES[shape])
+    rewrite(path, lambda arrays: {wrap(name): array for name, array in arrays.items()})
+    params, read = dict(initialise(config, 3)), all_tensors(path)
+    assert read.keys() == params.keys() and all(np.array_equal(read[name], params[name]) for name in params)
+    rewrite(path, lambda arrays: arrays | {wrap(next(iter(arrays))).replace(".", "._orig_mod.", 1): np.ones(3, "f4")})
+    with pytest.raises(UserError, match="is there twice"):
+        all_tensors(path)
+
+
+def test_adapters_that_were_not_merged_are_named(tmp_path):
+    """https://github.com/huggingface/peft/issues/1381"""
+    path, _ = written(tmp_path / "x")
+
+    def with_adapters(arrays):
+        found = {}
+        for name, array in arrays.items():
+            base = name.removesuffix(".weight")
+            if not base.endswith("q_proj"):
+                found[name] = array
+                continue
+            found[f"{base}.base_layer.weight"] = array
+            found |= {f"{base}.lora_{side}.default.weight": np.zeros((4, 4), np.float32) for side in "AB"}
+        return found
+
+    rewrite(path, with_adapters)
+    with pytest.raises(UserError, match=r"has adapters beside its weights .*lora_A.*merge_and_unload"):
+        all_tensors(path)
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_gpt2_with_and_without_its_prefix(tmp_path, prefix):
     path, config = written(tmp_path / "x", **SHAPES["gpt2"])

@@ -104,6 +104,21 @@ def opened(path):
     return GGUF().open(ModelDirectory(path))
 
 
+def by_others(path, architecture, metadata, tensors, kind=None, alignment=32):
+    """A file as the gguf package writes it: what is uint8 is of the type `kind`."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_custom_alignment(alignment)
+    for key, value in metadata.items():
+        ours._add(writer, key, value)
+    for name, array in tensors:
+        writer.add_tensor(name, array, raw_dtype=kind if array.dtype == np.uint8 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def kinds_of(path):
     return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
@@ -426,22 +441,14 @@ def test_every_type_that_is_dequantized_is_read(tmp_path, bpe, type):
     numbers, width = gguf.GGML_QUANT_SIZES[kind]
     config = GPTConfig(**{**SMALL, "n_layer": 1, "n_embd": 256, "n_inner": 256})
     layout = ours.ARCHITECTURES["qwen3"].layout(config)
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen3")
-    for key, value in ours.ARCHITECTURES["qwen3"].metadata(config).items():
-        ours._add(writer, key, value)
-    chance, wanted = np.random.default_rng(1), {}
+    chance, tensors, wanted = np.random.default_rng(1), {}, {}
     for name, shape in ours._shapes(config, layout).items():
-        if len(shape) == 1:
-            writer.add_tensor(name, np.ones(shape, np.float32))
-            continue
-        data = chance.integers(0, 60, (shape[0], shape[1] // numbers * width), np.uint8)
-        writer.add_tensor(name, data, raw_dtype=kind)
-        wanted[layout[name][0]] = data
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    model = opened(tmp_path / "x.gguf")
+        tensors[name] = np.ones(shape, np.float32)
+        if len(shape) > 1:
+            tensors[name] = chance.integers(0, 60, (shape[0], shape[1] // numbers * width), np.uint8)
+            wanted[layout[name][0]] = tensors[name]
+    metadata = ours.ARCHITECTURES["qwen3"].metadata(config)
+    model = opened(by_others(tmp_path / "x.gguf", "qwen3", metadata, tensors.items(), kind))
     assert set(model.dtypes()) == {"F32", type}
     try:
         expected = {name: gguf.quants.dequantize(data, kind) for name, data in wanted.items()}
@@ -460,19 +467,14 @@ def test_a_file_by_others_is_read(tmp_path, gpt):
     """With less than we write: no rope.dimension_count, no key_length, an array of other numbers, another alignment."""
     config = GPTConfig.from_dict({**SMALL, **LLAMA, "n_kv_head": 2, "n_layer": 1})
     architecture = ours.ARCHITECTURES["llama"]
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    writer.add_custom_alignment(64)
-    for key, value in architecture.metadata(config).items():
-        if not key.endswith(("rope.dimension_count", "_length", "vocab_size")) or key.count(".") == 1:
-            ours._add(writer, key, value)
-    writer.add_array("general.tags", ["text-generation"])
-    writer.add_array("general.numbers", [1.5, 2.5])
-    for name, array in ours._stored_tensors(config, architecture, parameters(config)):
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    metadata = {
+        key: value
+        for key, value in architecture.metadata(config).items()
+        if not key.endswith(("rope.dimension_count", "_length", "vocab_size")) or key.count(".") == 1
+    }
+    metadata |= {"general.tags": ["text-generation"], "general.numbers": [1.5, 2.5]}
+    tensors = ours._stored_tensors(config, architecture, parameters(config))
+    by_others(tmp_path / "x.gguf", "llama", metadata, tensors, alignment=64)
     found = dict(open_model(tmp_path / "x.gguf").model.parameters())
     assert all(np.array_equal(found[name], array) for name, array in parameters(config))
     code, out, err = gpt("convert", tmp_path / "x.gguf", "--inspect", "--json")
@@ -488,18 +490,10 @@ def rewritten(tmp_path, bpe, key, value, switches=MappingProxyType({})):
     """A file that says something else of its model."""
     config = GPTConfig.from_dict({**SMALL, **switches, "n_layer": 1})
     architecture = ours.architecture_for(config)
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", architecture.name)
     metadata = architecture.metadata(config) | {f"{architecture.name}.{key}": value}
-    for name, fact in metadata.items():
-        if fact is not None:
-            ours._add(writer, name, fact)
-    for name, array in ours._stored_tensors(config, architecture, parameters(config)):
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "x.gguf"
+    metadata = {name: fact for name, fact in metadata.items() if fact is not None}
+    tensors = ours._stored_tensors(config, architecture, parameters(config))
+    return by_others(tmp_path / "x.gguf", architecture.name, metadata, tensors)
 
 
 @pytest.mark.parametrize(

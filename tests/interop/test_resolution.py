@@ -384,12 +384,21 @@ def test_weights_that_differ_from_the_manifest_are_refused_with_the_way_out(tmp_
     content = bytearray(path.read_bytes())
     content[-2] ^= 64  # of the last number's exponent
     path.write_bytes(content)
-    code, _, err = gpt("convert", folder, tmp_path / "b")
-    assert code == 2 and "the file is damaged; if another tool saved it, remove manifest.json or use" in err
+    (tmp_path / "data.txt").write_text("the cat sat on the mat. " * 200)
+    tuned = ("train", "--init-from", folder, "--data", tmp_path / "data.txt", "--max-iters", 1, "--out", tmp_path / "t")
+    commands = [("convert", folder, tmp_path / "c"), ("generate", folder, "-m", 1), ("parity", folder), tuned]
+    for command in commands:
+        code, _, err = gpt(*command)
+        assert code == 2 and "the file is damaged; if another tool saved it, remove manifest.json, or give a" in err
+    with pytest.raises(UserError, match=r"if another tool saved it, remove manifest.json, or give a copy"):
+        twingpt.load(folder)
     code, _, err = gpt("convert", folder, tmp_path / "b", "--ignore-manifest")
     assert code == 0, err
     (folder / "manifest.json").unlink()
     assert same_text(folder, tmp_path / "b")
+    for command in commands:
+        code, _, err = gpt(*command)
+        assert code == 0, err
 
 
 def test_a_continuation_is_decoded_with_what_stands_before_it(tmp_path):

@@ -160,6 +160,32 @@ def test_chat(tmp_path):
 
 
 @needs("mlx")
+@pytest.mark.parametrize("alphabet", ["xyz", "0123456789+=\n", "ab, ", " é日本語\ufffd"])
+def test_mlx_lm_opens_characters_of_any_alphabet(tmp_path, alphabet):
+    """Its other detokenizers encode "a ,b" as they begin."""
+    registry.get("mlx")
+
+    utils = pytest.importorskip("mlx_lm.tokenizer_utils", reason="mlx-lm is not installed")
+    tokenizer = CharTokenizer(alphabet)
+    theirs = utils.load(keep(tokenizer, tmp_path / "kept"))
+    text = alphabet + " ".join(alphabet) * (" " in alphabet) + alphabet[::-1]
+    ids = tokenizer.encode(text).tolist()
+    assert theirs.encode(text, add_special_tokens=False) == ids and theirs.decode(ids) == text
+    detokenizer = theirs.detokenizer
+    for token in ids:
+        detokenizer.add_token(token)
+    detokenizer.finalize()
+    assert detokenizer.text == text
+    assert load_tokenizer(tmp_path / "kept").decode(ids) == text
+
+
+def test_a_character_that_sentencepiece_means_as_a_space_stays(tmp_path):
+    tokenizer = CharTokenizer("a ▁")
+    theirs = transformers.AutoTokenizer.from_pretrained(keep(tokenizer, tmp_path / "kept"))
+    assert theirs.decode(tokenizer.encode("a ▁ a")) == "a ▁ a"
+
+
+@needs("mlx")
 @pytest.mark.parametrize("name", ["own", "llama2", "qwen2"])
 def test_mlx_lm_reads_the_same(tmp_path, name):
     registry.get("mlx")

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from tests import foreign
-from tests.conftest import dose
-from twingpt.core.checkpoint.directory import ModelDirectory
+from tests.conftest import dose, needs
 from twingpt.core.checkpoint.schema import save_model
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
+from twingpt.tokenizers.vocab_and_merges import read_vocab_and_merges
 from twingpt.weights import convert as conversion
 from twingpt.weights import huggingface
 from twingpt.weights.formats import describe, open_model
-from twingpt.weights.vocab_and_merges import read_vocab_and_merges
 
 CLASSES = {"gpt2": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer", "qwen2": "Qwen2Tokenizer"}
 STYLES = ("added_tokens_decoder", "added_tokens.json", "none", "bos")
@@ -51,7 +50,7 @@ def test_the_ids_are_those_of_transformers(tmp_path, name, style):
     transformers = pytest.importorskip("transformers")
     settings = {"bos_token": "<|endoftext|>"} if style == "bos" else {}
     theirs = transformers.AutoTokenizer.from_pretrained(two_files(tmp_path, name, style, **settings))
-    ours = read_vocab_and_merges(ModelDirectory(tmp_path))
+    ours = read_vocab_and_merges(tmp_path)
     for text in [*foreign.TEXT, *foreign.fuzzed(100, 3), "a<|endoftext|>b    c<tool_call>d<|im_end|>"]:
         assert ours.encode(text, special=True).tolist() == theirs.encode(text, add_special_tokens=False), text
     assert list(ours.opening) == (theirs.encode("a")[:1] if style == "bos" else [])
@@ -61,7 +60,7 @@ def test_the_ids_are_those_of_transformers(tmp_path, name, style):
 
 def test_a_model_is_converted_with_it(tmp_path):
     (tmp_path / "in").mkdir()
-    tokenizer = read_vocab_and_merges(ModelDirectory(two_files(tmp_path / "in", "gpt_neox")))
+    tokenizer = read_vocab_and_merges(two_files(tmp_path / "in", "gpt_neox"))
     config = GPTConfig(tokenizer.vocab_size, block_size=8, n_layer=1, n_head=1, n_embd=8, n_inner=8)
     huggingface.write(tmp_path / "hf", config, initialise(config, 1))
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
@@ -105,7 +104,7 @@ def test_what_is_refused(tmp_path, file, text, message):
     if file == "tokenizer_config.json":
         (tmp_path / "config.json").write_text('{"model_type": "llama"}', "utf-8")
     with pytest.raises(UserError, match=message):
-        read_vocab_and_merges(ModelDirectory(tmp_path))
+        read_vocab_and_merges(tmp_path)
 
 
 @pytest.mark.parametrize("count", dose(30, 2000))
@@ -122,7 +121,23 @@ def test_damaged_files_are_refused_or_read(tmp_path, count):
             content[at : at + chance.choice([0, 1, 100])] = put
         (tmp_path / name).write_bytes(content)
         try:
-            read_vocab_and_merges(ModelDirectory(tmp_path)).encode("a text")
+            read_vocab_and_merges(tmp_path).encode("a text")
         except UserError as error:
             assert str(error).endswith(".")
         (tmp_path / name).write_bytes(whole[name])
+
+
+@needs("torch")
+def test_every_command_finds_it(gpt, prose, tmp_path):
+    (tmp_path / "in").mkdir()
+    folder = two_files(tmp_path / "in", "gpt2")
+    small = ("--n-layer", 1, "--n-head", 1, "--n-embd", 8, "--block-size", 8, "--batch-size", 2, "--max-iters", 1)
+    for command in [
+        ("tokenize", "show", "the text", "--tokenizer", folder),
+        ("data", "prepare", prose, "--tokenizer", folder, "--name", "two-files"),
+        ("train", "--data", prose, "--tokenizer", folder, "--out", tmp_path / "run", *small),
+    ]:
+        code, _, err = gpt(*command)
+        assert code == 0, err
+    kept = open_model(tmp_path / "run").model.tokenizer()
+    assert kept.digest == read_vocab_and_merges(folder).digest

@@ -15,7 +15,7 @@ from twingpt.core.config import MLPS, NORM_SITES, GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise, state_table
 from twingpt.core.presets import SHAPES
-from twingpt.core.sampler import Sampling, SamplingRows
+from twingpt.core.sampler import Sampling, SamplingRows, sample
 from twingpt.core.schedule import hyperparameters
 
 SMALL = {"vocab_size": 97, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32, "init_std": 0.15}
@@ -483,6 +483,43 @@ def test_rows_are_sampled_by_settings_of_their_own(twins):
             assert both == each
             texts.append(both)
     assert texts[:6] == texts[6:]
+
+
+def test_steps_sample_as_the_spec_does_from_their_logits(engines):
+    """With all settings, in rows of other lengths, after a row was trimmed and after one was copied."""
+    config = config_of({"vocab_size": 1500})  # a CPU ranks a part of it
+    engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 2, "frequency_penalty": 0.9}
+    settings = [
+        Sampling(temp=0, frequency_penalty=-2), Sampling(**penalties, logit_bias={3: 4, 1499: 4}, min_p=0.1),
+        Sampling(presence_penalty=-2, top_k=9), Sampling(temp=0, **penalties),
+    ]  # fmt: skip
+    texts, n_prompt = [[1, 2, 3, 3], [7], [5, 6, 5, 6, 5], [3] * 6], [4, 1, 3, 0]
+    cache, random = engine.new_cache(4, 8), np.random.default_rng(0)
+    logits = np.concatenate([engine.logits(engine.prefill(cache, row, np.array(t))) for row, t in enumerate(texts)])
+
+    def decode(n):
+        nonlocal logits
+        for u in random.random((n, 4)):
+            expected = [sample(logits[row], settings[row], u[row], texts[row], n_prompt[row]) for row in range(4)]
+            handle = engine.step(cache, SamplingRows(settings, n_prompt), u, log_probs=2)
+            sampled, log_p = engine.read(handle), logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            assert sampled.tokens.tolist() == expected
+            np.testing.assert_allclose(sampled.log_probs, log_p[range(4), expected], atol=1e-5)
+            np.testing.assert_allclose(sampled.top, -np.sort(-log_p)[:, :2], atol=1e-5)
+            assert sampled.top_ids.tolist() == np.argsort(-log_p)[:, :2].tolist()
+            logits = engine.logits(handle)
+            for text, token in zip(texts, expected, strict=True):
+                text.append(token)
+
+    decode(8)
+    cache.trim(1, 6)
+    texts[1] = [*texts[1][:-6], 9]
+    logits[1] = engine.logits(engine.prefill(cache, 1, np.array([9])))
+    cache.copy(3, 2)
+    texts[2], n_prompt[2], logits[2] = [*texts[3]], n_prompt[3], logits[3]
+    decode(8)
+    assert len(set(texts[0][4:])) < 4 < len(set(texts[3][6:]))  # one is to repeat itself, and the other not
 
 
 def test_one_adamw_step_from_the_same_gradients(twins):

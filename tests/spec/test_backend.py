@@ -125,9 +125,11 @@ def test_an_engine_has_the_methods_and_the_constructor_of_its_protocol(engines, 
 
 
 TWINS = ("model", "inference", "kv_cache", "training", "optimizer", "quantized", "device", "measure")
-QUANTIZED = {"dequantize", "quantize", "dequantizing_matmul", "has_int4_kernel", "prepack", "pack", "packed_matmul"}
+QUANTIZED = {
+    "in_bytes", "dequantize", "quantize", "dequantizing_matmul", "has_int4_kernel", "prepack", "pack", "packed_matmul",
+}  # fmt: skip
 ALONE = {  # public names that one framework needs and the other has no use for
-    "mlx": {"on_device", "wire_memory", "async_eval"},
+    "mlx": {"async_eval"},
     "torch": {"return_freed_memory", "extend", "grads", *QUANTIZED},
 }
 # Parameters of torch's alone, which places tensors, keeps tables of RoPE and waits for copies by events.

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import needs
 from twingpt.backends import host, registry
 from twingpt.core import paths
-from twingpt.training import interrupt
+from twingpt.training import interrupt, shell
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ def test_the_package_is_imported_trains_resumes_and_converts_without_posix(tmp_p
 def windows(monkeypatch):
     """Let `sys` of these modules say that it is Windows."""
     other = types.SimpleNamespace(platform="win32")
-    for module in (paths, host):
+    for module in (paths, host, shell):
         monkeypatch.setattr(module, "sys", other)
 
 
@@ -58,7 +58,7 @@ def windows(monkeypatch):
     ],
 )
 def test_words_of_commands_are_quoted_for_cmd(windows, word, quoted):
-    assert paths.quote(word) == quoted
+    assert shell.quote(word) == quoted
 
 
 def refusing(monkeypatch, times: int, code: int | None) -> list[Path]:

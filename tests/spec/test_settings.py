@@ -176,7 +176,9 @@ def test_a_rope_scaling_is_a_table():
         ('no_rope_layers=["a"]', "no_rope_layers must be a list of layer numbers"),
         ("rope_scaling=5", "rope_scaling must be a set of keys or nothing, and is 5"),
         ('rope_scaling={kind="linear"}', "Unknown rope_scaling key 'kind'"),
-        ('rope_scaling={type="linear"}', "The rope_scaling is incomplete"),
+        ('rope_scaling={type="linear"}', "The rope_scaling is incomplete: it lacks factor."),
+        ("rope_scaling={type=1}", "The rope_scaling is incomplete: it lacks factor."),
+        ("rope_scaling={beta_fast=1}", "The rope_scaling is incomplete: it lacks type and factor."),
     ],
 )
 def test_mistakes_of_set(pair, message):

@@ -7,13 +7,15 @@ import lzma
 import os
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.conftest import names_in_unicode
+from tests.conftest import links, names_in_unicode
 from twingpt.core.errors import UserError
-from twingpt.data import readers, sources
+from twingpt.core.paths import quote
+from twingpt.data import compression, readers, sources
 from twingpt.data.builder import TokenizerChoice
 from twingpt.data.documents import guess_encoding
 from twingpt.data.prepare import prepare, prepare_named
@@ -66,9 +68,84 @@ def test_json_of_any_name_and_layout(tmp_path, name, content):
     assert documents_of(written(tmp_path / name, content)) == TEXTS
 
 
-@pytest.mark.parametrize("content", [b"{ is a brace\n", b"[1] It was a night.\n", b'["Hello," she said] no\n', b"{}x"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{ is a brace\n",
+        b"[1] It was a night.\n",
+        b'["Hello," she said] no\n',
+        b"{}x",
+        b"{}\nint main() { return 0; }\n",
+        b"{ }\n{}\n",
+        b"{}\n{\n  color: red\n}\n",
+        b"{{ x }}\n",
+        b"[1, 2]\n",
+        b"[]\n",
+    ],
+)
 def test_text_that_only_begins_like_json(tmp_path, content):
     assert documents_of(written(tmp_path / "page", content)) == [content.decode()]
+
+
+def test_json_as_plain_text(tmp_path):
+    other = {"package.json": b'{"name": "x"}', "n.ipynb": b'{"cells": [],\n"n": 4}', "lines.jsonl": LINES}
+    for name, content in other.items():
+        written(tmp_path / "code" / name, content)
+        options = ReadOptions(as_text=True)
+        assert load(str(tmp_path / "code" / name), options).documents == [content.decode()]
+        assert load(str(tmp_path / "code" / name)).digest != load(str(tmp_path / "code" / name), options).digest
+    assert len(load(str(tmp_path / "code"), ReadOptions(as_text=True)).documents) == 2
+    message = r"its fields are name: choose one with .* --field, or take the file as plain text with .* --as-text"
+    with pytest.raises(UserError, match=message):
+        documents_of(tmp_path / "code" / "package.json")
+    with pytest.raises(UserError, match=r"no field 'text', no fields: take the file as plain text with .*--as-text"):
+        documents_of(written(tmp_path / "e", b'{}\n{"text": "a"}\n'))
+    with pytest.raises(UserError, match=r"line 2, is not JSON: .* \(or take the file as plain text with .*--as-text\)"):
+        documents_of(written(tmp_path / "e", b'{"text": "a"}\nmore\n'))
+    with pytest.raises(UserError, match="--field body has no use with --as-text: leave one out"):
+        ReadOptions(field="body", as_text=True)
+
+
+def test_line_ends_of_unicode_are_within_a_record(tmp_path):
+    content = "\n".join(
+        json.dumps({"text": f"a\u2028b\u2029c\x85d {i}"}, ensure_ascii=False) for i in range(2)
+    ).encode()
+    for name in ("dump", "dump.json", "dump.jsonl"):
+        assert load(str(written(tmp_path / name, content))).inputs[0].kind == "jsonl"
+        assert documents_of(tmp_path / name) == ["a\u2028b\u2029c\x85d 0", "a\u2028b\u2029c\x85d 1"]
+
+
+def test_a_line_ends_a_document_where_it_is_said(tmp_path):
+    path = str(written(tmp_path / "stories.txt", b"one\n<|endoftext|>\r\ntwo\n <|endoftext|>\nthree"))
+    [note] = prepare(path, "byte", 0).manifest["notes"]
+    assert note.startswith("<|endoftext|> in the text (2 times) is text like any other; where such a line ends a")
+    options = ReadOptions(separator="<|endoftext|>")
+    assert load(path, options).documents == ["one", "two", "three"]
+    data = prepare_named([path], "stories", TokenizerChoice("byte", 0), options)
+    assert data.manifest["documents"]["train"] == 3 and data.manifest["notes"] == []
+    with pytest.raises(UserError, match="stories is prepared already, from something else"):
+        prepare_named([path], "stories", TokenizerChoice("byte", 0), ReadOptions())
+    lines = written(tmp_path / "dump.jsonl", LINES)
+    with pytest.raises(UserError, match="--separator -- has no use: no files of text are given, and each record"):
+        ReadOptions(separator="--").load([str(lines)], tmp_path)
+    assert ReadOptions(separator="--").load([str(lines), path], tmp_path)
+
+
+def test_files_that_are_called_as_splits_are_told(tmp_path):
+    for name in ("train", "valid", "test"):
+        written(tmp_path / "data" / f"{name}.jsonl", LINES)
+    [note] = prepare(str(tmp_path / "data"), "byte", 0).manifest["notes"]
+    train, valid = (tmp_path / "data" / f"{name}.jsonl" for name in ("train", "valid"))
+    instead = f"gpt data prepare {quote(train)} --val {quote(valid)}"
+    assert note == f"trained on as train.jsonl is: valid.jsonl, test.jsonl; to hold one out: {instead}"
+    data = prepare_named([str(train)], "split", TokenizerChoice("byte", 0), ReadOptions(), val=str(valid))
+    assert data.manifest["notes"] == [] and data.manifest["documents"] == {"train": 3, "val": 3}
+
+
+def test_the_readme_names_what_is_always_text():
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8").replace("\n", " ")
+    *others, last = (f"`{suffix}`" for suffix in readers.TEXT_SUFFIXES)
+    assert f"only {', '.join(others)} and {last} are text in any case" in readme
 
 
 def test_a_text_file_may_hold_json(tmp_path):
@@ -222,6 +299,17 @@ def test_globs_take_any_name_and_end_on_loops(tmp_path, pattern, names):
     assert paths == names
 
 
+def test_what_a_glob_takes_is_not_left_out(tmp_path):
+    folder = tmp_path / "folder"
+    for name in ("x.py", "sub/y.py", "sub/a.txt", ".git/c.txt", "sub/.git/c.txt"):
+        written(folder / name, b"text")
+    assert load(str(folder / "**")).left_out == {"hidden folder": 2}
+    assert load(str(folder / "*")).left_out == {".py": 1, "hidden folder": 1}
+    both = [str(folder), str(folder / "**" / "*.py")]
+    [note] = prepare_named(both, "both", TokenizerChoice("byte", 0), ReadOptions()).manifest["notes"]
+    assert note == "left out: 2 hidden folders"
+
+
 def test_a_folder_that_may_not_be_read(tmp_path):
     folder = written(tmp_path / "folder" / "sub" / "a.txt", b"a").parent
     folder.chmod(0)
@@ -306,6 +394,33 @@ def test_zstd_with_a_long_window_and_frames_to_skip(tmp_path):
     assert documents_of(written(tmp_path / "a.txt.zst", FRAME + content + FRAME + content)) == [TEXT.decode() * 2]
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_many_tiny_streams_and_damage_after_the_first(tmp_path, compress):
+    small, suffix = 700, compress.__module__.strip("_").replace("gzip", "gz").replace("lzma", "xz")
+    path = tmp_path / f"a.txt.{suffix}"
+    content = compress(TEXT) + compress(b"") * small + compress(b"a") * small
+    assert documents_of(written(path, content)) == [TEXT.decode() + "a" * small]
+    with pytest.raises(UserError, match=r"can't be read|is damaged or cut short"):
+        documents_of(written(path, content[:-3]))
+    with pytest.raises(UserError, match=r"can't be read|is damaged or cut short"):  # and not taken for what follows
+        documents_of(written(path, compress(TEXT) + compress(TEXT)[:6] + b"\xff" * 40))
+
+
+def test_a_window_that_takes_more_memory_than_there_is(tmp_path, monkeypatch):
+    alone = bytearray(lzma.compress(TEXT, lzma.FORMAT_ALONE))
+    alone[1:5] = struct.pack("<I", 2**32 - 1)  # the dictionary
+    message = r"can't be read: decompressing it takes more than 2.1 GB of memory; compress it anew with a smaller"
+    monkeypatch.setattr(compression, "most_memory", lambda: 2**31)
+    with pytest.raises(UserError, match=message):
+        documents_of(written(tmp_path / "a.txt.lzma", bytes(alone)))
+    frame = zstd(TEXT, window_log=27)
+    content = frame.compress(TEXT) + frame.flush()
+    assert documents_of(written(tmp_path / "a.txt.zst", content)) == [TEXT.decode()]
+    monkeypatch.setattr(compression, "most_memory", lambda: 2**26)
+    with pytest.raises(UserError, match=r"takes more than 67 MB of memory"):
+        documents_of(tmp_path / "a.txt.zst")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -374,3 +489,25 @@ def test_what_older_rules_prepared_is_found_and_opened(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sources, "RULES", 3)
         assert prepare(path, "byte", 0).folder != unnamed.folder
+
+
+@links
+@pytest.mark.parametrize(
+    ("spec", "fingerprint"),
+    [
+        ("", "7616c6c9144bf191c1bcbf69314bbe94efbac07034a532466b44608c49adf4f8"),
+        ("dump", "6af988825a062540b32f774da575344595bf9bbb040255b64bb358d82d1a6553"),
+        ("*", "b34904e323cac4b059f198fd1b66bbf764cd884424471ef1450b573da478ca89"),
+        ("**/*.txt", "4511b73bbac042ea08bdda5f7d11878cb57bc7e20189c0b09864c6d9cae54844"),
+    ],
+)
+def test_the_first_rules_read_as_version_0_1_0_did(tmp_path, spec, fingerprint):
+    names = ["dump", "b.txt", ".hidden/c.txt", "run/run.json", "run/d.md", "e.json", "x.py"]
+    for i, name in enumerate(names):
+        lines = (json.dumps({"text": f"{i} and {j}"}) + "\n" for j in range(20))
+        written(tmp_path / "source" / name, "".join(lines).encode())
+    (tmp_path / "source" / "link").symlink_to(tmp_path / "source" / ".hidden")
+    data = prepare(str(tmp_path / "source" / spec), "byte", 0, rules=1)
+    assert data.fingerprint == fingerprint and data.manifest["rules"] == 1
+    now = prepare(str(tmp_path / "source" / spec), "byte", 0)
+    assert (now.fingerprint == fingerprint) == (spec == "**/*.txt") and now.manifest["rules"] == sources.RULES

@@ -1,20 +1,25 @@
-"""The host: its processor, the dtypes that processors and GPUs are fast at, and its memory."""
+"""The host: its processor, the dtypes that processors and GPUs are fast at, its memory, and keeping it awake."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from twingpt.core.backend import Memory
+from twingpt.core.backend import Device, Memory
+
+NATIVE_BFLOAT16 = 3  # the generation of Apple's M series from which on its GPU has instructions for bfloat16
 
 # (limit, usage) of a container's memory, in cgroups v2 and v1 as seen from within.
 CGROUPS = (
@@ -65,14 +70,33 @@ def nvidia_fast_dtypes(capability: int) -> tuple[str, ...]:
 
 
 def apple_fast_dtypes(chip: str) -> tuple[str, ...]:
-    """The dtypes that the GPU of an Apple chip ("Apple M3 Pro") computes in at full speed.
+    """The dtypes that the GPU of an Apple chip ("Apple M3 Pro") computes in at full speed, those of training last.
 
     Metal does bfloat16 by way of float32 on M1 and M2, and natively from M3 on
-    (huggingface/transformers#40458, philipturner/metal-flash-attention#17).
+    (huggingface/transformers#40458, philipturner/metal-flash-attention#17). Of another chip, such as the
+    "Apple Paravirtual device" of a virtual machine, nothing is known.
     """
-    generation = re.match(r"Apple M(\d+)", chip)
-    native = generation is not None and int(generation[1]) >= 3
-    return ("float32", "float16", "bfloat16") if native else ("float32", "float16")
+    generation = apple_generation(chip)
+    if generation == 0:
+        return ("float32",)
+    return ("float32", "float16", "bfloat16") if generation >= NATIVE_BFLOAT16 else ("float32", "float16")
+
+
+def apple_generation(chip: str) -> int:
+    """3 for an "Apple M3 Pro"; 0 for a chip that isn't one of Apple's M series."""
+    found = re.match(r"Apple M(\d+)", chip)
+    return int(found[1]) if found else 0
+
+
+def dtype_reason(device: Device) -> str:
+    """Why Metal trains in its default dtype, as part of a sentence; nothing for other kinds of devices."""
+    if device.kind != "metal":
+        return ""
+    return {
+        "bfloat16": f"from M{NATIVE_BFLOAT16} on the chip has instructions for bfloat16",
+        "float16": "M1 and M2 have none for bfloat16; it has a loss scale",
+        "float32": f"nothing is known of how fast {device.description} is in half precision",
+    }[device.default_dtype]
 
 
 def _container_memory() -> tuple[int, int] | None:
@@ -125,6 +149,23 @@ def _peak_memory(used: Any) -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 0
+
+
+@contextmanager
+def awake() -> Iterator[bool]:
+    """Keep a Mac from idle sleep within the block, by caffeinate(8); whether that is so, as it never is elsewhere."""
+    command = shutil.which("caffeinate") if platform.system() == "Darwin" else None
+    if command is None:
+        yield False
+        return
+    # It ends with this process even where that is killed (-w), and Ctrl-C, which saves first, is not for it.
+    arguments = [command, "-i", "-w", str(os.getpid())]
+    process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603
+    try:
+        yield True
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def end_with_parent() -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import platform
 from typing import cast
 
+from twingpt.backends.mlx.errors import explain
 from twingpt.backends.mlx.prepare import prepare
 from twingpt.core.backend import Backend, Device
 from twingpt.core.config import unknown_choice
@@ -77,7 +78,9 @@ def get(name: str = "auto") -> Backend:
         if chosen == "mlx":
             prepare()
         return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}.backend"))
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
+        if chosen == "mlx" and (told := explain(error)):
+            raise told from error
         raise UserError(f"The {chosen} backend can't be imported ({error}): {how_to_install(chosen)}.") from error
 
 

@@ -7,7 +7,8 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from twingpt.backends import registry
+from twingpt.backends import host, registry
+from twingpt.backends.mlx import wheel
 from twingpt.checks import parity
 from twingpt.core.backend import Backend, Device
 from twingpt.core.errors import UserError
@@ -36,6 +37,14 @@ def _backend(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return {"installed": True, "broken": str(error)}, []
 
 
+def _mac() -> dict[str, Any] | None:
+    """A Mac's macOS and chip, and MLX's wheels on it, which are to be seen even where they don't load; else None."""
+    if platform.system() != "Darwin":
+        return None
+    macos, chip = platform.mac_ver()[0], host.cpu_name()
+    return {"macos": macos, "chip": chip, **wheel.examine(macos, chip)}
+
+
 def _device(engines: Backend, device: Device) -> dict[str, Any]:
     """A device's properties, and its peak FLOP/s in matrix products by dtype, as published and as measured now."""
     documented = {dtype: flops.documented_peak(device, dtype) for dtype in device.dtypes}
@@ -49,7 +58,7 @@ def _device(engines: Backend, device: Device) -> dict[str, Any]:
 
 
 def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
-    """Platform, libraries, backends, devices and their speed, the choice, and the self-test's worst parity figure.
+    """Platform, Mac, libraries, backends, devices and their speed, the choice, and the self-test's worst parity figure.
 
     Raises UserError for a backend or a device that was asked for and isn't there.
     """
@@ -59,17 +68,21 @@ def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
     choice: dict[str, str | None]
     try:
         chosen, why = registry.choose(backend)
+        if broken := found[chosen][0].get("broken"):  # importing it once more may end the process
+            raise UserError(broken)
         target = registry.find_device(registry.get(chosen), device)
         choice = {"backend": chosen, "device": target.name, "dtype": target.default_dtype, "why": why}
+        choice["dtype_why"] = host.dtype_reason(target) or None
     except UserError as error:
         if backend != "auto" or device is not None:  # what was asked for can't be had
             raise
-        choice = {"backend": None, "device": None, "dtype": None, "why": str(error)}
+        choice = {"backend": None, "device": None, "dtype": None, "why": str(error), "dtype_why": None}
     test = parity.measure(parity.random_models(seed=1337), working)
     worst = max((pair["max_rel_diff"] for pair in test["pairs"]), default=None)
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
+        "mac": _mac(),
         "libraries": {"twingpt": __version__, **{name: _version(name) for name in LIBRARIES}},
         "backends": {name: facts for name, (facts, _) in found.items()},
         "devices": [device for _, devices in found.values() for device in devices],

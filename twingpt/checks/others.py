@@ -116,8 +116,8 @@ class Outside:
 
 
 def is_quantized(opened: OpenedModel) -> bool:
-    """Whether some of the model's matrices are quantized, which is more than that ours can run all of them so."""
-    return opened.format in ("twingpt", "mlx-lm") and "U32" in opened.model.dtypes()
+    """Whether some of the model's matrices are quantized."""
+    return opened.model.quantization is not None
 
 
 def outsiders(names: str, opened: OpenedModel | None) -> list[Outside]:

@@ -47,7 +47,7 @@ def convert(
             help="twingpt, hf, mlx, torch or gguf. (default: gguf for DST.gguf, hf from twingpt, twingpt from others)"
         ),
     ] = None,
-    q_bits: Annotated[int | None, typer.Option(help="Quantize the matrices to 4 or 8 bits.")] = None,
+    q_bits: Annotated[int | None, typer.Option(help="Quantize the matrices to 2, 3, 4, 5, 6 or 8 bits.")] = None,
     q_group_size: Annotated[int, typer.Option(help="Numbers that share a scale: 32, 64 or 128.")] = 64,
     dtype: Annotated[
         str | None,
@@ -111,18 +111,14 @@ def convert(
 
 def _find_tokenizer(name: str) -> "Tokenizer":
     """The tokenizer that --tokenizer names; UserError where there is none."""
-    from twingpt.core.checkpoint.directory import ModelDirectory
     from twingpt.core.paths import expand
     from twingpt.core.tokenizer import CharTokenizer
     from twingpt.data.tokenizers import find
     from twingpt.weights.nanogpt import characters
-    from twingpt.weights.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 
     path = expand(name)
     if path.suffix == ".pkl":
         return CharTokenizer(characters(path))
-    if has_vocab_and_merges(path) and not (path / "tokenizer.json").exists():
-        return read_vocab_and_merges(ModelDirectory(path))
     return find(name)
 
 
@@ -143,8 +139,9 @@ def _conversion_bar(config: "GPTConfig", quiet: bool) -> Iterator[Callable[[int]
 
 def _print_conversion(result: dict[str, Any]) -> None:
     from twingpt.runs.units import human_bytes, human_count
+    from twingpt.weights.convert import bits_in_words
 
-    numbers = "{bits} bits".format(**result["quantization"]) if result["quantization"] else result["dtype"]
+    numbers = bits_in_words(result["quantization"]) if result["quantization"] else result["dtype"]
     print(
         f"{result['target']}: {result['family']} as {result['target_format']}, "
         f"{human_count(result['parameters'])} parameters in {numbers}, "
@@ -165,6 +162,7 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
     from rich.table import Table
 
     from twingpt.runs.units import human_count
+    from twingpt.weights.convert import bits_in_words
 
     if as_json:
         print_json(description)
@@ -182,8 +180,8 @@ def _print_model(description: dict[str, Any], as_json: bool) -> None:
         "vocabulary": f"{config['vocab_size']:,}",
         "tokenizer": description["tokenizer"] or "none",
     }
-    if description["quantization"]:
-        facts["quantized"] = "{bits} bits in groups of {group_size}".format(**description["quantization"])
+    if quantization := description["quantization"]:
+        facts["quantized"] = f"{bits_in_words(quantization)} in groups of {quantization['group_size']}"
     for name, value in facts.items():
         console.print(f"[dim]{name:<12}[/]{value}", soft_wrap=True)
     table = Table("tensor", "shape", box=box.SIMPLE_HEAD)

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from twingpt.commands.help import App
-from twingpt.commands.options import Errors, Field, Json, SettingsCommand, SkipBadLines, Yes
+from twingpt.commands.options import AsText, Errors, Field, Json, Separator, SettingsCommand, SkipBadLines, Yes
 from twingpt.commands.output import ask_to_remove, make_console, print_json
-from twingpt.core.paths import quote
+from twingpt.runs.shell import quote
 
 app = App(
     name="data",
@@ -18,7 +18,7 @@ app = App(
     epilog="[bold]Examples[/]\n\n"
     "gpt data prepare notes/ --name notes       a folder of text, to token ids\n\n"
     "gpt train --data notes                     train on it\n\n"
-    "gpt data list                              what is prepared, and how large it is\n\n"
+    "gpt data list                              what is prepared, and its size\n\n"
     "gpt data sources                           what --data knows by name\n",
 )
 
@@ -55,6 +55,8 @@ def prepare_data(
     field: Field = None,
     errors: Errors = "strict",
     skip_bad_lines: SkipBadLines = 0,
+    as_text: AsText = False,
+    separator: Separator = None,
     val: Annotated[str | None, typer.Option(help="What is held out: a share, or a source. (default: 0.1)")] = None,
     licence: Annotated[str | None, typer.Option(help="Noted of sources that have no licence of their own.")] = None,
     json_: Json = False,
@@ -78,7 +80,7 @@ def prepare_data(
     from twingpt.data.workers import PeakMemory
 
     choice = TokenizerChoice(*(ctx.obj.get(key, getattr(TrainConfig, key)) for key in PrepareCommand.keys))
-    options = ReadOptions(field, errors, licence, skip_bad_lines)
+    options = ReadOptions(field, errors, licence, skip_bad_lines, as_text, separator)
     bar = contextlib.nullcontext(Progress()) if json_ else show.progress_bar(Console(stderr=True))
     start, memory = time.perf_counter(), PeakMemory()
     with memory.watch(), bar as progress:

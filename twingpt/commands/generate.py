@@ -1,9 +1,12 @@
 """gpt generate: sample text from a model."""
 
+from __future__ import annotations
+
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +16,11 @@ from twingpt.commands.output import print_json
 from twingpt.core.errors import UserError
 from twingpt.core.paths import expand
 
+if TYPE_CHECKING:
+    from twingpt.core.backend import InferenceEngine
+    from twingpt.inference.language_model import Response
+    from twingpt.inference.prompt_cache import PromptCache
+
 app = App()
 
 
@@ -20,7 +28,7 @@ app = App()
     epilog="[bold]Examples[/]\n\n"
     'gpt generate runs/novel -p "It was a"\n\n'
     'gpt generate runs/novel@best -p "It was a" -m 400 --temp 0.7 --seed 7\n\n'
-    "echo -n 'def ' | gpt generate runs/code -p - --json\n"
+    "echo -n 'def ' | gpt generate runs/code -p - --json --num-samples 4 --logprobs 5\n"
 )
 def generate(
     model: Annotated[str, typer.Argument(metavar="CKPT|RUN", help="A checkpoint, or a run: RUN@best, latest.")],
@@ -31,6 +39,15 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this probability.")] = 0.95,
     min_p: Annotated[float, typer.Option(help="Drop those less likely than this share of the likeliest.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens seen before are less likely.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from logits of tokens generated before.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that one was generated.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=NUMBER", help="Added to the logit of a token; repeatable.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Texts to generate side by side.")] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json, log-probabilities of the tokens and of so many likeliest.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text, on either backend.")] = 1337,
     backend: Backend = "auto",
     device: Device = None,
@@ -56,9 +73,12 @@ def generate(
     """Let a model go on from a prompt, streaming its text."""
     from twingpt.backends import registry
     from twingpt.inference.load import language_model
-    from twingpt.inference.prompt_cache import MAX_BYTES, PromptCache, model_digest
+    from twingpt.inference.prompt_cache import model_digest
     from twingpt.weights.formats import open_model
 
+    if logprobs is not None and not json_:
+        raise UserError("--logprobs shows nothing without --json: add it.")
+    biases = dict(map(_bias, logit_bias or []))
     start = read_stdin() if prompt == "-" else prompt
     opened = open_model(model).model
     loaded = language_model(opened, backend, device, dtype)
@@ -66,12 +86,7 @@ def generate(
     prompt_cache = None
     if prompt_cache_file:
         file, digest = expand(prompt_cache_file), model_digest(opened)
-        limit = MAX_BYTES if prompt_cache_bytes is None else prompt_cache_bytes
-        prompt_cache = PromptCache(loaded.engine, kv_bits=kv_bits, max_bytes=limit)
-        if file.exists():
-            prompt_cache.load(file, digest)
-        elif not file.parent.is_dir():
-            raise UserError(f"There is no folder {file.parent} for the prompt cache: make it, or give another file.")
+        prompt_cache = _prompt_cache(file, digest, loaded.engine, kv_bits, prompt_cache_bytes)
     name, engine = registry.choose(backend)[0], loaded.engine
     responses = loaded.stream(
         ids,
@@ -81,39 +96,78 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=biases,
         seed=seed,
         stop=stop,
+        log_probs=logprobs is not None,
+        top_log_probs=logprobs or 0,
+        num_samples=num_samples,
         kv_bits=kv_bits,
         prompt_cache=prompt_cache,
-        log_probs=False,
     )
     if not json_:
         print(f"{name} on {engine.device.name}, in {engine.dtype}", file=sys.stderr)
         print(start, end="", flush=True)
-    text, tokens, finish_reason = "", list[int](), None
+    samples: list[dict[str, Any]] = [{"text": "", "tokens": [], "finish_reason": None} for _ in range(num_samples)]
     began = time.perf_counter()
     for response in responses:
-        text, finish_reason = text + response.text, response.finish_reason
-        tokens += [response.token] * (response.token not in loaded.ends)
-        if not json_:
+        _add(samples[response.choice], response, loaded.ends)
+        if not json_ and response.choice == 0:  # the others would come between
             print(response.text, end="", flush=True)
+    seconds = time.perf_counter() - began
     if prompt_cache and prompt_cache.changed:
         prompt_cache.save(file, digest)
     if not json_:
-        print()
+        print(*("", *(f"\n{start}{sample['text']}" for sample in samples[1:])), sep="\n")
         if prompt_cache:
             kept = "" if not prompt_cache.refused else ", and it is too long to be kept in --prompt-cache-bytes"
             print(f"{prompt_cache.reused} of the prompt's tokens were in {file}{kept}", file=sys.stderr)
         return
     print_json(
         {
-            "text": text,
-            "tokens": tokens,
+            **samples[0],
             "prompt_tokens": ids,
-            "finish_reason": finish_reason,
-            "tokens_per_second": len(tokens) / (time.perf_counter() - began),
+            "tokens_per_second": sum(len(sample["tokens"]) for sample in samples) / seconds,
             "backend": name,
             "device": engine.device.name,
             "dtype": engine.dtype,
+            **({"samples": samples} if num_samples > 1 else {}),
         }
     )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """The id and the number of ID=NUMBER."""
+    token, _, number = text.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError:
+        raise UserError(f"--logit-bias must be ID=NUMBER, as in 50=-100, and is {text!r:.60}.") from None
+
+
+def _prompt_cache(
+    file: Path, digest: str, engine: InferenceEngine, kv_bits: int | None, max_bytes: int | None
+) -> PromptCache:
+    """The prompt cache that a file has, or is to have."""
+    from twingpt.inference.prompt_cache import MAX_BYTES, PromptCache
+
+    cache = PromptCache(engine, kv_bits=kv_bits, max_bytes=MAX_BYTES if max_bytes is None else max_bytes)
+    if file.exists():
+        cache.load(file, digest)
+    elif not file.parent.is_dir():
+        raise UserError(f"There is no folder {file.parent} for the prompt cache: make it, or give another file.")
+    return cache
+
+
+def _add(sample: dict[str, Any], response: Response, ends: Collection[int]) -> None:
+    """Add what a response says to the sample that it is of; an end of text is no token of it."""
+    sample["text"] += response.text
+    sample["finish_reason"] = response.finish_reason
+    if response.token in ends:
+        return
+    sample["tokens"].append(response.token)
+    if response.log_prob is not None:
+        top = [{"token": token, "log_prob": log_prob} for token, log_prob in response.top]
+        sample.setdefault("log_probs", []).append({"log_prob": response.log_prob, "top": top})

@@ -42,6 +42,8 @@ Field = Annotated[
 ]
 Errors = Annotated[str, typer.Option(help="What is not UTF-8: strict stops, replace takes U+FFFD.")]
 SkipBadLines = Annotated[int, typer.Option(help="Leave out so many JSON records that have no text.")]
+Separator = Annotated[str | None, typer.Option(metavar="LINE", help="A line of text files that ends a document.")]
+AsText = Annotated[bool, typer.Option("--as-text", help="Take JSON as plain text, a document a file.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
 
 

@@ -55,22 +55,34 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
 def print_prepared(console: Console, result: dict[str, Any], word: str) -> None:
     """Print what a preparation made, and how to train on it; `word` is the name, quoted for a shell."""
+    unseen = "" if result["val_tokens"] else " --eval-interval 0"  # as there is nothing to evaluate on
     console.print(
         f"[bold]{escape(result['name'])}[/]: {human_documents(result['documents'])}, "
         f"{human_bytes(result['bytes'])} of text; {human_count(result['tokens'])} tokens to train on, "
-        f"{human_count(result['val_tokens'])} held out; {human_time(result['seconds'])}, "
+        f"{_held_out(human_count(result['val_tokens']))}; {human_time(result['seconds'])}, "
         f"{human_bytes(result['peak_rss_bytes'])} of memory at most"
     )
     for note in result["notes"]:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     if any(what.startswith((".", "without")) for what in result["left_out"]):
         console.print("A glob takes files of any name: gpt data prepare 'FOLDER/**/*.py'", soft_wrap=True)
-    console.print(f"{escape(result['path'])}\nTrain on it: [bold]gpt train --data {escape(word)}[/]", soft_wrap=True)
+    console.print(
+        f"{escape(result['path'])}\nTrain on it: [bold]gpt train --data {escape(word)}{unseen}[/]", soft_wrap=True
+    )
+
+
+def _held_out(tokens: str, how: str = "") -> str:
+    """How many tokens are held out, and how, in words."""
+    if tokens == "0":
+        return "nothing held out"
+    return f"{tokens} held out{f' ({escape(how)})' if how else ''}"
 
 
 def print_list(console: Console, summaries: list[DatasetSummary]) -> None:
     """Print a line a data set, and the errors of broken ones."""
-    table = Table("name", "documents", "text", "tokens", "held out", "tokenizer", "on disk", box=box.SIMPLE_HEAD)
+    table = Table("name", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))  # most fit 80 columns
+    for title in ("documents", "text", "tokens", "held out", "tokenizer", "on disk"):
+        table.add_column(title, justify="left" if title == "tokenizer" else "right")
     for row in summaries:
         facts = ("", "", "", "", "[red]broken[/]")
         if row.error is None:
@@ -89,7 +101,7 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
     console.print(
         f"[bold]{escape(info['name'])}[/]: {human_documents(info['documents'])}, {human_bytes(info['bytes'])} of text, "
         f"{human_bytes(info['size_bytes'])} on disk\n"
-        f"{info['tokens']:,} tokens to train on, {info['val_tokens']:,} held out ({escape(info['split'])})\n"
+        f"{info['tokens']:,} tokens to train on, {_held_out(format(info['val_tokens'], ','), info['split'])}\n"
         f"tokenizer {escape(info['tokenizer'])} of {info['vocab_size']:,} ids, {per_token:.2f} bytes per token"
     )
     console.print(f"[dim]{escape(info['path'])}[/]", soft_wrap=True)
@@ -116,7 +128,8 @@ def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
         state = f"{here} of {len(files)} files here" if 0 < here < len(files) else "downloaded" if here else ""
         state = state if files else "comes with Python"
         size = human_bytes(row["size"]) if row["size"] else "–"
-        facts = [f"[bold]{row['name']:11}[/]  {size:>7}  {row['licence']:16}", shards, state and f"[green]{state}[/]"]
-        console.print("  ".join(filter(None, facts)), soft_wrap=True)
+        more = list(filter(None, [shards, state and f"[green]{state}[/]"]))
+        licence = f"{row['licence']:16}" if more else row["licence"]
+        console.print("  ".join([f"[bold]{row['name']:11}[/]  {size:>7}  {licence}", *more]), soft_wrap=True)
         pin = row["revision"] or f"SHA-256 {files[0]['sha256']}"
         console.print(f"{'':13}[dim]{row['address']}, {pin}[/]", soft_wrap=True)

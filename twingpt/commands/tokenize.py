@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from twingpt.commands.help import App
-from twingpt.commands.options import Errors, Field, Json, SkipBadLines, read_stdin
+from twingpt.commands.options import AsText, Errors, Field, Json, Separator, SkipBadLines, read_stdin
 from twingpt.commands.output import make_console, print_json
 
 app = App(
@@ -16,7 +16,7 @@ app = App(
     epilog="[bold]Examples[/]\n\n"
     "gpt tokenize train novel.txt --vocab-size 4096 --out bpe4k\n\n"
     "gpt tokenize show 'Hello world' --tokenizer bpe4k\n\n"
-    "gpt tokenize compare novel.txt --tokenizer bpe4k --tokenizer gpt2 --tokenizer byte\n",
+    "gpt tokenize compare novel.txt -t bpe4k -t gpt2 -t byte\n",
 )
 
 TOKENIZER = "byte, gpt2, cl100k_base, o200k_base, a tokenizer.json, its folder, or a run or checkpoint."
@@ -38,6 +38,8 @@ def tokenize_train(
     field: Field = None,
     errors: Errors = "strict",
     skip_bad_lines: SkipBadLines = 0,
+    as_text: AsText = False,
+    separator: Separator = None,
     json_: Json = False,
 ) -> None:
     """Learn a byte-level BPE from texts, for gpt train --tokenizer, transformers and mlx-lm."""
@@ -46,14 +48,15 @@ def tokenize_train(
 
     from twingpt.data.learning import learn_to_folder
     from twingpt.data.sources import ReadOptions, printable
+    from twingpt.runs.units import human_bytes
 
-    options = ReadOptions(field, errors, skip_bad_lines=skip_bad_lines)
+    options = ReadOptions(field, errors, skip_bad_lines=skip_bad_lines, as_text=as_text, separator=separator)
     with Console(stderr=True).status(f"Learning from {escape(printable(', '.join(data)))}"):
         result = learn_to_folder(data, vocab_size, pattern, out, options, chat=chat)
     if json_:
         print_json(result)
         return
-    print(f"{out}: {result['vocab_size']} ids from {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s")
+    print(f"{out}: {result['vocab_size']:,} ids from {human_bytes(result['bytes'])} in {result['seconds']:.1f} s")
     for note in result["notes"]:
         print(note)
     if result["vocab_size"] < vocab_size:
@@ -97,6 +100,8 @@ def tokenize_compare(
     field: Field = None,
     errors: Errors = "strict",
     skip_bad_lines: SkipBadLines = 0,
+    as_text: AsText = False,
+    separator: Separator = None,
     json_: Json = False,
 ) -> None:
     """Compare tokenizers on a text: tokens, bytes per token, vocabulary, speed on one core."""
@@ -104,7 +109,9 @@ def tokenize_compare(
     from twingpt.data.learning import compare
     from twingpt.data.sources import ReadOptions
 
-    result = compare(tokenizer, data, ReadOptions(field, errors, skip_bad_lines=skip_bad_lines))
+    result = compare(
+        tokenizer, data, ReadOptions(field, errors, skip_bad_lines=skip_bad_lines, as_text=as_text, separator=separator)
+    )
     if json_:
         print_json(result)
     else:

@@ -9,7 +9,7 @@ from twingpt.commands.help import App
 from twingpt.commands.options import FILE, OPTIMIZER, WHERE, SettingsCommand, option
 from twingpt.commands.output import make_console, print_json
 from twingpt.core.errors import UserError
-from twingpt.core.paths import quote
+from twingpt.runs.shell import quote
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,7 @@ def train(
             raise UserError(f"--resume goes on in the run's own folder, with its own model: leave out {names[key]}.")
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after must be at least 1, and is {stop_after}.")
-    common: dict[str, Any] = {"compile": where.compile, "report_to": where.report_to}
+    common: dict[str, Any] = {"compile": where.compile, "report_to": where.report_to, "wired_limit": where.wired_limit}
     if resume is not None:
         state = resume_run(resume, options, where.backend, where.device, stop_after=stop_after, names=names, **common)
     else:

@@ -19,15 +19,16 @@ from twingpt.core.backend import Device
 from twingpt.core.config import GPTConfig, TrainConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
-from twingpt.core.paths import expand, quote
-from twingpt.core.presets import DEEPEST, PRESETS
+from twingpt.core.paths import expand
+from twingpt.core.presets import PRESETS
 from twingpt.data.named import NAMES
 from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset
+from twingpt.runs.shell import quote
 from twingpt.runs.units import human_bytes, human_count, human_time
 from twingpt.training import depth, memory, recipes
 from twingpt.training.estimate import Place, Plan, Speed, measure, places, plan
-from twingpt.training.settings import Settings, write
+from twingpt.training.settings import DEEPEST, Settings, write
 
 DEPTHS = (2, 4, 6, 8, 12, 16, 20, 24)  # shown; any is accepted
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}

@@ -7,6 +7,6 @@
 4. `backend`: the protocols that `twingpt/backends/mlx` and `torch` implement, tested against `reference`.
 5. `tokenizer/`: text to ids and back. `checkpoint/`: the files of a model on disk.
 
-`errors`, `locks`, `paths`, `reading` and `units` are what every package uses: errors for users, locks between
-processes, where files go, untrusted files, and numbers formatted for people.
+`errors`, `locks`, `paths` and `reading` are what every package uses: errors for users, locks between processes,
+where files go, and untrusted files.
 """

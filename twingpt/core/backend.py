@@ -43,10 +43,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use on the device, now and at most so far; on a CPU those of the process."""
+    """Bytes in use on the device, now and at most so far, and freed ones kept for reuse; on a CPU the process's two."""
 
     now: int
     peak: int
+    cached: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,15 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step sampled in each of its rows: ids (B,), and maybe their log-probabilities by the raw logits, (B,)."""
+    """What a step sampled in its rows: ids (B,), -1 where logits aren't finite; maybe raw log-probabilities (nats).
+
+    `log_probs` (B,) are those of the ids, `top` and `top_ids` (B, k) as in LogProbs; None where not asked for.
+    """
 
     tokens: Any
-    log_probs: Any
+    log_probs: Any = None
+    top: Any = None
+    top_ids: Any = None
 
 
 class InferenceEngine(Protocol):
@@ -99,11 +105,11 @@ class InferenceEngine(Protocol):
     def prefill(self, cache: Any, row: int, tokens: Array) -> Handle:
         """Run (T,) ids of a prompt, or of a part of it, behind what a row holds. Enqueues only."""
 
-    def step(self, cache: Any, sampling: SamplingRows, u: Array, *, log_probs: bool = True) -> Handle:
+    def step(self, cache: Any, sampling: SamplingRows, u: Array, *, log_probs: int | None = 0) -> Handle:
         """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
 
-        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled, with `log_probs`
-        unless they are left out: they take a pass over the vocabulary.
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues; a CPU may compute the logits first. Reads as
+        Sampled, with log-probabilities of the ids and of the `log_probs` likeliest; None leaves both out, and a pass.
         """
 
     def logits(self, handle: Handle) -> Array:
@@ -141,7 +147,7 @@ class TrainEngine(Protocol):
         """An inference engine on the present parameters, in the dtype of training."""
 
     def memory(self) -> Memory:
-        """Bytes in use on the device, now and at most so far."""
+        """Bytes in use on the device, now and at most so far, and freed ones kept for reuse."""
 
 
 class NewTrainEngine(Protocol):
@@ -189,6 +195,12 @@ class Backend(Protocol):
     def free_memory(self, device: Device) -> int:
         """Bytes that can still be allocated on the device."""
 
+    def memory_limits(self, device: Device, *, cache: int, wired: int) -> AbstractContextManager[None]:
+        """Within the block hold Metal to so many bytes of freed memory kept for reuse, and of memory kept wired."""
+
+    def clear_cache(self, device: Device) -> None:
+        """Give freed memory that is kept for reuse back to the system, where it is the system's memory too."""
+
     def arrays_peak(self, device: Device, run: Callable[[], Any]) -> int:
         """Peak bytes of the arrays that `run` makes on the device; `run` waits for them."""
 
@@ -203,8 +215,8 @@ class Backend(Protocol):
     def module_logits(self, module: Any, tokens: Array) -> Array:
         """(B, T) ids -> (B, T, V) float32 logits of a library's model in this framework, run in float32 on the CPU."""
 
-    def memory_errors(self) -> AbstractContextManager[None]:
-        """Raise OutOfMemoryError within the block for whatever the framework raises where memory is short."""
+    def device_errors(self) -> AbstractContextManager[None]:
+        """Raise DeviceError, with the way out, within the block for what the framework raises of a device."""
 
     def details(self) -> dict[str, Any]:
         """The framework's version and build, as `gpt doctor` shows them."""
@@ -220,13 +232,10 @@ def check_tokens(tokens: Array, config: GPTConfig) -> Array:
     except ValueError:
         raise UserError("Tokens must be rows of one length, of shape (batch, time).") from None
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(
-            f"Tokens must be integers of shape (batch, time), and are {tokens.dtype} of shape {tokens.shape}."
-        )
+        raise UserError(f"Tokens must be integers of shape (batch, time), not {tokens.dtype} of shape {tokens.shape}.")
     if tokens.shape[1] > config.block_size:
         raise UserError(f"{tokens.shape[1]} tokens are more than the model's block_size {config.block_size}.")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.vocab_size:
-        bad = low if low < 0 else high
-        raise UserError(f"Token id {bad} is outside the vocabulary, 0 to {config.vocab_size - 1}.")
+        raise UserError(f"Token id {low if low < 0 else high} is outside the vocabulary, 0 to {config.vocab_size - 1}.")
     return tokens.astype(np.int32)

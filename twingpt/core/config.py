@@ -174,10 +174,9 @@ def _from_dict(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     for key in values:
         if key not in known:
             raise unknown_choice(f"{what} key", key, known)
-    try:
-        return cls(**values)
-    except TypeError as error:  # a required key is missing
-        raise UserError(f"The {what} is incomplete: {error}.") from None
+    if lacking := [name for name, about in known.items() if about.default is MISSING and name not in values]:
+        _fail(f"The {what} is incomplete: it lacks {' and '.join(lacking)}.")
+    return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,3 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
-
-
-class OutOfMemoryError(UserError):
-    """Out of memory on a device; what a backend's `memory_errors` makes of its framework's own errors."""

@@ -29,17 +29,6 @@ def home() -> Path:
     return expand(os.environ.get("TWINGPT_HOME") or "~/.cache/twingpt")
 
 
-def quote(word: str | Path) -> str:
-    """A word of a command line, quoted for the shell that a user of this system copies it to."""
-    if sys.platform == "win32":  # cmd.exe takes a single quote for a part of the word
-        import subprocess
-
-        return subprocess.list2cmdline([str(word)])
-    import shlex
-
-    return shlex.quote(str(word))
-
-
 def sync_folder(folder: Path) -> None:
     """Make renames within `folder` durable; Windows opens no folders, and its file system journals renames."""
     if sys.platform == "win32":

@@ -10,25 +10,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "llama": {"qk_norm": False},
     "nano": {
-        "mlp": "relu2",
-        "tie_embeddings": False,
-        "embed_norm": True,
-        "smear": True,
-        "logit_softcap": 15.0,
+        "mlp": "relu2", "tie_embeddings": False, "embed_norm": True, "smear": True, "logit_softcap": 15.0,
         "zero_init": True,
     },
     "gpt2": {
-        "position": "learned",
-        "norm": "layernorm",
-        "norm_eps": 1e-5,
-        "norm_bias": True,
-        "mlp": "gelu_tanh",
-        "mlp_bias": True,
-        "qkv_bias": True,
-        "attn_out_bias": True,
-        "qk_norm": False,
+        "position": "learned", "norm": "layernorm", "norm_eps": 1e-5, "norm_bias": True, "mlp": "gelu_tanh",
+        "mlp_bias": True, "qkv_bias": True, "attn_out_bias": True, "qk_norm": False,
     },
-}
+}  # fmt: skip
 
 # In the comments: parameters, with a vocabulary of so many ids.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -39,9 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": {"shape": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},  # 124M, 50k
     "large": {"n_layer": 24, "n_head": 16, "n_kv_head": 8, "n_embd": 1024, "block_size": 1024},  # 350M, 50k
 }
-
-
-DEEPEST = 48  # of --depth
 
 
 def preset(name: str, vocab_size: int, shape: str | None = None, **overrides: Any) -> GPTConfig:

@@ -18,6 +18,7 @@ def generator(*key: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=digest(*key)))
 
 
-def uniform(seed: int, position: int) -> float:
-    """The uniform in [0, 1), a multiple of 2^-24, that samples the token at `position` of a text with `seed`."""
-    return float(np.random.Philox(key=digest("sample", seed, position)).random_raw() >> 40) / (1 << 24)
+def uniform(seed: int, position: int, choice: int = 0) -> float:
+    """The uniform in [0, 1), a multiple of 2^-24, for the token at `position` of a text, or of its further `choice`."""
+    key = digest("sample", seed, position, *[choice] * (choice > 0))
+    return float(np.random.Philox(key=key).random_raw() >> 40) / (1 << 24)

@@ -34,14 +34,8 @@ class Hyper(NamedTuple):
 
 # With these at 0 an optimizer step changes no parameter and no state: how a step is skipped without a host sync.
 RATES = (
-    "matrix_lr",
-    "embedding_lr",
-    "head_lr",
-    "vector_lr",
-    "one_minus_beta1",
-    "one_minus_beta2",
-    "one_minus_momentum",
-)
+    "matrix_lr", "embedding_lr", "head_lr", "vector_lr", "one_minus_beta1", "one_minus_beta2", "one_minus_momentum",
+)  # fmt: skip
 # Dynamic loss scaling in float16, with the defaults of torch's GradScaler but a largest scale.
 LOSS_SCALE_START, LOSS_SCALE_LARGEST, LOSS_SCALE_INTERVAL = 2.0**16, 2.0**24, 2000
 

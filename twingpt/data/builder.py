@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from typing import Any
 from twingpt.core import rng
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import TOKENIZERS, Tokenizer
+from twingpt.core.tokenizer.base import END_OF_TEXT
 from twingpt.data import shards, sources, spelling, workers
 from twingpt.data.documents import pieces
 from twingpt.data.shards import SPLITS, ShardWriter
@@ -24,7 +24,7 @@ from twingpt.data.sources import Source
 from twingpt.data.split import VAL_FRACTION, Split
 from twingpt.data.tokenizers import find, learn_or_find
 from twingpt.data.workers import ChunkEncoder, EncodedChunk
-from twingpt.runs.units import human_share
+from twingpt.runs.units import counted, human_share
 
 FEW = 20  # text files; with so few, tails may be held out, and a pass that counts is cheaper than encoding twice
 SAMPLE = 2**26  # characters that a tokenizer is learned from, at most
@@ -99,8 +99,8 @@ class LoadedSources:
         with_val = [one for one in self.sources.values() if self.val or (one.held_out and self.share is None)]
         others = [one for one in self.sources.values() if one not in with_val]
         held_out = [one for name, one in self.all().items() if name not in self.sources]
-        by_share = Split(only="train") if self.share == 0 else Split(self.share or VAL_FRACTION)
-        splits = ((others, by_share), (with_val, Split(only="train")), (held_out, Split(only="val")))
+        by_share = VAL_FRACTION if self.share is None else self.share
+        splits = ((others, Split(by_share)), (with_val, Split(only="train")), (held_out, Split(only="val")))
         return [(joined("", one), split) for one, split in splits if one]
 
 
@@ -110,7 +110,7 @@ def joined(name: str, several: Iterable[Source]) -> Source:
     return Source(
         name,
         [one for source in found for one in source.inputs],
-        left_out=sum((Counter(source.left_out) for source in found), Counter()),
+        others={path: what for source in found for path, what in source.others.items()},
         most_bad=max((source.most_bad for source in found), default=0),
     )
 
@@ -144,7 +144,7 @@ class DatasetBuilder:
         split = self._split(self.groups[0][1]).description
         facts: dict[str, Any] = {"name": self.name, "asked": self.choice.asked, "sources": rows, "split": split}
         facts["val"] = next(map(sources.printable, self.loaded.val), self.loaded.share)
-        facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned, "rules": sources.RULES}
+        facts |= {"documents": counts.documents, "empty_documents": counts.empty, **learned, "rules": self.source.rules}
         facts |= {"left_out": dict(self.source.left_out), "notes": self._notes(counts)}
         shards.finish_dataset(folder, tokenizer, facts, writers)
 
@@ -162,6 +162,12 @@ class DatasetBuilder:
                 f"{unspelled.ids:,} ids stand for what is unknown, and {unspelled.lost:,} of {unspelled.characters:,} "
                 "characters are lost."
             )
+        if counts.ends:
+            notes.append(
+                f"{END_OF_TEXT} in the text ({counted(counts.ends, 'time')}) is text like any other; where such a line "
+                f"ends a document: gpt data prepare --separator '{END_OF_TEXT}'"
+            )
+        notes += [note for source in self.loaded.sources.values() for note in source.split_notes]
         return [*notes, *self.source.notes(counts.bad)]
 
     def _source_rows(self, digests: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
+import psutil
+
 from twingpt.core.errors import UserError
+from twingpt.runs.units import human_bytes
 
 BLOCK = 2**20  # bytes read, and yielded, at a time
+SMALL_STEP = 2**10  # compressed bytes that a decompressor is fed where they may hold many streams, or a bomb
 
+GZIP, XZ = b"\x1f\x8b", b"\xfd7zXZ\0"
 # A stream's first bytes, by the suffix of its format; those of bzip2 with a block's, as text may begin with BZh9.
 MAGIC = (
-    (b"\x1f\x8b", ".gz"),
+    (GZIP, ".gz"),
     (b"\x28\xb5\x2f\xfd", ".zst"),
-    (b"\xfd7zXZ\0", ".xz"),
+    (XZ, ".xz"),
     *((b"BZh%d" % level + block, ".bz2") for level in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")),
 )
 LONGEST_MAGIC = max(len(magic) for magic, _ in MAGIC)
+NOT_ZERO = re.compile(rb"[^\0]|\Z")
 SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".lzma")
 
 
 def decompress(file: Any, suffix: str) -> Iterator[bytes]:
     """The content of a buffered binary file in blocks, decompressed where it begins as a stream.
 
-    It is one also where its `suffix` says so. Raises EOFError, OSError or zlib.error for a damaged stream, UserError
-    where zstandard is not installed.
+    It is one also where its `suffix` says so. Raises EOFError, OSError or zlib.error for a damaged stream, and for one
+    that takes more than `most_memory`; UserError where zstandard is not installed.
     """
     begins = file.peek(LONGEST_MAGIC)
     suffix = next((known for magic, known in MAGIC if begins.startswith(magic)), suffix)
-    yield from DECOMPRESSORS.get(suffix, _plain)(file)
+    memory = most_memory()
+    try:
+        yield from DECOMPRESSORS.get(suffix, _plain)(file)
+    except MemoryError:
+        raise OSError(
+            f"decompressing it takes more than {human_bytes(memory)} of memory; compress it anew with a smaller window"
+        ) from None
+
+
+def most_memory() -> int:
+    """Bytes that a decompressor's window may take: those of zstd --long=31, as dumps have, where they are free."""
+    return min(2**31, int(psutil.virtual_memory().available))
 
 
 def _plain(file: IO[bytes]) -> Iterator[bytes]:
@@ -37,29 +55,68 @@ def _plain(file: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
-def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
-    """The members of a gzip file; after one, zeros and what is no member are ignored, as gzip does."""
-    member, within, members = zlib.decompressobj(31), False, 0
+class _Gunzip:
+    """zlib's decompressor of one gzip member, as bz2's and lzma's are used."""
+
+    def __init__(self) -> None:
+        self.member, self.needs_input = zlib.decompressobj(31), True
+
+    def decompress(self, content: bytes, most: int) -> bytes:
+        """At most so many bytes; `needs_input` says whether those are all that there are now."""
+        found = self.member.decompress(self.member.unconsumed_tail + content, most)
+        self.needs_input = len(found) < most
+        return found
+
+    def __getattr__(self, name: str) -> Any:  # eof and unused_data
+        return getattr(self.member, name)
+
+
+def _streams(file: IO[bytes], new: Callable[[], Any], magic: bytes) -> Iterator[bytes]:
+    """The streams of a file one after another, each by a decompressor that `new` makes.
+
+    After one, zeros and what does not begin with the `magic` bytes are ignored, as gzip does.
+    """
+    stream, within, ended = new(), False, False
     for block in _plain(file):
-        rest = block
-        while rest:
+        start, step = 0, BLOCK
+        while start < len(block):
             if not within:
-                if members and not (rest := rest.lstrip(b"\0")):
+                start = NOT_ZERO.search(block, start).start() if ended else start  # type: ignore[union-attr]
+                if start == len(block) or (ended and not magic.startswith(block[start : start + len(magic)])):
                     break
-                if not rest.startswith(b"\x1f\x8b"[: len(rest)]):
-                    if members:
-                        return
-                    raise OSError(f"Not a gzipped file ({rest[:2]!r})")
-            within = True
-            yield (content := member.decompress(rest, BLOCK))
-            while len(content) == BLOCK and not member.eof and not member.unconsumed_tail:
-                yield (content := member.decompress(b"", BLOCK))
-            rest = member.unconsumed_tail
-            if member.eof:
-                rest = member.unused_data
-                member, within, members = zlib.decompressobj(31), False, members + 1
+            within, fed = True, min(len(block), start + step)
+            yield stream.decompress(block[start:fed], BLOCK)
+            while not (stream.eof or stream.needs_input):
+                yield stream.decompress(b"", BLOCK)
+            start, step = fed - len(stream.unused_data), min(2 * step, BLOCK)
+            if stream.eof:  # what is unused is copied, so that of tiny streams fed by the block time would be quadratic
+                stream, within, ended, step = new(), False, True, SMALL_STEP
     if within:
         raise EOFError("its compressed stream does not end")
+
+
+def _gunzip(file: Any) -> Iterator[bytes]:
+    if not GZIP.startswith(begins := file.peek(len(GZIP))[: len(GZIP)]):
+        raise OSError(f"Not a gzipped file ({begins!r})")
+    yield from _streams(file, _Gunzip, GZIP)
+
+
+def _bunzip2(file: IO[bytes]) -> Iterator[bytes]:
+    import bz2
+
+    return _streams(file, bz2.BZ2Decompressor, b"BZh")
+
+
+def _unxz(file: IO[bytes]) -> Iterator[bytes]:
+    import lzma
+
+    memory = most_memory()
+    try:
+        yield from _streams(file, lambda: lzma.LZMADecompressor(memlimit=memory), XZ)
+    except lzma.LZMAError as error:
+        if "Memory usage limit" in str(error):
+            raise MemoryError from None
+        raise EOFError(str(error)) from None
 
 
 def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
@@ -68,16 +125,17 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
     except ImportError:
         raise UserError('Reading .zst needs zstandard: pip install "twingpt[data]", or decompress it first.') from None
 
-    def decompressor() -> Any:  # of the window that zstd --long=31 takes; by default a frame of 128 MB is refused
-        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=most_memory())  # by default a frame of 128 MB is refused
 
     try:
-        yield from _joined(_zstd_frames(file, decompressor))
+        yield from _joined(_zstd_frames(file, decompressor.decompressobj))
     except zstandard.ZstdError as error:
         if "ictionary" in str(error):
             raise OSError(
                 "it needs the dictionary that it was compressed with: decompress it first (zstd -D)"
             ) from None
+        if "memory" in str(error):
+            raise MemoryError from None
         raise EOFError(str(error)) from None
 
 
@@ -85,8 +143,8 @@ def _zstd_frames(file: IO[bytes], decompressor: Callable[[], Any]) -> Iterator[b
     """Decompressed a kilobyte at a time, as that may already hold 32 MB of a single letter; skippable frames too."""
     frame, begun = decompressor(), False
     for block in _plain(file):
-        for start in range(0, len(block), 1024):
-            rest = block[start : start + 1024]
+        for start in range(0, len(block), SMALL_STEP):
+            rest = block[start : start + SMALL_STEP]
             while rest:
                 yield frame.decompress(rest)
                 rest, begun = frame.unused_data, not frame.eof
@@ -94,23 +152,6 @@ def _zstd_frames(file: IO[bytes], decompressor: Callable[[], Any]) -> Iterator[b
                     frame = decompressor()
     if begun:
         raise EOFError("its compressed stream does not end")
-
-
-def _bunzip2(file: IO[bytes]) -> Iterator[bytes]:
-    import bz2
-
-    with bz2.open(file) as content:
-        yield from _plain(content)
-
-
-def _unxz(file: IO[bytes]) -> Iterator[bytes]:
-    import lzma
-
-    try:
-        with lzma.open(file) as content:
-            yield from _plain(content)
-    except lzma.LZMAError as error:
-        raise EOFError(str(error)) from None
 
 
 def _joined(parts: Iterable[bytes]) -> Iterator[bytes]:

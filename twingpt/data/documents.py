@@ -6,7 +6,7 @@ import codecs
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from twingpt.core.errors import UserError
 
 PIECE = 2**20  # characters of a document that are held at once, at most
+AS_TEXT = "take the file as plain text with gpt data prepare --as-text"
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,22 @@ class DocumentPiece:
 class RecordText:
     """Where the text of a JSON record is: in `field`, a key or a path of keys `a.b`; `path` is for messages.
 
-    With `skip_bad`, a record without text is left out and reported, and does not end the reading.
+    With `skip_bad`, a record without text is left out and reported, and does not end the reading. `guessed` is whether
+    the file is JSON by what it holds alone, and not by its name.
     """
 
     path: str
     field: str
     errors: str
     skip_bad: bool = False
+    guessed: bool = False
 
     def text(self, record: Any, where: str) -> str:
         """The text of a record; a UserError says what it has instead."""
         try:
             text = find_field(record, self.field)
         except KeyError:
-            raise no_field(where, self.field, field_names(record)) from None
+            raise no_field(where, self.field, field_names(record), AS_TEXT) from None
         if text is not None and not isinstance(text, str):
             raise UserError(
                 f"{where} has no text in {self.field!r}, but {json.dumps(text)[:40]}: choose another --field."
@@ -96,7 +99,7 @@ class JsonLines:
         except UnicodeDecodeError as error:
             raise not_utf8(self.how.path, offset + error.start, line, offset) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON: {error}.") from None
+            raise UserError(f"{where} is not JSON: {error}{f' (or {AS_TEXT})' if self.how.guessed else ''}.") from None
         return self.how.text(record, where)
 
     def _record(self, line: bytes) -> Any:
@@ -233,10 +236,12 @@ def guess_encoding(sample: bytes, offset: int) -> str | None:
     return None
 
 
-def no_field(where: object, field: str, names: Iterable[str]) -> UserError:
-    """The error of a record or table without `field`, which has `names`."""
+def no_field(where: object, field: str, names: Sequence[str], otherwise: str = "") -> UserError:
+    """The error of a record or table without `field`, which has `names`, and what to do `otherwise`."""
     known = f"its fields are {', '.join(names)}: choose one with gpt data prepare --field" if names else "no fields"
-    return UserError(f"{where} has no field {field!r}, {known}.")
+    return UserError(
+        f"{where} has no field {field!r}, {known}{(', or ' if names else ': ') * bool(otherwise)}{otherwise}."
+    )
 
 
 def split_at(blocks: Iterable[str], separator: str) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -28,15 +27,22 @@ OTHERS = (
 
 @dataclass
 class Found:
-    """The files of a folder or of a glob that are documents, in order, and what else there is, counted by kind."""
+    """The files of a folder or of a glob that are documents, in order, and `others`: what each other path is.
 
-    files: list[DocumentFile] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
+    A glob may take what a folder of its own leaves out, and come upon a path twice.
+    """
+
+    taken: dict[Path, DocumentFile] = field(default_factory=dict)
+    others: dict[Path, str] = field(default_factory=dict)
+
+    def take(self, path: Path, read: Read) -> None:
+        """Add a document."""
+        self.taken.setdefault(path, read(path))
 
     @property
-    def said(self) -> str:
-        """What is left out, in words."""
-        return say_left_out(self.left_out)
+    def files(self) -> list[DocumentFile]:
+        """The documents."""
+        return list(self.taken.values())
 
 
 def say_left_out(left_out: Mapping[str, int]) -> str:
@@ -64,8 +70,26 @@ def match(pattern: Path, read: Read) -> Found:
             if not _is_other(path, found):
                 _walk(path, read, found, seen)
         elif path.is_file():
-            found.files.append(read(path))
-    found.files = list({one.path: one for one in found.files}.values())
+            found.take(path, read)
+    return found
+
+
+def by_names(path: Path, read: Read) -> Found:
+    """The documents of a folder, or of a glob, under the first rules of reading: by their names alone.
+
+    They took files in hidden folders, runs and models, and none in linked folders.
+    """
+
+    def within(folder: Path) -> list[Path]:
+        return sorted(
+            one for one in folder.rglob("*") if one.name[0] != "." and readers.kind_by_name(one) and one.is_file()
+        )
+
+    found = Found()
+    matches = [path] if path.is_dir() else map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
+    for match in matches:
+        for file in within(match) if match.is_dir() else [match]:
+            found.take(file, read)
     return found
 
 
@@ -91,7 +115,7 @@ def _is_other(folder: Path, found: Found) -> bool:
     what = next((what for what, names in OTHERS if all((folder / name).is_file() for name in names)), None)
     what = "hidden folder" if folder.name.startswith(".") else what
     if what:
-        found.left_out[what] += 1
+        found.others[folder] = what
     return bool(what)
 
 
@@ -104,9 +128,9 @@ def _walk(folder: Path, read: Read, found: Found, seen: set[tuple[int, int]]) ->
             if not _is_other(path, found):
                 _walk(path, read, found, seen)
         elif what := _reason(path, read):
-            found.left_out[what] += 1
+            found.others[path] = what
         else:
-            found.files.append(read(path))
+            found.take(path, read)
 
 
 def _reason(path: Path, read: Read) -> str | None:

@@ -66,7 +66,7 @@ def _opened(specs: Sequence[str], options: ReadOptions) -> Iterator[dict[str, So
         others = [spec for spec in specs if spec not in prepared]
         found = {spec: Source(spec, [PreparedDocuments(TokenDataset(folder))]) for spec, folder in prepared.items()}
         found |= options.load(others, Path(spool)) if others else {}
-        options.check_field([one for source in found.values() for one in source.inputs])
+        options.check_used([one for source in found.values() for one in source.inputs])
         yield {spec: found[spec] for spec in specs}
 
 

@@ -23,7 +23,7 @@ from twingpt.core.order import interleave, source_counts
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.data.prepare import find, prepare, shared_tokenizer
 from twingpt.data.shards import SPLITS, TokenDataset
-from twingpt.data.sources import printable
+from twingpt.data.sources import RULES, printable
 
 Array = np.ndarray
 
@@ -140,6 +140,11 @@ class Mixture:
         parts = [f"{part.data.fingerprint} {share}" for part, share in zip(self.parts, self.shares, strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether every source has held-out text to evaluate on."""
+        return all(part.data.holds_out for part in self.parts)
+
     def check(self, config: GPTConfig, *, evaluated: bool = True) -> None:
         """Raise UserError unless every source can train the model (see TokenDataset.check)."""
         for part in self.parts:
@@ -200,24 +205,31 @@ def prepare_all(
     vocab_size: int,
     tokenizer: Tokenizer | None = None,
     val: str | None = None,
+    rules: int = RULES,
 ) -> Data:
     """Prepare what --data names under the tokenizer called `kind`, or under the one given.
 
     A kind that is learned is learned from the training texts of all sources; where one of them was
-    prepared by name, its tokenizer is that of all. `val` is what is held out of each, as in `prepare`.
+    prepared by name, its tokenizer is that of all. `val` is what is held out of each, and `rules` how they are read, as
+    in `prepare`.
     """
     sources = parse(data)
     specs = [spec for spec, _ in sources]
     if len(sources) == 1:
-        return prepare(specs[0], tokenizer or kind, vocab_size, val)
+        return prepare(specs[0], tokenizer or kind, vocab_size, val, rules)
     named = {spec: TokenDataset(folder) for spec in specs if (folder := find(spec))}
     first = next(iter(named.values()), None)
     if not tokenizer:
         _check_tokenizers(list(named), list(named.values()))
-        tokenizer = first.tokenizer if first else shared_tokenizer(specs, kind, vocab_size, val)
-    datasets = [prepare(spec, tokenizer or kind, vocab_size, val) for spec in specs]
+        tokenizer = first.tokenizer if first else shared_tokenizer(specs, kind, vocab_size, val, rules)
+    datasets = [prepare(spec, tokenizer or kind, vocab_size, val, rules) for spec in specs]
     asked = first.manifest.get("asked", {}) if first else {}
     return Mixture(datasets, [weight for _, weight in sources], specs, asked)
+
+
+def rules(data: Data) -> int:
+    """The version of the rules by which the sources were read; prepared by name, one may be older."""
+    return max(int(part.data.manifest.get("rules", 1)) for part in parts(data))
 
 
 def folders(data: Data) -> str | list[str]:

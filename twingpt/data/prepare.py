@@ -42,12 +42,13 @@ def prepare(
     tokenizer: str | Tokenizer = TrainConfig.tokenizer,
     vocab_size: int = TrainConfig.vocab_size,
     val: str | None = None,
+    rules: int = sources.RULES,
 ) -> TokenDataset:
     """The data set that was prepared under the name `spec`; else the source `spec` in a tokenizer, or a kind of one.
 
     `vocab_size` is that of one that learns. A named data set has its own kind, and is a UserError under another
-    Tokenizer. `val` is the share that is held out, or a source. The data set of a source is found again by the digest
-    of all it depends on, in `paths.home()/data`.
+    Tokenizer. `val` is the share that is held out, or a source, and `rules` the version of the rules of reading. The
+    data set of a source is found again by the digest of all it depends on, in `paths.home()/data`.
     """
     spec = str(spec)
     kind, given = (tokenizer, None) if isinstance(tokenizer, str) else (tokenizer.kind, tokenizer)
@@ -56,9 +57,12 @@ def prepare(
         if given and given.digest != data.manifest["tokenizer"]:
             raise UserError(f"{spec} is prepared with another tokenizer than the model's: prepare its text with that.")
         if val is not None:
-            raise UserError(f"{spec} is prepared with what it holds out: prepare its text again, with --val {val}.")
+            raise UserError(
+                f"{spec} is prepared with what it holds out: leave out --val-data, or prepare its text again with "
+                f"gpt data prepare --val {val}."
+            )
         return data
-    loaded, choice = _load([spec], val, ReadOptions(), None), TokenizerChoice(kind, vocab_size, given)
+    loaded, choice = _load([spec], val, ReadOptions(rules=rules), None), TokenizerChoice(kind, vocab_size, given)
     [name] = [source.name for source in loaded.sources.values()]
     folder = folder_of(f"{sources.slug(name)[:40]}-{_key(*_digests(loaded), choice.key)}")
     if not folder.exists():
@@ -67,14 +71,34 @@ def prepare(
 
 
 def _load(specs: Sequence[str], val: str | None, options: ReadOptions, spool: Path | None) -> LoadedSources:
-    """The sources and what is held out; with `spool`, a hub's and stdin too. Raises UserError for what is both."""
-    share = None if val is None else parse_share(val)
+    """The sources and what is held out; with `spool`, as gpt data prepare has it, a hub's and stdin too.
+
+    Raises UserError for what is both, and for data that are prepared already.
+    """
+    option = "--val" if spool else "--val-data"
+    share = None if val is None else parse_share(val, option)
     others = [val] if val is not None and share is None else []
     if set(others) & set(specs):
-        raise UserError(f"--val {val} is also what is trained on: give other text, or a share.")
+        raise UserError(f"{option} {val} is also what is trained on: give other text, or a share.")
     wanted = [*specs, *others]
+    for spec in wanted:
+        if not spool or not paths.expand(spec).exists() or find(spec) == paths.expand(spec):
+            _check_not_prepared(spec, f"{option} {spec}" if spec in others else spec)
     found = options.load(wanted, spool) if spool else {spec: sources.load(spec, options) for spec in wanted}
     return LoadedSources({spec: found[spec] for spec in specs}, share, {spec: found[spec] for spec in others})
+
+
+def _check_not_prepared(spec: str, called: str) -> None:
+    """Raise UserError for the name or path of a prepared data set, `called` so, where text is wanted."""
+    if there := find(spec):
+        known = ", ".join(row["source"] for row in TokenDataset(there).manifest.get("sources", []))
+        beside = (
+            f"; ./{spec} is the file or folder" if there != paths.expand(spec) and paths.expand(spec).exists() else ""
+        )
+        raise UserError(
+            f"{called} is a prepared data set, and no text: give what it was prepared from{f', {known}' * bool(known)}"
+            f"{beside}."
+        )
 
 
 def _digests(loaded: LoadedSources) -> list[str]:
@@ -83,14 +107,17 @@ def _digests(loaded: LoadedSources) -> list[str]:
     return [*found, f"{len(loaded.val)} to hold out, or {loaded.share}"]
 
 
-def shared_tokenizer(specs: Sequence[str], kind: str, vocab_size: int, val: str | None = None) -> Tokenizer:
+def shared_tokenizer(
+    specs: Sequence[str], kind: str, vocab_size: int, val: str | None = None, rules: int = sources.RULES
+) -> Tokenizer:
     """The tokenizer called `kind` for several sources: where it learns, from the training texts of them all.
 
     It is kept in `paths.home()/tokenizers`, under the digest of all it depends on.
     """
     if kind not in TOKENIZERS:
         return find_tokenizer(kind)
-    choice, loaded = TokenizerChoice(kind, vocab_size), [_load([spec], val, ReadOptions(), None) for spec in specs]
+    choice, options = TokenizerChoice(kind, vocab_size), ReadOptions(rules=rules)
+    loaded = [_load([spec], val, options, None) for spec in specs]
     folder = paths.home() / "tokenizers" / _key(choice.key, *(digest for one in loaded for digest in _digests(one)))
     if not folder.exists():
         builders = [DatasetBuilder(one, "", choice, Progress(), workers.cores()) for one in loaded]

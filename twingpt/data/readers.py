@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,11 +37,9 @@ LONGEST_RECORD = 2**26  # bytes of a line of JSON
 ROWS = 64  # of a table, held at once
 
 # What a name says that a file holds. Only of text it is believed: JSON is lines, or any other layout.
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 KINDS = {
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".text": "text",
+    **dict.fromkeys(TEXT_SUFFIXES, "text"),
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -59,12 +57,20 @@ def is_data_file(path: Path) -> bool:
     return not path.name.startswith(".") and kind_of(path) is not None
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(
+    path: Path, kinds: Mapping[str, str] = KINDS, compressions: Sequence[str] = compression.SUFFIXES
+) -> str | None:
     """What a file holds by its suffix: text, jsonl, json, parquet or arrow; None for any other."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    compressed = bool(suffixes) and suffixes[-1] in compression.SUFFIXES
-    kind = KINDS.get(suffixes[-1 - compressed]) if len(suffixes) > compressed else None
+    compressed = bool(suffixes) and suffixes[-1] in compressions
+    kind = kinds.get(suffixes[-1 - compressed]) if len(suffixes) > compressed else None
     return None if compressed and kind in TABLES else kind
+
+
+def kind_by_name(path: Path) -> str | None:
+    """`kind_of` under the first rules of reading, which went by it alone and knew fewer suffixes."""
+    kinds = {suffix: kind for suffix, kind in KINDS.items() if suffix not in (".json", ".feather")}
+    return kind_of(path, kinds, (".gz", ".zst"))
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class DocumentFile:
     separator: str | None = None  # the line of a text file that ends a document; None: the file is one document
     name: str = ""  # what a message calls it, if not by its path
     skip_bad: bool = False  # whether records without text are left out, and counted
+    as_text: bool = False  # whether JSON is plain text, as in a file that is named so
+    by_name: bool = False  # whether its name alone decides what it holds
 
     @property
     def display_name(self) -> object:
@@ -86,6 +94,8 @@ class DocumentFile:
     @cached_property
     def kind(self) -> str:
         """text, jsonl, json (any other layout), parquet or arrow, by what the file holds."""
+        if self.by_name:
+            return kind_by_name(self.path) or "text"
         with _readable(self.path):
             with self.path.open("rb") as file:
                 begins = file.read(6)
@@ -93,9 +103,9 @@ class DocumentFile:
                 if begins.startswith(magic):
                     return kind
             named = kind_of(self.path)
-            if named in ("text", *TABLES):
+            if named in TABLES:
                 return str(named)
-            return json_layout(self._head(), named) or "text"
+            return "text" if self.as_text or named == "text" else json_layout(self._head(), named) or "text"
 
     def _head(self) -> str:
         """What the file's text begins with, as far as it is UTF-8."""
@@ -110,7 +120,9 @@ class DocumentFile:
         return content[:BLOCK].decode("utf-8-sig", "replace")
 
     def holds_field(self) -> bool:
-        """Whether the first JSON record of the file is a text or has one in `field`, so that it is no other JSON."""
+        """Whether the first JSON record of the file is a text or has one in `field`, or none is looked for."""
+        if self.as_text:
+            return True
         with _readable(self.path):
             record = first_record(self._head())
         try:
@@ -144,7 +156,8 @@ class DocumentFile:
     @property
     def record_text(self) -> RecordText:
         """Where the text of its JSON records is."""
-        return RecordText(str(self.display_name), self.field, self.errors, self.skip_bad)
+        guessed = kind_of(self.path) is None
+        return RecordText(str(self.display_name), self.field, self.errors, self.skip_bad, guessed)
 
     def _table(self, advance: Advance) -> Iterator[Item]:
         pyarrow = _pyarrow(self.path)
@@ -307,6 +320,8 @@ def too_long(path: object, line: int) -> UserError:
 
 
 DECODER = json.JSONDecoder(parse_int=any_integer)
+LINE_END = re.compile(r"[\r\n]")  # and not those of str.splitlines(), which JSON may have within a text
+EMPTY_OBJECT = re.compile(r"\{\s*\}")
 BETWEEN_VALUES = re.compile(r"[\s,]*")
 AFTER_ELEMENT, AFTER_RECORD = re.compile(r"\s*[,\]]"), re.compile(r"\s*(?:,\s*[\[{]|[\[{]|\Z)")
 
@@ -314,18 +329,19 @@ AFTER_ELEMENT, AFTER_RECORD = re.compile(r"\s*[,\]]"), re.compile(r"\s*(?:,\s*[\
 def json_layout(head: str, named: str | None) -> str | None:
     """How a file that begins with `head` is read: as "jsonl", or as "json" of any other layout; None: it is no JSON.
 
-    Of a file that is `named` .jsonl or .json no doubt is left, but how it is laid out.
+    Of a file that is `named` .jsonl or .json no doubt is left, but how it is laid out. Of another, {} says nothing: a
+    program or a template may begin so.
     """
-    head = head.lstrip()
-    first = head.splitlines()[0].strip() if head else ""
+    lines = list(filter(None, map(str.strip, LINE_END.split(head))))
     if named == "jsonl":
-        return "json" if first.startswith("[") or first == "{" else "jsonl"
+        return "json" if lines and (lines[0].startswith("[") or lines[0] == "{") else "jsonl"
+    first = next((line for line in lines if not EMPTY_OBJECT.fullmatch(line)), "")
     try:
         if isinstance(DECODER.decode(first), dict):
             return "jsonl"
     except (ValueError, RecursionError):
         pass
-    return "json" if named or first_record(head) is not None else None
+    return "json" if named or first_record(head) not in (None, {}) else None
 
 
 def first_record(head: str) -> Any:
@@ -435,7 +451,7 @@ def _find_column(path: Path, schema: Any, field: str) -> tuple[str, ...]:
     """The path of the column called `field`, of names joined by dots; a UserError names those there are."""
     columns = {".".join(names): names for names in reversed([*_columns(schema)])}
     if field not in columns:
-        raise no_field(path, field, reversed(columns))
+        raise no_field(path, field, [*reversed(columns)])
     return columns[field]
 
 

@@ -149,10 +149,15 @@ class TokenDataset:
     def check(self, config: GPTConfig, *, evaluated: bool = True) -> None:
         """Raise UserError unless both splits hold at least one window, and the model knows every token.
 
-        Of a run that is not `evaluated` but at its end, what is held out may be shorter: a token and its target.
+        Of a run that is not `evaluated` but at its end, what is held out may be shorter, or nothing.
         """
+        if evaluated and not len(self.splits["val"]):
+            raise UserError(
+                f"{self.manifest['name']} holds out nothing to evaluate on: give --eval-interval 0, or prepare the "
+                "text again and hold out a share."
+            )
         for split, tokens in self.splits.items():
-            if len(tokens) <= (config.block_size if evaluated or split == "train" else 1):
+            if len(tokens) <= config.block_size and (evaluated or split == "train"):
                 raise UserError(
                     f"The {split} split of {self.manifest['name']} has {len(tokens)} tokens, fewer than one block of "
                     f"{config.block_size} and its target: give more text, or a smaller --block-size."
@@ -162,6 +167,11 @@ class TokenDataset:
                 f"The data has token ids up to {self.manifest['vocab_size'] - 1}, outside the model's "
                 f"vocabulary of {config.vocab_size}."
             )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is held-out text to evaluate on: at least a token and its target."""
+        return len(self.splits["val"]) > 1
 
     def batch(self, first: int, batch_size: int, block_size: int, seed: int) -> tuple[Array, Array]:
         """Tokens and targets, (B, T) int32, of the run's training windows `first` to `first + batch_size`.

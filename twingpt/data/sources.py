@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from twingpt.core.paths import expand
 from twingpt.data import compression, folders, named, readers
 from twingpt.data.documents import DocumentPiece, Item
 from twingpt.data.readers import Advance, DocumentFile, InMemoryDocuments
+from twingpt.runs.shell import quote
 from twingpt.runs.units import counted
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -46,27 +48,33 @@ class DocumentInput(Protocol):
 
 VALIDATION = ("validation", "valid", "val", "dev")  # what a data set calls what it holds out itself
 RULES = 2  # how sources are read, by version; 1 went by names alone, and noted no version
+HOW_READ = {1: "by its name alone", 2: "by what it holds"}
 
 
 @dataclass(frozen=True)
 class Source:
     """A data source: documents under a short name, in files or in memory; nothing is read before it is asked for.
 
-    `left_out` counts what of its folders is no document, by a word for it. More than `most_bad` records without text
-    are a UserError. `held_out` is what a data set has for validation itself.
+    `others` are the paths in its folders that are no documents, with a word for each. More than `most_bad` records
+    without text are a UserError. `held_out` is what a data set has for validation itself.
     """
 
     name: str
     inputs: Sequence[DocumentInput]
     licence: str | None = None
-    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    others: Mapping[Path, str] = dataclasses.field(default_factory=dict)
     most_bad: int = 0
     held_out: Source | None = None
 
     @property
+    def rules(self) -> int:
+        """The version of RULES by which it is read."""
+        return 1 if any(isinstance(one, DocumentFile) and one.by_name for one in self.inputs) else RULES
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the inputs' digests, and over how they are read."""
-        return self.digest_under(RULES)
+        return self.digest_under(self.rules)
 
     def digest_under(self, rules: int) -> str:
         """The digest that it has, or had, where sources are read by these RULES."""
@@ -84,6 +92,12 @@ class Source:
     def size(self) -> int:
         """Bytes to read."""
         return sum(one.size for one in self.inputs)
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """What is left out, counted by kind; not what another of the sources that it joins takes, as a glob may."""
+        taken = {one.path for one in self.inputs if isinstance(one, DocumentFile)}
+        return Counter(what for path, what in self.others.items() if path not in taken)
 
     def stamp(self) -> list[tuple[int, int]]:
         """Size and modification time of each file: another stamp means that a file was written to."""
@@ -106,6 +120,19 @@ class Source:
         """What is left out, in sentences, where `bad` says what is wrong with records."""
         notes = [f"{counted(len(bad), 'bad record')} left out, the first: {bad[0]}"] if bad else []
         return notes + ([folders.say_left_out(self.left_out)] if self.left_out else [])
+
+    @property
+    def split_notes(self) -> list[str]:
+        """A sentence where a file called train lies beside others that are called as what is held out."""
+        paths = {_stem(one.path): one.path for one in self.inputs if isinstance(one, DocumentFile)}
+        train, names = paths.get("train"), (*VALIDATION, "test")
+        beside = [paths[name] for name in names if train and name in paths and paths[name].parent == train.parent]
+        if not train or not beside:
+            return []
+        return [
+            f"trained on as {train.name} is: {', '.join(path.name for path in beside)}; to hold one out: "
+            f"gpt data prepare {quote(train)} --val {quote(beside[0])}"
+        ]
 
     def check_bad(self, bad: Sequence[str]) -> None:
         """Raise UserError for more bad records than may be left out."""
@@ -135,24 +162,33 @@ class ReadOptions:
     """How sources are read; `licence` is noted of those that have none of their own.
 
     JSON records and tables have their text in `field` (None: in "text", and nothing need have one); `errors` is
-    "strict" or "replace", for what is not UTF-8; so many records without text are left out.
+    "strict" or "replace", for what is not UTF-8; so many records without text are left out. With `as_text` JSON is the
+    plain text that it also is, and a line of `separator` ends a document of a text. `rules` are those of RULES that a
+    run noted.
     """
 
     field: str | None = None
     errors: str = "strict"
     licence: str | None = None
     skip_bad_lines: int = 0
+    as_text: bool = False
+    separator: str | None = None
+    rules: int = RULES
 
     def __post_init__(self) -> None:
         """Check the values, before anything is read."""
         if self.errors not in ("strict", "replace"):
             raise unknown_choice("way with errors", self.errors, ("strict", "replace"))
+        if self.as_text and self.field is not None:
+            raise UserError(f"--field {self.field} has no use with --as-text: leave one out.")
         if self.skip_bad_lines < 0:
             raise UserError(f"--skip-bad-lines must be at least 0, and is {self.skip_bad_lines}.")
 
     def file(self, path: Path, name: str = "") -> DocumentFile:
         """A file that is read so."""
-        return DocumentFile(path, self.field or "text", self.errors, None, name, self.skip_bad_lines > 0)
+        skip_bad, by_name = self.skip_bad_lines > 0, self.rules == 1
+        separator = None if self.separator is None else self.separator.strip()
+        return DocumentFile(path, self.field or "text", self.errors, separator, name, skip_bad, self.as_text, by_name)
 
     def load(self, specs: Sequence[str], spool: Path) -> dict[str, Source]:
         """The sources that are called so: as `load` knows them, a hub's data sets, and stdin, kept in `spool`.
@@ -160,11 +196,17 @@ class ReadOptions:
         Raises UserError for a field that nothing has a use for.
         """
         found = {spec: self._load(spec, spool) for spec in specs}
-        self.check_field([one for source in found.values() for one in source.inputs])
+        self.check_used([one for source in found.values() for one in source.inputs])
         return found
 
-    def check_field(self, inputs: Sequence[DocumentInput]) -> None:
-        """Raise UserError for a field that none of the inputs has a use for."""
+    def check_used(self, inputs: Sequence[DocumentInput]) -> None:
+        """Raise UserError for a field, or a separator, that none of the inputs has a use for."""
+        texts = any(isinstance(one, DocumentFile) and one.kind == "text" for one in inputs)
+        if self.separator is not None and not texts:
+            raise UserError(
+                f"--separator {self.separator} has no use: no files of text are given, and each record of JSON or a "
+                "table is a document."
+            )
         if self.field is not None and all(one.kind in ("text", "memory", "prepared") for one in inputs):
             raise UserError(
                 f"--field {self.field} has no use: no JSON and no tables are given, but text (JSON in a .txt is text: "
@@ -201,10 +243,11 @@ def load(spec: str, options: ReadOptions = AS_THEY_ARE) -> Source:
     if path.exists():
         raise UserError(f"{spec} is neither a regular file nor a folder: save its text to a file first.")
     if glob.has_magic(spec):
-        found = folders.match(path, options.file)
+        found = (folders.by_names if options.rules == 1 else folders.match)(path, options.file)
+        source = Source(slug(path.name), found.files, others=found.others)
         if not found.files:
-            raise UserError(f"No file matches {spec}{f'; {found.said}' if found.left_out else ''}.")
-        return Source(slug(path.name), found.files, left_out=found.left_out)
+            raise UserError(f"No file matches {spec}{_and_left_out(source)}.")
+        return source
     raise _missing(spec)
 
 
@@ -212,14 +255,21 @@ def _folder(spec: str, path: Path, options: ReadOptions) -> Source:
     """The documents of a folder, or of a table that was saved as one."""
     name = printable(path.resolve().name)
     if tables := _saved_to_disk(path):
-        val = next(filter(None, (_saved_to_disk(path / split) for split in VALIDATION)), None)
+        splits = VALIDATION if options.rules > 1 else ()
+        val = next(filter(None, (_saved_to_disk(path / split) for split in splits)), None)
         held_out = Source(name, [*map(options.file, val)]) if val else None
         return Source(name, [*map(options.file, tables)], held_out=held_out)
-    found = folders.walk(path, options.file)
+    found = (folders.by_names if options.rules == 1 else folders.walk)(path, options.file)
+    source = Source(name, found.files, others=found.others)
     if not found.files:
         kinds = f"{', '.join(readers.KINDS)}, {' or '.join(compression.SUFFIXES)}"
-        raise UserError(f"{spec} has no text files ({kinds}){f'; {found.said}' if found.left_out else ''}.")
-    return Source(name, found.files, left_out=found.left_out)
+        raise UserError(f"{spec} has no text files ({kinds}){_and_left_out(source)}.")
+    return source
+
+
+def _and_left_out(source: Source) -> str:
+    """What is left out, to end a sentence with."""
+    return f"; {folders.say_left_out(source.left_out)}" if source.others else ""
 
 
 def _missing(spec: str) -> UserError:

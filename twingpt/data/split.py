@@ -39,13 +39,15 @@ class Split:
 
     def misses(self, share: float) -> bool:
         """Whether the `share` that is held out by hash is far from what it should be, as of few documents."""
-        return not self.only and not self.share / 2 < share < self.share * 2
+        return not self.only and self.share > 0 and not self.share / 2 < share < self.share * 2
 
     @property
     def description(self) -> str:
         """How a manifest calls it."""
         if self.only:
             return "a source of its own"
+        if not self.share:
+            return "nothing"
         tail = "tenth" if self.share == VAL_FRACTION else f"{100 * self.share:g}%"
         return f"the last {tail} of each document" if self.tails else BY_HASH
 
@@ -90,12 +92,12 @@ class Split:
 DEFAULT = Split()
 
 
-def parse_share(text: str) -> float | None:
-    """The share that --val is; None where it names a source. Raises UserError for one outside 0 to 1."""
+def parse_share(text: str, option: str) -> float | None:
+    """The share that an option is; None where it names a source. Raises UserError for one outside 0 to 1."""
     try:
         share = float(text)
     except ValueError:
         return None
     if not 0 <= share < 1 or 0 < share < 1e-4:
-        raise UserError(f"--val {text}: a share must be 0, or from 0.0001 to less than 1; ./{text} is a file.")
+        raise UserError(f"{option} {text}: a share must be 0, or from 0.0001 to less than 1; ./{text} is a file.")
     return share

@@ -25,10 +25,13 @@ from twingpt.core.tokenizer.bpe import (
 from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer.tokenizer_json import FILE, LEARNED, TOKENIZERS, load, load_file
 from twingpt.runs import folder as runs
+from twingpt.tokenizers.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 
 
 def find(name: str) -> Tokenizer:
     """A tokenizer that is there: of a kind that learns nothing, a tokenizer.json, its folder, or a run or checkpoint.
+
+    In a folder it may also be in vocab.json and merges.txt.
 
     Raises UserError where there is none, or its files are broken.
     """
@@ -43,6 +46,8 @@ def find(name: str) -> Tokenizer:
         return load_file(path)
     if (path / FILE).is_file():
         return load(path)
+    if has_vocab_and_merges(path):
+        return read_vocab_and_merges(path)
     try:
         checkpoint = runs.resolve(name)
     except UserError:

@@ -19,6 +19,7 @@ import psutil
 from twingpt.backends.host import end_with_parent
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import Tokenizer
+from twingpt.core.tokenizer.base import END_OF_TEXT
 from twingpt.data import documents
 from twingpt.data.documents import DocumentPiece, Item, pieces
 from twingpt.data.shards import SPLITS
@@ -47,6 +48,7 @@ class EncodedChunk:
     bad: list[str] = field(default_factory=list)  # what is wrong with records that are left out
     n_tokens: int = 0
     unspelled: Unspelled = field(default_factory=Unspelled)
+    ends: int = 0  # spellings of END_OF_TEXT, which are text
 
     def count(self, other: EncodedChunk) -> None:
         """Add another chunk's counts, not its tokens."""
@@ -57,6 +59,7 @@ class EncodedChunk:
         self.bad += other.bad
         self.unspelled += other.unspelled
         self.n_tokens += other.n_tokens
+        self.ends += other.ends
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class ChunkEncoder:
                 result.documents[split] += ends
                 if self.tokenizer:
                     result.bytes[split] += len(text.encode())
+                    result.ends += text.count(END_OF_TEXT)
                     arrays[split] += [self._encode(piece, result) for piece, _ in pieces([text])]
                     arrays[split] += [np.array([self.tokenizer.end_of_text], np.int32)] * ends
         if self.tokenizer:

@@ -73,7 +73,7 @@ def measure(data: TokenDataset, orders: Sequence[int], targets: int | None = Non
     if len(train) < longest:
         raise UserError(f"The train split of {name} has {len(train)} tokens, too few for {longest}-grams: use --n 1.")
     if len(val) < 2:
-        raise UserError(f"The val split of {name} has {len(val)} tokens, and a loss needs two: give more text.")
+        raise UserError(f"The val split of {name} has {len(val)} tokens, and a loss needs two: hold out more text.")
     val = val[: targets + 1] if targets else val
     size = max(1, data.text_bytes("val", val[1:]))
     model, rows, counting = NGram(train, data.tokenizer.vocab_size), [], 0.0

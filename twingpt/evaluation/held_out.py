@@ -12,6 +12,7 @@ import numpy as np
 from twingpt.backends import registry
 from twingpt.core.backend import Backend, Device, InferenceEngine
 from twingpt.core.checkpoint.schema import Model
+from twingpt.core.errors import UserError
 from twingpt.data.mixture import Data, MixturePart, parts
 from twingpt.data.prepare import prepare
 from twingpt.data.shards import TokenDataset
@@ -109,6 +110,8 @@ class HeldOut:
         target = registry.find_device(engines, device)
         tokenizer = model.tokenizer()
         data = prepare(source, tokenizer)
+        if not data.holds_out:
+            raise UserError(f"{source} holds out nothing to measure the loss on: give other text.")
         data.check(dataclasses.replace(model.config, block_size=min(WINDOW, model.config.block_size)))
         return cls(data, engines, target)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -14,7 +14,7 @@ from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.sampler import Sampling
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.inference.decoding import Row, decode
+from twingpt.inference.decoding import Row, Token, decode
 from twingpt.inference.prompt_cache import PromptCache
 from twingpt.inference.text import TextStream
 
@@ -32,19 +32,23 @@ class Response:
         token: The id of the token; the last one may be an end of text.
         log_prob: Its log-probability in nats by the model's raw logits, before temperature and the like; None where
             that isn't asked for.
+        top: (id, log-probability) of the likeliest ids, the likeliest first; as many as `top_log_probs` asks for.
         index: Which of the prompts it goes on from; 0 where there is one.
+        choice: Which of the prompt's samples it is of; 0 where there is one.
         prompt_tokens: Ids of the prompt.
         generation_tokens: Ids generated so far, this one included.
         prompt_tps: Prompt tokens per second, until the first token was there.
         generation_tps: Generated tokens per second since the first; 0 for that.
-        finish_reason: None but for the last one of a prompt: "stop" for an end of text or a stop string, "length"
+        finish_reason: None but for the last one of a text: "stop" for an end of text or a stop string, "length"
             for max_tokens.
     """
 
     text: str
     token: int
     log_prob: float | None
+    top: tuple[tuple[int, float], ...]
     index: int
+    choice: int
     prompt_tokens: int
     generation_tokens: int
     prompt_tps: float
@@ -131,10 +135,15 @@ class LanguageModel:
         top_p: float = 0.95,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | Sequence[int] = 1337,
         stop: str | Sequence[str] | None = None,
         special: bool = False,
         log_probs: bool = True,
+        top_log_probs: int = 0,
+        num_samples: int = 1,
         kv_bits: int | None = None,
         prompt_cache: PromptCache | None = None,
     ) -> Iterator[Response]:
@@ -142,14 +151,16 @@ class LanguageModel:
 
         A prompt is a text or ids, see `encode`; an empty one begins a new document. The same seed gives the same text,
         alone or beside others, on either backend in one precision; several seeds are one for each prompt, so that a
-        prompt given several times has several texts. A text ends before the first of the `stop` strings.
+        prompt given several times has several texts. `num_samples` are texts of each prompt with one seed, the first of
+        which is the one without it. A text ends before the first of the `stop` strings. The `repetition_penalty` is for
+        ids of prompt and text, the other penalties for those of the text.
         With `kv_bits` 8 or 4 the KV cache is quantized: it takes less memory, and rounds what attention sees. A
         `prompt_cache` of this engine, with the same `kv_bits`, gives the beginnings of prompts, and keeps them.
         Raises UserError for a setting out of range, or a prompt that can't be encoded, before the first token.
         """
-        sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty)
-        if not isinstance(max_tokens, int) or max_tokens < 1:
-            raise UserError(f"max_tokens must be a whole number of at least 1, and is {max_tokens}.")
+        penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+        sampling = Sampling(temp, top_k, top_p, min_p, *penalties, logit_bias or {})
+        self._check_settings(sampling, max_tokens, num_samples, top_log_probs)
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(one, str) and one for one in stops):
             raise UserError(f"A stop string must be a text that isn't empty, and these are {stops!r:.60}.")
@@ -158,11 +169,31 @@ class LanguageModel:
         seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(encoded):
             raise UserError(f"There are {len(encoded)} prompts and {len(seeds)} seeds: give one seed, or one for each.")
-        rows = [Row(self._context(ids), sampling, max_tokens, one) for ids, one in zip(encoded, seeds, strict=True)]
         if prompt_cache and (prompt_cache.engine is not self.engine or prompt_cache.kv_bits != kv_bits):
             raise UserError("The prompt cache is that of another engine, or of other kv_bits.")
-        sampled = decode(self.engine, rows, log_probs=log_probs, kv_bits=kv_bits, prompt_cache=prompt_cache)
+        rows = {
+            Row(self._context(ids), sampling, max_tokens, one, choice): number
+            for number, (ids, one) in enumerate(zip(encoded, seeds, strict=True))
+            for choice in range(num_samples)
+        }
+        asked = top_log_probs if log_probs or top_log_probs else None
+        sampled = decode(self.engine, rows, log_probs=asked, kv_bits=kv_bits, prompt_cache=prompt_cache)
         return self._responses(sampled, rows, encoded, stops)
+
+    def _check_settings(self, sampling: Sampling, max_tokens: Any, num_samples: Any, top_log_probs: Any) -> None:
+        """Raise UserError for a setting that `Sampling` does not know to be impossible."""
+        V, wrong = self.config.vocab_size, [token for token in sampling.logit_bias if token >= self.config.vocab_size]
+        if wrong:
+            raise UserError(f"logit_bias has the id {wrong[0]}, which is outside the vocabulary, 0 to {V - 1}.")
+        for name, count, least in (
+            ("max_tokens", max_tokens, 1),
+            ("num_samples", num_samples, 1),
+            ("top_log_probs", top_log_probs, 0),
+        ):
+            if not isinstance(count, int) or count < least:
+                raise UserError(f"{name} must be a whole number of at least {least}, and is {count}.")
+        if top_log_probs > V:
+            raise UserError(f"top_log_probs must be from 0 to {V}, the model's vocabulary, and is {top_log_probs}.")
 
     def _context(self, ids: list[int]) -> list[int]:
         """The ids to go on from: those of the prompt, or where it is empty the end of the document before."""
@@ -174,19 +205,22 @@ class LanguageModel:
 
     def _responses(
         self,
-        sampled: Iterator[tuple[Row, int, float | None]],
-        rows: list[Row],
+        sampled: Iterator[tuple[Row, Token]],
+        rows: Mapping[Row, int],
         prompts: list[list[int]],
         stop: tuple[str, ...],
     ) -> Iterator[Response]:
-        texts = [TextStream(self.tokenizer, ids, stop) if self.tokenizer else None for ids in prompts]
-        numbers, first = {row: number for number, row in enumerate(rows)}, [0.0] * len(rows)
-        for row, token, log_prob in sampled:
-            now, number = time.perf_counter(), numbers[row]
-            n, text_stream = len(row.tokens) - row.n_prompt, texts[number]
-            first[number] = first[number] or now
-            text = text_stream.push(token) if text_stream and token not in self.ends else ""
-            stopped = token in self.ends or (text_stream is not None and text_stream.stopped)
+        """`rows` with the numbers of their prompts."""
+        texts = {
+            row: TextStream(self.tokenizer, prompts[n], stop) if self.tokenizer else None for row, n in rows.items()
+        }
+        first = dict.fromkeys(rows, 0.0)
+        for row, token in sampled:
+            now, text_stream, n_prompt = time.perf_counter(), texts[row], len(prompts[rows[row]])
+            n, ended = len(row.tokens) - row.n_prompt, token.id in self.ends
+            first[row] = first[row] or now
+            text = text_stream.push(token.id) if text_stream and not ended else ""
+            stopped = ended or (text_stream is not None and text_stream.stopped)
             row.done = stopped or n == row.max_tokens
             if row.done and text_stream:
                 text += text_stream.finish()
@@ -194,16 +228,29 @@ class LanguageModel:
             reason = None if not row.done else "stop" if stopped else "length"
             yield Response(
                 text=text,
-                token=token,
-                log_prob=log_prob,
-                index=number,
-                prompt_tokens=len(prompts[number]),
+                token=token.id,
+                log_prob=token.log_prob,
+                top=token.top,
+                index=rows[row],
+                choice=row.choice,
+                prompt_tokens=n_prompt,
                 generation_tokens=n,
-                prompt_tps=len(prompts[number]) / (first[number] - row.started),
-                generation_tps=(n - 1) / (now - first[number]) if n > 1 else 0.0,
+                prompt_tps=n_prompt / (first[row] - row.started),
+                generation_tps=(n - 1) / (now - first[row]) if n > 1 else 0.0,
                 finish_reason=reason,
             )
 
+    @overload
+    def generate(self, prompt: Prompt, max_tokens: int = 200, *, num_samples: int, **settings: Any) -> list[str]: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        max_tokens: int = 200,
+        *,
+        num_samples: int,
+        **settings: Any,
+    ) -> list[list[str]]: ...
     @overload
     def generate(self, prompt: str | Array, max_tokens: int = 200, **settings: Any) -> str: ...
     @overload
@@ -212,18 +259,23 @@ class LanguageModel:
     def generate(
         self, prompt: Sequence[str] | Sequence[Sequence[int]], max_tokens: int = 200, **settings: Any
     ) -> list[str]: ...
-    def generate(self, prompt: Any, max_tokens: int = 200, **settings: Any) -> str | list[str]:
+    def generate(
+        self, prompt: Any, max_tokens: int = 200, *, num_samples: int | None = None, **settings: Any
+    ) -> str | list[str] | list[list[str]]:
         """The text that goes on from a prompt, or a list of those of several; takes the settings of `stream`.
 
-        Raises UserError as that does, and where the model has no tokenizer.
+        With `num_samples` there is a list of so many texts for each prompt. Raises UserError as `stream` does, and
+        where the model has no tokenizer.
         """
         if self.tokenizer is None:
             raise UserError("This model has no tokenizer, so its tokens have no text: stream() gives their ids.")
-        many = _are_many(prompt)
-        texts = [""] * (len(prompt) if many else 1)
-        for response in self.stream(prompt, max_tokens, **{"log_probs": False} | settings):
-            texts[response.index] += response.text
-        return texts if many else texts[0]
+        many, n = _are_many(prompt), 1 if num_samples is None else num_samples
+        responses = self.stream(prompt, max_tokens, num_samples=n, **{"log_probs": False} | settings)
+        texts = [[""] * n for _ in range(len(prompt) if many else 1)]
+        for response in responses:
+            texts[response.index][response.choice] += response.text
+        found = texts if num_samples is not None else [text for (text,) in texts]
+        return found if many else found[0]
 
 
 def _are_many(prompt: Any) -> bool:

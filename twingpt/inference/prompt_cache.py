@@ -59,15 +59,14 @@ class PromptCache:
 
     def keep(self, cache: KVCache, row: int, tokens: Sequence[int], decoded: int) -> None:
         """Keep a row that holds `tokens`, where there is room beside the `decoded` positions of active rows; waits."""
-        if self._find(tokens)[1] == len(tokens):
-            return
         ids, room = np.array(tokens, np.int32), self.max_bytes // self.position_bytes - decoded
-        if len(ids) <= room:
-            others = [known for known in self.rows if _common(known[0], ids) < len(known[0])]  # no beginnings of it
-            self.rows, self.changed = [(ids, cache.read_row(row)), *others], True
-        else:
+        known = self._find(tokens)[1] == len(ids)
+        if not known and len(ids) > room:
             self.refused += 1
-        held = np.cumsum([len(known) for known, _ in self.rows])
+        elif not known:
+            others = [kept for kept in self.rows if _common(kept[0], ids) < len(kept[0])]  # no beginnings of it
+            self.rows, self.changed = [(ids, cache.read_row(row)), *others], True
+        held = np.cumsum([len(kept) for kept, _ in self.rows])
         self.rows = self.rows[: min(MAX_ROWS, int(np.searchsorted(held, room, side="right")))]
 
     def _find(self, tokens: Sequence[int]) -> tuple[int, int]:

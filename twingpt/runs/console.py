@@ -17,6 +17,7 @@ from twingpt.runs.events import (
     DataNoted,
     Evaluated,
     Event,
+    MachineNoted,
     MemoryPlanned,
     ReporterFailed,
     RunEnded,
@@ -129,6 +130,8 @@ class ConsoleReporter:
             self._sampled(event)
         elif isinstance(event, Saved):
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
+        elif isinstance(event, MachineNoted):
+            self.console.print(f"[dim]{escape(event.message)}[/]", soft_wrap=True)
         elif isinstance(event, DataNoted | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed):
             self.console.print(f"[yellow]{escape(_warning(event))}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
@@ -162,10 +165,11 @@ class ConsoleReporter:
     def _started(self, event: RunStarted) -> None:
         self.tokens_per_step = event.tokens_per_step
         self.progress.update(self.task, total=event.max_iters, completed=event.step)
+        why = f" ({event.dtype_why})" if event.dtype_why else ""
         verb = f"goes on after step {event.step:,}" if event.step else "starts"
         self.console.print(
             f"[bold]{escape(event.run)}[/] {verb}: {human_count(event.parameters)} parameters on "
-            f"{event.backend} {event.device} in {event.dtype}",
+            f"{event.backend} {event.device} in {event.dtype}{why}",
             soft_wrap=True,
         )
         trained = event.max_iters * event.tokens_per_step
@@ -188,6 +192,8 @@ class ConsoleReporter:
 
     def _trained(self, event: Trained) -> None:
         speed, memory = human_count(event.tokens_per_second), human_bytes(event.memory_bytes)
+        if event.cached_memory_bytes is not None:
+            memory += f" + {human_bytes(event.cached_memory_bytes)} cache"
         share, epoch = human_share(event.mfu), "–" if event.epoch is None else f"{event.epoch:.2f}"
         steps_per_second = event.tokens_per_second / self.tokens_per_step
         self.progress.update(

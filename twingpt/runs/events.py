@@ -37,7 +37,10 @@ class SourceLoss:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Training begins, or resumes, after `step` of `max_iters` steps; `sources` are a mixture's, by name."""
+    """Training begins, or resumes, after `step` of `max_iters` steps; `sources` are a mixture's, by name.
+
+    `dtype_why` is why the device trains in `dtype` by default, where that is its chip's.
+    """
 
     step: int
     max_iters: int
@@ -52,13 +55,15 @@ class RunStarted:
     val_tokens: int
     vocab_size: int
     sources: dict[str, MixedSource] = field(default_factory=dict)
+    dtype_why: str = ""
 
 
 @dataclass(frozen=True)
 class Trained:
     """Training metrics after `step` steps; loss (nats per token) and gradient norm are means since the last report.
 
-    `skipped` counts the run's steps that were left out, because they were not finite.
+    `memory_bytes` are in use, and `cached_memory_bytes` are freed ones beside them that the framework keeps for reuse,
+    None on a CPU. `skipped` counts the run's steps that were left out, because they were not finite.
     `seconds` is the run's time so far, over all its starts. `mfu` is the share of the device's
     peak that the model's own arithmetic makes up, None where no peak is known. `epoch` is how often the
     run has gone through its data so far, and `epochs` through each source of a mixture.
@@ -77,6 +82,7 @@ class Trained:
     mfu: float | None = None
     epoch: float | None = None
     epochs: dict[str, float] = field(default_factory=dict)
+    cached_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,14 @@ class MemoryPlanned:
 
 
 @dataclass(frozen=True)
+class MachineNoted:
+    """What is done to the machine while the run trains, as `message` says: it is kept awake, or has memory wired."""
+
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
 class DataNoted:
     """What was noted of the run's data as they were prepared, as `message` says: what is left out or not spelled."""
 
@@ -191,6 +205,7 @@ class SetAside:
 Event = (
     RunStarted
     | MemoryPlanned
+    | MachineNoted
     | DataNoted
     | SettingReplaced
     | SetAside

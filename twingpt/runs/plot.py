@@ -50,7 +50,8 @@ def plot_loss(metrics: Path, path: Path, title: str) -> None:
     events = list(read_events(metrics))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*_columns(points(events, "trained", "loss")), color="#4c78a8", lw=1, label="training")
+    training = points(events, "trained", "loss")
+    axes.plot(*_columns(training), color="#4c78a8", lw=1, marker=_marker(training, 1), ms=4, label="training")
     held_out = points(events, "evaluated", "val_loss")
     bits = points(events, "evaluated", "val_bpb")
     label = None
@@ -61,11 +62,24 @@ def plot_loss(metrics: Path, path: Path, title: str) -> None:
     if known := last_baseline(events):
         label = f"{known.n}-gram, {known.val_loss:.3f} ({known.bits_per_byte:.3f} bits per byte)"
         axes.axhline(known.val_loss, color="#777777", ls="--", lw=1, label=label)
+    _whole_ticks(axes)
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.set_title(title, parse_math=False)  # a name may hold a $
     axes.grid(alpha=0.3)
     axes.legend()
     _write(figure, path)
+
+
+def _marker(curve: Sequence[object], most: int) -> str | None:
+    """A dot for each point of a curve of at most so many; a single point has no line to be seen by."""
+    return "o" if len(curve) <= most else None
+
+
+def _whole_ticks(axes: Axes) -> None:
+    """Label no fractions of a step, token or second."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _columns(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -152,11 +166,14 @@ def plot_curves(curves: Curves, path: Path) -> None:
     drawn = [run for run in curves.runs if run["train"]["x"] or run["val"]["x"]]
     for i, run in enumerate(drawn):
         color, line = f"C{i % 10}", LINES[i // 10 % len(LINES)]
-        axes.plot(run["train"]["x"], run["train"]["y"], color=color, ls=line, lw=0.9, alpha=0.45)
-        marker = "o" if len(run["val"]["x"]) <= 50 else None
-        axes.plot(run["val"]["x"], run["val"]["y"], color=color, ls=line, lw=1.8, marker=marker, ms=3.5)
+        training, held_out = run["train"], run["val"]
+        pale: dict[str, Any] = {"color": color, "ls": line, "lw": 0.9, "alpha": 0.45}
+        axes.plot(training["x"], training["y"], **pale, marker=_marker(training["x"], 1), ms=3.5)
+        marker = _marker(held_out["x"], 50)
+        axes.plot(held_out["x"], held_out["y"], color=color, ls=line, lw=1.8, marker=marker, ms=3.5)
         axes.plot([], [], color=color, ls=line, lw=1.8, label=_label(run))
     _draw_baselines(axes, drawn, curves.y)
+    _whole_ticks(axes)
     axes.set(xlabel=AXES[curves.x], ylabel=LOSSES[curves.y][2])
     axes.set_title("held-out loss" + (", and training loss (thin)" if curves.y == "loss" else ""), fontsize=10)
     axes.grid(alpha=0.3)

@@ -159,7 +159,9 @@ def _figures(events: Events) -> list[tuple[str, str, str]]:
     if speeds := sorted(value for _, value in points(events, "trained", "tokens_per_second")):
         figures.append(("Speed", human_count(speeds[len(speeds) // 2]), "tokens a second, median"))
     if peaks := [value for _, value in points(events, "trained", "peak_memory_bytes")]:
-        figures.append(("Memory", human_bytes(max(peaks)), "at its peak"))
+        caches = [value for _, value in points(events, "trained", "cached_memory_bytes")]
+        beside = f", and up to {human_bytes(max(caches))} of cache" if caches else ""
+        figures.append(("Memory", human_bytes(max(peaks)), f"at its peak{beside}"))
     times = [value for kind in ("trained", "evaluated", "run_ended") for _, value in points(events, kind, "seconds")]
     if times:
         figures.append(("Time", human_time(max(times)), "over all starts"))

@@ -79,6 +79,7 @@ def scalars(event: Event) -> dict[str, float]:
             "speed/tokens_per_second": event.tokens_per_second,
             "memory/bytes": event.memory_bytes,
             "memory/peak_bytes": event.peak_memory_bytes,
+            **({} if event.cached_memory_bytes is None else {"memory/cached_bytes": event.cached_memory_bytes}),
             **({} if event.epoch is None else {"train/epoch": event.epoch}),
             **{f"train/epoch_{_plain(name)}": epoch for name, epoch in event.epochs.items()},
         }

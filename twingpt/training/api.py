@@ -44,6 +44,7 @@ def train(
     device: str | None = None,
     compile: bool | None = None,
     report_to: str | None = None,
+    wired_limit: float | None = None,
     init_from: str | Path | None = None,
     resume: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
@@ -53,9 +54,10 @@ def train(
     `config` is a model's configuration, or the name of a preset; what is not given comes from the recipe for the kind
     of device. `data` take the place of `train_config.data`: what `gpt data sources` names, a file, a folder, or several
     as SOURCE:WEIGHT. `init_from` fine-tunes a model, `resume` goes on with a run: then `config` is theirs, and a run's
-    are the backend, the device and all else that is not given. `report_to` names trackers, with commas. Each of
-    `callbacks` is called with the events of `twingpt.runs.events` as they happen. Raises UserError as the command does,
-    and for a `config.vocab_size` that isn't the tokenizer's.
+    are the backend, the device and all else that is not given. `report_to` names trackers, with commas; `wired_limit`
+    is memory to keep wired on Metal, a share of the working set or bytes. Each of `callbacks` is called with the events
+    of `twingpt.runs.events` as they happen. Raises UserError as the command does, and for a `config.vocab_size` that
+    isn't the tokenizer's.
     """
     options: dict[str, Any] = {}
     if isinstance(config, str):
@@ -66,14 +68,14 @@ def train(
         options |= train_config.to_dict()
     if data is not None:
         options["data"] = str(data) if isinstance(data, str | Path) else tuple(map(str, data))
+    how: dict[str, Any] = {"compile": compile, "report_to": report_to, "wired_limit": wired_limit}
     if resume is not None:
         if out is not None or init_from is not None:
             raise UserError("resume goes on in the run's own folder, with its own model: leave out out and init_from.")
-        state = resume_run(str(resume), options, backend, device, compile=compile, report_to=report_to)
+        state = resume_run(str(resume), options, backend, device, **how)
     else:
         init = open_model(init_from).model if init_from is not None else None
         place = Path(out) if out is not None else None
         vocab_size = config.vocab_size if isinstance(config, GPTConfig) else None
-        how: dict[str, Any] = {"compile": compile, "init": init, "vocab_size": vocab_size, "report_to": report_to}
-        state = new_run(options, place, backend or "auto", device, **how)
+        state = new_run(options, place, backend or "auto", device, init=init, vocab_size=vocab_size, **how)
     return Trainer(state, [CallbackReporter(callback) for callback in callbacks]).fit()

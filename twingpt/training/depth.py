@@ -9,8 +9,9 @@ from typing import Any
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
-from twingpt.core.presets import DEEPEST, shaped
+from twingpt.core.presets import shaped
 from twingpt.runs.units import human_count
+from twingpt.training.settings import DEEPEST
 
 HEAD_DIM = 64  # what fused attention kernels want
 MIN_HEADS = 4

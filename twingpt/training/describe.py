@@ -52,6 +52,7 @@ def run_json(state: RunState) -> str:
             "folder": mixture.folders(state.data),
             "fingerprint": state.data.fingerprint,
             "tokenizer": state.data.tokenizer.digest,
+            "rules": mixture.rules(state.data),
         },
         "evaluation": {"windows": state.eval_windows, "batch_size": state.eval_batch_size},
         "setup": dataclasses.asdict(state.setup),
@@ -98,6 +99,7 @@ def describe(state: RunState) -> None:
         "compile": state.setup.compile,
         "init_from": state.init_from,
         "report_to": state.setup.report_to,
+        "wired_limit": state.setup.wired_limit,
     }
     where = {key: value for key, value in values.items() if value is not None}
     settings.write(run / "config.toml", settings.spelled_out(state.config, state.train) | where, AGAIN)

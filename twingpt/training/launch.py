@@ -13,6 +13,7 @@ from twingpt.core.parameters import initialise
 from twingpt.core.paths import expand
 from twingpt.data import mixture
 from twingpt.data.mixture import Data
+from twingpt.data.split import parse_share
 from twingpt.runs import trackers
 from twingpt.runs.folder import check_untrained, checkpoints
 from twingpt.training import memory
@@ -34,12 +35,13 @@ def new_run(
     init: Model | None = None,
     vocab_size: int | None = None,
     report_to: str | None = None,
+    wired_limit: float | None = None,
 ) -> RunState:
     """A new run in `out`, or in a folder of its own under runs/, with the options of `resolve`; not yet trained.
 
     It begins with the model `init` where that is given, on texts in its tokenizer (see `adapted`), and reports to the
-    trackers that `report_to` names. Raises UserError for anything that can't be, such as a `vocab_size` that isn't the
-    tokenizer's; then nothing has been written but the prepared data.
+    trackers that `report_to` names; `memory.wired_bytes` has `wired_limit`. Raises UserError for anything that can't
+    be, such as a `vocab_size` that isn't the tokenizer's; then nothing has been written but the prepared data.
     """
     chosen, tracked = set(options), trackers.parse(report_to)
     if init:
@@ -47,7 +49,13 @@ def new_run(
         options = FINE_TUNING | {key: value for key, value in options.items() if key not in MODEL_FIELDS}
     engines = registry.get(backend)
     target = registry.find_device(engines, device)
+    wired = memory.wired_bytes(wired_limit, target)
     _, train = resolve(options, target, 256)  # wrong before any work is done
+    if train.eval_interval and train.val_data and parse_share(train.val_data, "--val-data") == 0:
+        raise UserError(
+            f"--val-data {train.val_data} holds out nothing to evaluate on, and --eval-interval is "
+            f"{train.eval_interval}: give --eval-interval 0 too, or hold out a share."
+        )
     run = expand(out) if out else Path("runs") / f"{mixture.title(train.data)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     _check_free(run)
     tokenizer = init.tokenizer() if init else None
@@ -71,8 +79,9 @@ def new_run(
         device=target,
         engine=make_engine(config, train, engines, target, compile=compile),
         peak=peak(engines, target, train.dtype),
-        setup=Setup(engines.NAME, device, compile, report_to),
+        setup=Setup(engines.NAME, device, compile, report_to, wired_limit),
         trackers=tracked,
+        wired_bytes=wired,
         eval_batch_size=eval_batch_size,
         starts=[start_entry(0, engines, target)],
         notes=notes,

@@ -36,6 +36,7 @@ class Meter:
         self.unread: list[Handle] = []  # of the steps since the last report, oldest first
         self.skipped_in_row = 0
         self.speeds: list[float] = []  # tokens per second, of each report
+        self.peak_cached: int | None = None  # bytes of freed memory kept for reuse, at most in a report
         self.began = self.clock = 0.0  # speed is measured from `clock` and `clock_step` on
         self.clock_step = progress.step
 
@@ -77,6 +78,8 @@ class Meter:
         loss, grad_norm, _ = rows.mean(axis=0)
         self.progress.train_loss = float(loss)
         speed, memory = self._measure_speed(), state.engine.memory()
+        if memory.cached is not None:
+            self.peak_cached = max(self.peak_cached or 0, memory.cached)
         return Trained(
             step=step,
             loss=float(loss),
@@ -91,6 +94,7 @@ class Meter:
             mfu=mfu(speed, state.config, state.peak),
             epoch=state.epoch(step),
             epochs=state.source_epochs(step),
+            cached_memory_bytes=memory.cached,
         )
 
     def _measure_speed(self) -> float:

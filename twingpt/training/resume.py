@@ -12,11 +12,11 @@ from twingpt.core.backend import Backend, Device
 from twingpt.core.checkpoint.schema import Checkpoint
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
-from twingpt.core.paths import quote
 from twingpt.runs import trackers
 from twingpt.runs.events import last_baseline, read_events, seconds_so_far
 from twingpt.runs.folder import check_untrained, checkpoint_folder
 from twingpt.runs.inventory import best_loss
+from twingpt.runs.shell import quote
 from twingpt.training import memory
 from twingpt.training.describe import describe, rewind_folder, start_entry
 from twingpt.training.engine import make_engine
@@ -55,6 +55,7 @@ def resume_run(
     stop_after: int | None = None,
     names: Mapping[str, str] = MappingProxyType({}),
     report_to: str | None = None,
+    wired_limit: float | None = None,
 ) -> RunState:
     """A run as it goes on from its latest checkpoint (RUN@STEP: from that one), on any backend.
 
@@ -71,9 +72,9 @@ def resume_run(
     progress = Progress.from_dict(training)
     train = _resumed_config(config, training["train"], stored.train, options, names)
     _check_goes_on(stored, progress, train, stop_after)
-    place = _find_place(stored.setup, Setup(backend, device, compile, report_to))
+    place = _find_place(stored.setup, Setup(backend, device, compile, report_to, wired_limit))
     train, replaced = _with_dtype(train, place.device, options)
-    data = stored.open_data(train, training["data"], moved=bool({"data", "val_data"} & options.keys()))
+    data = stored.open_data(train, training["data"], given=[key for key in ("data", "val_data") if key in options])
     data.check(config, evaluated=train.eval_interval > 0)
     # A run goes on exactly, so nothing of it changes unasked.
     free = place.engines.free_memory(place.device)
@@ -90,6 +91,7 @@ def resume_run(
         peak=peak(place.engines, place.device, train.dtype),
         setup=place.setup,
         trackers=place.trackers,
+        wired_bytes=place.wired_bytes,
         eval_batch_size=stored.eval_batch_size,
         starts=[*stored.starts, start_entry(progress.step, place.engines, place.device)],
         notes=notes,
@@ -140,6 +142,7 @@ class _Place:
     device: Device
     setup: Setup
     trackers: list[str]
+    wired_bytes: int
     replaced: list[str]
 
 
@@ -171,14 +174,22 @@ def _find_place(own: Setup, asked: Setup) -> _Place:
         asked.device or (None if moved and asked.backend else own.device),
         own.compile if asked.compile is None else asked.compile,
         own.report_to if asked.report_to is None else asked.report_to,
+        own.wired_limit if asked.wired_limit is None else asked.wired_limit,
     )
+    try:
+        wired = memory.wired_bytes(setup.wired_limit, device)
+    except UserError:
+        if asked.wired_limit is not None:
+            raise
+        wired = 0
+        replaced.append(f"The run's wired limit can't be had on {device.name}: nothing is wired.")
     names = [name for name in trackers.split(setup.report_to) if name in trackers.LIBRARIES]
     for name in names:
         if not trackers.installed(name):
             replaced.append(
                 f"The run reports to {name}, but not from here: that needs {trackers.how_to_install(name)}."
             )
-    return _Place(engines, device, setup, list(filter(trackers.installed, names)), replaced)
+    return _Place(engines, device, setup, list(filter(trackers.installed, names)), wired, replaced)
 
 
 def _with_dtype(train: TrainConfig, device: Device, options: Options) -> tuple[TrainConfig, list[str]]:

@@ -13,10 +13,11 @@ import numpy as np
 from twingpt.core.checkpoint import schema as checkpoint
 from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
-from twingpt.core.paths import quote, write_atomically
+from twingpt.core.paths import write_atomically
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.runs import folder as runs
 from twingpt.runs.events import Event, Saved, SaveFailed
+from twingpt.runs.shell import quote
 from twingpt.training.state import Progress, RunState
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries while training goes on; each wait doubles the last

@@ -22,8 +22,9 @@ from twingpt.core.config import (
     without_none,
 )
 from twingpt.core.errors import UserError
-from twingpt.core.paths import expand, quote, write_atomically
-from twingpt.core.presets import DEEPEST, PRESETS, SHAPES
+from twingpt.core.paths import expand, write_atomically
+from twingpt.core.presets import PRESETS, SHAPES
+from twingpt.runs.shell import quote
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,6 +32,8 @@ else:
     import tomli as tomllib
 
 Settings = dict[str, Any]
+
+DEEPEST = 48  # of --depth
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class RunSettings:
     backend: str | None = setting(None, "Backend", choices=("auto", "mlx", "torch"), derived="auto")
     device: str | None = setting(None, "A device of the backend: cpu, cuda, cuda:1, mps or gpu", derived="the best")
     compile: bool | None = setting(None, "Compile the step", derived="not on a CPU")
+    wired_limit: float | None = setting(
+        None, "On Metal, keep memory wired: a share of the working set, 0.9 at most, or bytes", derived="nothing"
+    )
     report_to: str | None = setting(None, "tensorboard, wandb, mlflow: one or several, with commas", derived="none")
 
 

@@ -65,18 +65,19 @@ class Setup:
     device: str | None = None
     compile: bool | None = None
     report_to: str | None = None
+    wired_limit: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class RunState:
     """A run that is ready to train, new or resumed: its engine holds the parameters and optimizer state.
 
-    `setup` is kept for the next start, and `trackers` are those of it that can be had now. `eval_batch_size` is the
-    batch size asked for, of which an evaluation has `eval_iters`. `starts` describe each start of the run for run.json,
-    this one last. `notes` say what was changed to fit the device's memory, and `replaced` what the run was started
-    with and isn't available now; `set_aside` is where what lay after the step went. `init_from` names the model that
-    the run was fine-tuned from. `saved_at` is the step of the checkpoint that it goes on from, -1 for none, and
-    `seconds_before` is the time that earlier starts took.
+    `setup` is kept for the next start, and `trackers` and `wired_bytes` are what of it can be had now.
+    `eval_batch_size` is the batch size asked for, of which an evaluation has `eval_iters`. `starts` describe each start
+    of the run for run.json, this one last. `notes` say what was changed to fit the device's memory, and `replaced` what
+    the run was started with and isn't available now; `set_aside` is where what lay after the step went. `init_from`
+    names the model that the run was fine-tuned from. `saved_at` is the step of the checkpoint that it goes on from, -1
+    for none, and `seconds_before` is the time that earlier starts took.
     """
 
     folder: Path
@@ -89,6 +90,7 @@ class RunState:
     peak: Peak | None
     setup: Setup
     trackers: Sequence[str]
+    wired_bytes: int
     eval_batch_size: int
     starts: Sequence[Mapping[str, Any]]
     notes: Sequence[str] = ()

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from twingpt.backends import host
 from twingpt.core.parameters import parameter_count
 from twingpt.data.mixture import Mixture, parts
 from twingpt.runs.events import (
     Baseline,
     DataNoted,
     Event,
+    MachineNoted,
     MemoryPlanned,
     MixedSource,
     RunStarted,
@@ -19,6 +21,7 @@ from twingpt.runs.events import (
     SettingReplaced,
 )
 from twingpt.runs.folder import checkpoint_folder
+from twingpt.runs.units import human_bytes
 from twingpt.training.flops import mfu
 from twingpt.training.meter import Meter
 from twingpt.training.state import RunState, finite
@@ -41,6 +44,7 @@ def start_events(state: RunState) -> Iterator[Event]:
         val_tokens=manifest["splits"]["val"]["tokens"],
         vocab_size=state.config.vocab_size,
         sources=_mixed_sources(state),
+        dtype_why=host.dtype_reason(state.device) if state.train.dtype == state.device.default_dtype else "",
     )
     for part in parts(state.data) if step == 0 else ():
         yield from (DataNoted(step, f"{part.name}: {note}") for note in part.data.manifest.get("notes", ()))
@@ -50,6 +54,9 @@ def start_events(state: RunState) -> Iterator[Event]:
         yield SetAside(step, str(state.set_aside))
     for note in state.notes:
         yield MemoryPlanned(step, note)
+    if state.wired_bytes:
+        wired = f"Up to {human_bytes(state.wired_bytes)} stay wired until the run ends"
+        yield MachineNoted(step, f"{wired}: if macOS panics, leave out --wired-limit.")
     if state.baseline:
         yield dataclasses.replace(state.baseline, step=step)
 
@@ -67,13 +74,14 @@ def summarise(state: RunState, meter: Meter, baseline: Baseline | None, reason: 
         "max_iters": state.train.max_iters,
         "reason": reason,
         "train_loss": finite(progress.train_loss),
-        "val_loss": progress.val_loss,
-        "val_bpb": progress.val_bpb,
-        "best_val_loss": progress.best_val_loss,
+        "val_loss": finite(progress.val_loss),
+        "val_bpb": finite(progress.val_bpb),
+        "best_val_loss": finite(progress.best_val_loss),
         "baseline": baseline and {key: getattr(baseline, key) for key in ("n", "val_loss", "bits_per_byte")},
         "tokens_per_second": speed,
         "mfu": mfu(speed, state.config, state.peak) if speed else None,
         "peak_memory_bytes": state.engine.memory().peak,
+        "peak_cached_memory_bytes": meter.peak_cached,
         "skipped": progress.skipped,
         "epoch": state.epoch(progress.step),
         "sources": _source_summaries(state, meter),

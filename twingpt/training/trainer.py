@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from twingpt.core.errors import OutOfMemoryError, UserError
+from twingpt.backends import host
+from twingpt.backends.errors import DeviceError, OutOfMemoryError
+from twingpt.core.errors import UserError
 from twingpt.core.schedule import hyperparameters
 from twingpt.data.prefetch import Prefetcher
 from twingpt.evaluation.held_out import evaluate
 from twingpt.inference.language_model import LanguageModel
 from twingpt.runs import folder as runs
 from twingpt.runs import trackers
-from twingpt.runs.events import Evaluated, Reporter, RunEnded, Sampled
+from twingpt.runs.events import Evaluated, MachineNoted, Reporter, RunEnded, Sampled
 from twingpt.runs.reporters import Reporters, folder_reporters
 from twingpt.training import memory
 from twingpt.training.describe import run_json
@@ -55,11 +57,10 @@ class Trainer:
 
         SIGINT and SIGTERM end it after what is under way, saved, and `interrupt.exit_code` tells which it was. A
         checkpoint that can't be saved waits while training goes on. Raises UserError for a loss that is not finite,
-        for want of memory, where the last checkpoint can't be saved in the end, or another process trains it.
+        for want of memory or another failure of the device, where the last checkpoint can't be saved in the end, or
+        another process trains it.
         """
-        with runs.training(self.state.folder), self.interrupt, self._memory_errors():
-            for event in start_events(self.state):
-                self.report(event)
+        with runs.training(self.state.folder), self.interrupt, self._device_errors(), self._on_machine():
             self.meter.start()
             try:
                 self._train_and_save(min(self.train.max_iters, stop_after or self.train.max_iters))
@@ -69,6 +70,30 @@ class Trainer:
             seconds, reason = self.meter.seconds, self._reason()
             self.report(RunEnded(self.progress.step, reason, seconds))
         return summarise(self.state, self.meter, self.baseline, reason, seconds - self.state.seconds_before)
+
+    @contextmanager
+    def _on_machine(self) -> Iterator[None]:
+        """Report the start, and within the block keep the machine awake and the device's memory within its limits."""
+        state = self.state
+        cache = memory.cache_limit(state.config, state.train, state.backend.NAME, state.device.kind)
+        limits = state.backend.memory_limits(state.device, cache=cache, wired=state.wired_bytes)
+        with limits, host.awake() as awake:
+            for event in start_events(state):
+                self.report(event)
+            if awake:
+                what = "caffeinate keeps this Mac from idle sleep while it trains; a closed lid still puts it to sleep."
+                self.report(MachineNoted(self.progress.step, what))
+            yield
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Leave what comes between steps out of the training speed, and its arrays out of the memory kept for reuse.
+
+        Only there: a step finds its own again, and without them would be slower (the review of mlx-lm#986).
+        """
+        with self.meter.stopped():
+            yield
+            self.state.backend.clear_cache(self.state.device)
 
     def _train_and_save(self, stop: int) -> None:
         """Train to `stop` steps or an interruption; whatever ends it, what is to be saved is tried once more."""
@@ -128,7 +153,7 @@ class Trainer:
         """Leave the run saved where it stands; and evaluated, unless somebody waits for it to end."""
         progress = self.progress
         self._report_training(leave=0)
-        if progress.evaluated_at != progress.step and not self.interrupt.requested:
+        if not self._evaluated and not self.interrupt.requested:
             self._evaluate()
         if self.train.sample_interval and progress.sampled_at != progress.step and not self.interrupt.requested:
             self._sample()
@@ -136,16 +161,21 @@ class Trainer:
 
     def _reason(self) -> str:
         """Why the run stopped: finished (and evaluated at its end), interrupted, or stop-after."""
-        if self.progress.evaluated_at == self.progress.step >= self.train.max_iters:
+        if self._evaluated and self.progress.step >= self.train.max_iters:
             return "finished"
         return "interrupted" if self.interrupt.requested else "stop-after"
+
+    @property
+    def _evaluated(self) -> bool:
+        """Whether no evaluation is left to do at this step, as where nothing is held out."""
+        return self.progress.evaluated_at == self.progress.step or not self.state.data.holds_out
 
     def _evaluate(self) -> bool:
         """Report the held-out loss, after what n-grams reach where that is new; whether it is the best so far."""
         state, progress = self.state, self.progress
-        with self.meter.stopped():
-            engine, block_size = self.engine.inference(), state.config.block_size
-            found = evaluate(engine, state.data, self.train.batch_size, block_size, state.eval_windows)
+        sizes = self.train.batch_size, state.config.block_size, state.eval_windows
+        with self._apart():
+            found = evaluate(self.engine.inference(), state.data, *sizes)
         loss, bpb = found.mean.nats, found.mean.bits_per_byte
         if not math.isfinite(loss):
             self._report_training(leave=0)  # which names the step where that was not finite either
@@ -161,9 +191,14 @@ class Trainer:
 
     def _sample(self) -> None:
         """Let the model write from the start of a document."""
-        with self.meter.stopped():
+        with self._apart():
             model = LanguageModel(self.state.config, self.state.data.tokenizer, self.engine.inference())
-            text = model.generate("", SAMPLE_TOKENS, seed=self.train.seed)
+            try:
+                text = model.generate("", SAMPLE_TOKENS, seed=self.train.seed)
+            except UserError:
+                self._report_training(leave=0)  # which names the step where the loss was not finite either
+                raise
+            del model  # so that its arrays are free, and cleared
         self.progress.sampled_at = self.progress.step
         self.report(Sampled(self.progress.step, text))
 
@@ -176,7 +211,7 @@ class Trainer:
                 self.saver.mark_best(progress.step)
             return
         self._report_training(leave=0)  # never save what was not seen to be finite
-        with self.meter.stopped():
+        with self._apart():
             self.saver.save(take_snapshot(self.state, progress, best=best))
 
     def _report_training(self, *, leave: int) -> None:
@@ -192,14 +227,20 @@ class Trainer:
         return UserError(f"{what} is not finite: lower the learning rate; {self.saver.kept}.")
 
     @contextmanager
-    def _memory_errors(self) -> Iterator[None]:
-        """Where the device runs out of memory within the block, raise OutOfMemoryError that says what to change."""
+    def _device_errors(self) -> Iterator[None]:
+        """Let a DeviceError within the block say after which step it came, and what is saved.
+
+        Want of memory says which of the run's settings to change.
+        """
         state = self.state
         try:
-            with state.backend.memory_errors():
+            with state.backend.device_errors():
                 yield
         except OutOfMemoryError as error:
             advice = memory.advice(state.config, state.train, state.backend.NAME, state.device, None)
             raise OutOfMemoryError(
                 f"{state.device.name} ran out of memory after {self.progress.step} steps; {self.saver.kept}. {advice}"
             ) from error
+        except DeviceError as error:
+            where = f"{state.device.name} failed after {self.progress.step} steps; {self.saver.kept}"
+            raise DeviceError(f"{where}. {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from twingpt.core.checkpoint.quantize import Quantization
 from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.parameters import parameter_count
+from twingpt.core.parameters import parameter_count, parameter_table
 from twingpt.core.paths import expand
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights.dtypes import DTYPES
@@ -47,10 +48,10 @@ def convert(
     `source` is a model that is open, or what `open_model` takes.
     Without `to`, a `folder` that ends in .gguf becomes a file of that format; else a model of ours becomes a
     Hugging Face directory, and any other one of ours. With a `dtype` the parameters are stored in it, those of a
-    quantized model too; without one in float32. A `tokenizer` is that of a model without one. `progress` is
-    told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a format that
-    can't hold the model or the dtype, a tokenizer of more ids than it has, and for a `folder` that exists, unless it
-    holds a model and `force` is given; UserError too for a number that the dtype has not.
+    quantized model too; without one in float32. A `tokenizer` is for a model without one that can be read.
+    `progress` is told the bytes of each parameter as it passes. Raises UserError, before anything is written, for a
+    format that can't hold the model or the dtype, a tokenizer of more ids than it has, and for a `folder` that exists,
+    unless it holds a model and `force` is given; UserError too for a number that the dtype has not.
     """
     opened, folder = source if isinstance(source, OpenedModel) else open_model(source), expand(folder)
     model = opened.model
@@ -64,12 +65,8 @@ def convert(
         _check_dtype(dtype, quantization, to)
     check_place(folder, model.folder, force=force)
     place = folder.resolve() if folder.is_symlink() else folder  # the link stays
-    if tokenizer and tokenizer_of(model) is not None:
-        raise UserError(f"{model.folder} has a tokenizer of its own: leave out --tokenizer.")
-    if tokenizer and tokenizer.byte_lengths[model.config.vocab_size :].any():  # special tokens may be beyond
-        size = model.config.vocab_size
-        raise UserError(f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {size}.")
-    tokenizer = tokenizer or tokenizer_of(model)
+    if tokenizer:
+        _check_tokenizer(tokenizer, model)
     export = _export(opened, to, quantization, dtype, tokenizer, progress)
     try:
         kept = WRITABLE[to].write(place, export)
@@ -85,7 +82,7 @@ def convert(
         "dtype": export.dtype,
         "quantization": export.quantization.to_json() if export.quantization else None,
         "unquantized": kept,
-        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size} ids" if tokenizer else None,
+        "tokenizer": f"{export.tokenizer.kind}, {export.tokenizer.vocab_size} ids" if export.tokenizer else None,
         "source": str(model.folder),
         "target": str(folder),
     }
@@ -96,25 +93,28 @@ def _export(
     to: str,
     quantization: Quantization | None,
     dtype: str | None,
-    tokenizer: Tokenizer | None,
+    given: Tokenizer | None,
     progress: Progress,
 ) -> Export:
-    """What is written: the model's tensors, as they are stored where a quantized model is to stay as it is."""
-    model = opened.model
+    """What is written: the model's tensors, as they are stored where a quantized model is to stay as it is.
+
+    The tokenizer is the one that is `given`, or else the model's.
+    """
+    model, tokenizer = opened.model, given or tokenizer_of(opened.model)
     quantized = dtype is None and _keeps_quantized(model, to, quantization)
     quantization = model.quantization if quantized else quantization
     settings = generation_settings(model.directory)
-    if tokenizer and tokenizer_of(model) is None:  # then null says that there was none
+    if given:  # then null says that there was none
         settings = {key: value for key, value in settings.items() if value is not None}
     return Export(
         source=model.folder,
         config=model.config,
-        tensors=_with_progress(model.stored() if quantized else model.parameters(), progress, model.quantization),
+        tensors=_with_progress(model.stored() if quantized else model.parameters(), progress, model.config),
         tokenizer=tokenizer,
         quantization=quantization,
         quantized=quantized,
         dtype=dtype or "float32",
-        ids=_ids(model, settings, tokenizer),
+        ids=_ids(model, settings, tokenizer, was_given=given is not None),
         texts=_settings_text(model, settings) | {"README.md": card(opened, to, quantization, tokenizer)},
     )
 
@@ -139,11 +139,27 @@ def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(file.is_file() for file in tensors)
 
 
+def _check_tokenizer(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise UserError where a model has a tokenizer that can be read, or fewer ids than the one that it is given."""
+    try:
+        own = model.tokenizer()
+    except UserError:  # there is none, or it is broken
+        own = None
+    if own is not None:
+        raise UserError(f"{model.folder} has a tokenizer of its own: leave out --tokenizer.")
+    if tokenizer.byte_lengths[model.config.vocab_size :].any():  # special tokens may be beyond
+        size = model.config.vocab_size
+        raise UserError(f"The tokenizer has {tokenizer.vocab_size} ids and the model knows only {size}.")
+
+
 def _check_quantization(quantization: Quantization, config: GPTConfig, to: str) -> None:
     """Raise UserError where a format has no quantized matrices, or the model none that can be."""
     if to not in QUANTIZED:
         raise UserError(f"--q-bits is for --to {' or '.join(QUANTIZED)}: {to} has no such matrices.")
-    if not quantization.matrices(config):
+    packings = quantization.packings(config)
+    if any(packing.mode != "affine" for packing in packings.values()):
+        raise UserError(f"Matrices are quantized here in the mode affine alone, not in {quantization.mode}.")
+    if not packings:
         size = quantization.group_size
         raise UserError(f"No matrix of the model can be quantized: no width is a multiple of --q-group-size {size}.")
 
@@ -168,15 +184,14 @@ def _keeps_quantized(model: Model, to: str, quantization: Quantization | None) -
 
 
 def _with_progress(
-    tensors: Iterable[tuple[str, Array]], progress: Progress, quantization: Quantization | None
+    tensors: Iterable[tuple[str, Array]], progress: Progress, config: GPTConfig
 ) -> Iterator[tuple[str, Array]]:
-    """Pass the tensors on; `progress` is told the bytes of each in float32, of a quantized one by its words."""
+    """Pass the tensors on; `progress` is told the bytes of each parameter in float32."""
+    table = parameter_table(config)
     for name, array in tensors:
         yield name, array
-        if array.dtype == np.uint32 and quantization:
-            progress(array.nbytes * 32 // quantization.bits)
-        elif not name.endswith((".scales", ".biases")):
-            progress(array.nbytes)
+        if name in table:  # not the scales and biases of a quantized one
+            progress(4 * math.prod(table[name].shape))
 
 
 def tokenizer_of(model: Model) -> Tokenizer | None:
@@ -205,17 +220,18 @@ def _settings_text(model: Model, settings: Mapping[str, Any]) -> dict[str, str]:
     return {GENERATION: json.dumps(settings, indent=2)} if settings else {}
 
 
-def _ids(model: Model, settings: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _ids(model: Model, settings: Mapping[str, Any], tokenizer: Tokenizer | None, *, was_given: bool) -> dict[str, Any]:
     """The ids of special tokens for config.json: of the settings for generation, of the model's config.json, or usual.
 
-    An id that was null, for none, stays null.
+    An id that was null, for none, stays null, but for a model whose tokenizer `was_given` to it.
     """
     there = (model.folder / "config.json").is_file()
     config = model.directory.json_object("config.json") if there else {}
-    had = tokenizer is None or tokenizer_of(model) is not None
     named = {**config, **{key: settings[key] for key in ("bos_token_id", "eos_token_id") if key in settings}}
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return token_ids(tokenizer) | {key: named[key] for key in kept if key in named and (had or named[key] is not None)}
+    return token_ids(tokenizer) | {
+        key: named[key] for key in kept if key in named and not (was_given and named[key] is None)
+    }
 
 
 def _size(path: Path) -> int:
@@ -229,7 +245,7 @@ def card(opened: OpenedModel, to: str, quantization: Quantization | None, tokeni
     """A model card: what the model is, where it came from, and how it is used."""
     config = opened.model.config
     library = {"hf": "transformers", "mlx": "mlx"}.get(to, "twingpt")
-    bits = f", {quantization.bits} bits in groups of {quantization.group_size}" if quantization else ""
+    bits = f", {bits_in_words(quantization.to_json())} in groups of {quantization.group_size}" if quantization else ""
     return (
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- twingpt\n- {opened.family}\n---\n\n"
         f"# {_title(opened.model.folder)}\n\n"
@@ -239,6 +255,13 @@ def card(opened: OpenedModel, to: str, quantization: Quantization | None, tokeni
         f"Converted from the {opened.format} format by TwinGPT's `gpt convert`. In this folder it runs as\n\n"
         f"```python\n{_example(library, tokenizer)}\n```\n"
     )
+
+
+def bits_in_words(quantization: Mapping[str, Any]) -> str:
+    """The bits of a quantization, as config.json has it: 4 bits, or 2 and 6 bits where matrices differ."""
+    others = [way["bits"] for way in quantization.values() if isinstance(way, Mapping)]
+    *most, last = map(str, sorted({quantization["bits"], *others}))
+    return f"{', '.join(most)}{' and ' if most else ''}{last} bits"
 
 
 def _title(folder: Path) -> str:

@@ -21,7 +21,7 @@ class Export:
     """A model to be written, a tensor at a time; `source` is the folder or file that it comes from.
 
     `tensors` are float32 parameters in the order of the parameter table, which a format stores in `dtype`, or one
-    that can by `quantization`; with `quantized` they are so already, as `Quantization.table` has them. `ids` are
+    that can by `quantization`; with `quantized` they are so already, as `stored_shapes` has them. `ids` are
     bos_token_id and eos_token_id, `texts` further files, by name.
     """
 

@@ -18,6 +18,7 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
 from twingpt.core.paths import expand
 from twingpt.runs.folder import RUNS, resolve
+from twingpt.tokenizers.vocab_and_merges import has_vocab_and_merges
 from twingpt.weights.export import Export
 from twingpt.weights.gguf import GGUF
 from twingpt.weights.gguf.vocabulary import UnknownTokenizerError
@@ -27,7 +28,6 @@ from twingpt.weights.nanochat import Nanochat
 from twingpt.weights.nanogpt import NanoGPT
 from twingpt.weights.torch_state import TorchState
 from twingpt.weights.twingpt import TwinGPT
-from twingpt.weights.vocab_and_merges import has_vocab_and_merges
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [

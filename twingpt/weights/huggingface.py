@@ -20,10 +20,10 @@ from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_table
 from twingpt.core.paths import new_folder, write_synced
 from twingpt.core.tokenizer import GIVE_ONE, Tokenizer
+from twingpt.tokenizers.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 from twingpt.weights.dtypes import DTYPES, rounded
 from twingpt.weights.export import Export
 from twingpt.weights.families import Family, family_of, require_family
-from twingpt.weights.vocab_and_merges import has_vocab_and_merges, read_vocab_and_merges
 
 Array = np.ndarray
 
@@ -108,7 +108,7 @@ class HuggingFaceModel(Model):
 
     @cached_property
     def _vocab_and_merges(self) -> Tokenizer:
-        return read_vocab_and_merges(self.directory)
+        return read_vocab_and_merges(self.folder)
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor, as the files have them."""
@@ -221,6 +221,9 @@ def _check(places: Places, family: Family, layout: Layout, config: GPTConfig, fo
             raise UserError(f"{folder} has a tensor {head} beside the embedding that config.json says it is tied to.")
     for name in layout:
         if name not in places:
+            if lora := next((stored for file, stored in places.values() if ".lora_" in stored), None):
+                raise UserError(f"{folder} has adapters beside its weights ({lora[:80]}): merge them into those (peft: "
+                                "merge_and_unload), save the result, and give that.")  # fmt: skip
             raise UserError(f"The tensor {name} is missing from {folder}.")
     for name, (file, stored) in places.items():
         if name not in layout:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.checkpoint.directory import ModelDirectory
-from twingpt.core.checkpoint.quantize import BITS, Quantization, quantize
+from twingpt.core.checkpoint.quantize import FLOATING, POSITIONS, Packing, Quantization, dequantize, from_config
 from twingpt.core.checkpoint.safetensors_file import TensorFile
 from twingpt.core.checkpoint.schema import write_model
 from twingpt.core.config import GPTConfig
@@ -31,7 +32,7 @@ from twingpt.weights.huggingface import (
     tensor_files,
     texts_beside,
 )
-from twingpt.weights.mlx_quantized import Packing, Packings
+from twingpt.weights.quantize import packed, unquantized
 
 Array = np.ndarray
 
@@ -54,35 +55,48 @@ QUANTIZATION = ("quantization", "quantization_config")
 
 
 class DequantizedFile(TensorFile):
-    """A file of mlx-lm's whose header was read, with quantized matrices that look like float32 ones."""
+    """A file of mlx-lm's whose header was read, with quantized matrices that look like float32 ones.
 
-    def __init__(self, file: TensorFile, packings: Packings) -> None:
+    `width_of` gives the width of the matrix that a name in the file stands for, None where the model has none.
+    """
+
+    def __init__(self, file: TensorFile, quantization: Quantization, width_of: Callable[[str], int | None]) -> None:
         self.path, self.entries, self.metadata = file.path, file.entries, file.metadata
         self.packed: dict[str, Packing] = {}
         visible = dict(self.entries)
         for name, entry in self.entries.items():
-            base = name.removesuffix(".weight")
-            if base == name or entry.dtype != "U32" or f"{base}.scales" not in self.entries:
+            base, width = name.removesuffix(".weight"), width_of(name)
+            if base == name or entry.dtype != "U32" or f"{base}.scales" not in self.entries or width is None:
                 continue
-            packing = packings.of(base)
-            if entry.shape[-1] * 32 % (packing.bits * packing.group_size):
+            packing = quantization.modules.get(base) or self._inferred(base, width)
+            shape = (*entry.shape[:-1], width)
+            shapes, dtypes = packing.tensors(name, shape)
+            if entry.shape != shapes.pop(name):
                 raise UserError(
-                    f"{self.path}: the tensor {name} has {entry.shape[-1]} words a row, which are no whole groups of "
-                    f"{packing.group_size} numbers of {packing.bits} bits."
+                    f"The tensor {name} in {self.path} has shape {entry.shape}, which does not fit {packing.bits} bits."
                 )
-            shape = (*entry.shape[:-1], entry.shape[-1] * 32 // packing.bits)
-            for part in packing.parts:
-                self._check_part(f"{base}.{part}", shape, packing)
-                del visible[f"{base}.{part}"]
+            for part, groups in shapes.items():
+                self._check_part(part, groups, ("U8",) if dtypes[part] == "U8" else ("F32", "F16", "BF16"), packing)
+                del visible[part]
             self.packed[name] = packing
             visible[name] = dataclasses.replace(entry, dtype="F32", shape=shape)
         self.stored, self.entries = self.entries, visible
 
-    def _check_part(self, part: str, shape: tuple[int, ...], packing: Packing) -> None:
-        """Raise UserError unless the scales or biases of a matrix (out, in) are as its packing has them."""
-        dtypes = ("F32", "F16", "BF16") if packing.mode == "affine" else ("U8",)
-        entry, groups = self.entries.get(part), (*shape[:-1], shape[-1] // packing.group_size)
-        if entry is None or entry.shape != groups or entry.dtype not in dtypes or len(shape) != 2:
+    def _inferred(self, base: str, width: int) -> Packing:
+        """How a matrix is packed that config.json does not name, by its tensors' shapes and dtypes, as in mlx-lm."""
+        words, scales = self.entries[f"{base}.weight"], self.entries[f"{base}.scales"]
+        bits, group_size = words.shape[-1] * 32 // max(1, width), width // max(1, scales.shape[-1])
+        modes = {packing: mode for mode, packing in FLOATING.items()}
+        mode = modes.get((bits, group_size), "mxfp4") if scales.dtype == "U8" else "affine"
+        try:
+            return Packing(bits, group_size, mode)
+        except UserError as error:
+            raise UserError(f"The matrix {base} in {self.path} can't be read: {error}") from None
+
+    def _check_part(self, part: str, shape: tuple[int, ...], dtypes: Sequence[str], packing: Packing) -> None:
+        """Raise UserError unless the scales or biases of a matrix are as its packing has them."""
+        entry = self.entries.get(part)
+        if entry is None or entry.shape != shape or entry.dtype not in dtypes or len(shape) != 2:
             raise UserError(
                 f"The tensor {part} in {self.path} does not fit the matrix that it belongs to, of {packing.bits} bits "
                 f"in groups of {packing.group_size} ({packing.mode})."
@@ -90,7 +104,9 @@ class DequantizedFile(TensorFile):
 
     def read(self, name: str) -> Array:
         """A tensor as its entry describes it."""
-        return self.packed[name].dequantize(*self.words(name)) if name in self.packed else super().read(name)
+        if name not in self.packed:
+            return super().read(name)
+        return dequantize(self.entries[name].shape[-1], *self.parts(name))
 
     def pieces(self, name: str) -> Iterator[Array]:
         """Yield the numbers of `read_float` in flat pieces; a quantized matrix in one."""
@@ -99,15 +115,16 @@ class DequantizedFile(TensorFile):
         else:
             yield from super().pieces(name)
 
-    def words(self, name: str) -> tuple[Array, ...]:
+    def parts(self, name: str) -> list[Array]:
         """A quantized matrix as it is stored: its words, its scales and maybe biases, in float32 or of bytes."""
-        parts = [f"{name.removesuffix('.weight')}.{part}" for part in self.packed[name].parts]
-        arrays = [self._read(part, self.stored[part]) for part in parts]
-        if self.packed[name].mode == "affine":
-            arrays = [
-                self._in_float32(array, part, self.stored[part]) for array, part in zip(arrays, parts, strict=True)
-            ]
-        return (self._read(name, self.stored[name]), *arrays)
+        parts = self.packed[name].tensors(name, self.entries[name].shape)[0]
+        entries = {part: self.stored[part] for part in parts}
+        return [
+            self._read(part, entry)
+            if entry.dtype in ("U32", "U8")
+            else self._in_float32(self._read(part, entry), part, entry)
+            for part, entry in entries.items()
+        ]
 
 
 class MLXLM:
@@ -128,13 +145,12 @@ class MLXLM:
     def open(self, directory: ModelDirectory) -> MLXModel:
         """Read config.json; UserError, naming it, for a family or an option that isn't supported."""
         path, content = directory.path / "config.json", directory.json_object("config.json")
-        described = next((content[key] for key in QUANTIZATION if content.get(key) is not None), None)
-        packings = None if described is None else Packings.read(described, path)
+        described = from_config(content, path)
         plain = {key: value for key, value in content.items() if key not in QUANTIZATION}
         family, config = family_and_config(_with_defaults(plain), path)
         if _is_marked(directory):  # saved from its models, which transpose when they load
             family = dataclasses.replace(family, transposed=False, **RENAMED.get(family.model_type, {}))
-        return MLXModel(directory, family, config, packings)
+        return MLXModel(directory, family, config, described)
 
     def keeps_quantized(self, config: GPTConfig) -> bool:
         """Whether mlx-lm does not transpose the matrices when it loads them."""
@@ -157,9 +173,9 @@ class MLXModel(HuggingFaceModel):
     """A directory that mlx-lm wrote; tensors are read when asked for."""
 
     def __init__(
-        self, directory: ModelDirectory, architecture: Family, config: GPTConfig, packings: Packings | None
+        self, directory: ModelDirectory, architecture: Family, config: GPTConfig, described: Quantization | None
     ) -> None:
-        self.packings = packings
+        self.described = described  # by config.json, under mlx-lm's names
         super().__init__(directory, architecture, config)
 
     def _with_head(self, config: GPTConfig) -> GPTConfig:
@@ -169,54 +185,65 @@ class MLXModel(HuggingFaceModel):
         return dataclasses.replace(config, tie_embeddings=len(self._embedding_and_head()) < 2)
 
     @cached_property
-    def quantization(self) -> Quantization | None:
-        """As in the file, where its matrices are ours one by one, those that we would quantize, and so; else None."""
-        layout, used = self.architecture.layout(self.config), self._packings_used
-        if len(used) != 1 or any(len(parts) > 1 for parts in layout.values()):
+    def quantization(self) -> Quantization | None:  # type: ignore[override]
+        """As in the files: the packing of most matrices, and those of the others."""
+        packings = Counter(file.packed[name] for file, name, _, _ in self._homes.values())
+        if not packings:
             return None
-        packing = used.pop()
-        if packing.mode != "affine" or packing.bits not in BITS:
-            return None
-        quantization = Quantization(packing.bits, packing.group_size)
-        return quantization if self._homes.keys() == set(quantization.matrices(self.config)) else None
+        usual = Quantization(**packings.most_common(1)[0][0].to_json())
+        by_rule, modules = usual.packings(self.config), dict[str, Packing | None]()
+        for name, row in parameter_table(self.config).items():
+            base = name.removesuffix(".weight")
+            packing = self._packing(base)
+            if row.group != VECTOR and name != POSITIONS and packing != by_rule.get(base):
+                modules[base] = packing
+        return dataclasses.replace(usual, modules=modules)
 
-    @property
-    def _packings_used(self) -> set[Packing]:
-        return {file.packed[name] for file, name in self._homes.values()}
+    def _packing(self, base: str) -> Packing | None:
+        if base not in self._homes:
+            return None
+        file, theirs, _, _ = self._homes[base]
+        return file.packed[theirs]
 
     def stored(self) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) of every tensor as `quantization` says; a quantized matrix keeps its very bits."""
-        if self.quantization is None:
-            yield from self.parameters()
-            return
+        packings = self.quantization.packings(self.config) if self.quantization else {}
         for name, array in self.parameters():
             base = name.removesuffix(".weight")
-            if base not in self._homes or base == name:
+            if base not in packings:
                 yield name, array
                 continue
-            file, theirs = self._homes[base]
-            yield from zip((name, f"{base}.scales", f"{base}.biases"), file.words(theirs), strict=True)
+            file, theirs, index, count = self._homes[base]
+            for part, whole in zip(packings[base].tensors(name, array.shape)[0], file.parts(theirs), strict=True):
+                yield part, self.architecture.part(whole, theirs, index, count, self.config)
 
     @cached_property
     def files(self) -> Sequence[TensorFile]:
         """The files that its tensors are in, dequantized."""
         files = tensor_files(self.directory)
-        return files if self.packings is None else [DequantizedFile(file, self.packings) for file in files]
+        if self.described is None:
+            return files
+        config = dataclasses.replace(self.config, tie_embeddings=False)  # there may be a head
+        table, layout = parameter_table(config), self.architecture.layout(config)
+
+        def width_of(name: str) -> int | None:
+            ours = layout.get(self.architecture.canonical(name, layout) or "")
+            return table[ours[0]].shape[-1] if ours else None
+
+        return [DequantizedFile(file, self.described, width_of) for file in files]
 
     @cached_property
-    def _homes(self) -> dict[str, tuple[DequantizedFile, str]]:
-        """Our name, without `.weight`, of every quantized matrix -> its file, and its name there."""
+    def _homes(self) -> dict[str, tuple[DequantizedFile, str, int, int]]:
+        """Our name, without `.weight`, of every quantized matrix -> its file, its name there, and which part it is."""
         layout = self.architecture.layout(self.config)
-        homes: dict[str, tuple[DequantizedFile, str]] = {}
-        for file in self.files:
-            if not isinstance(file, DequantizedFile):
-                continue
-            for name in file.packed:
-                canonical = self.architecture.canonical(name, layout)
-                if canonical not in layout:
-                    raise UserError(f"{file.path} has a tensor {name}, which this model has not.")
-                homes[layout[canonical][0].removesuffix(".weight")] = file, name
-        return homes
+        return {
+            ours.removesuffix(".weight"): (file, name, index, len(layout[canonical]))
+            for file in self.files
+            if isinstance(file, DequantizedFile)
+            for name in file.packed
+            if (canonical := self.architecture.canonical(name, layout)) in layout
+            for index, ours in enumerate(layout[canonical])
+        }
 
 
 def _with_defaults(content: dict[str, Any]) -> dict[str, Any]:
@@ -304,41 +331,44 @@ def write_quantized(
     if family.transposed:
         raise UserError(f"mlx-lm transposes the matrices of {family.model_type} when it loads them, and can't those "
                         "that are quantized: write --to mlx without --q-bits, or --to twingpt.")  # fmt: skip
-    shapes, dtypes, kept = _quantized_table(config, family, quantization)
-
-    def stored() -> Iterator[tuple[str, Array]]:
-        for name, array in arrays:
-            if quantized or name not in dtypes:
-                yield name, array
-                continue
-            base = name.removesuffix(".weight")
-            parts = quantize(array, quantization.bits, quantization.group_size)
-            yield from zip((name, f"{base}.scales", f"{base}.biases"), parts, strict=True)
-
-    described = {**content, "quantization": quantization.to_json(), "quantization_config": quantization.to_json()}
-    with new_folder(folder) as temporary:
-        write_model(temporary, shapes, stored(), dtypes)
-        for name, text in {**texts, "config.json": json.dumps(described, indent=2)}.items():
-            write_synced(temporary / name, text.encode())
-    return kept
-
-
-def _quantized_table(
-    config: GPTConfig, family: Family, quantization: Quantization
-) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
-    """Every stored tensor's shape; U32 for those that are quantized; and why the other matrices are not, by name."""
+    packings = _packings(config, family, quantization)
     table = parameter_table(config)
     shapes: dict[str, tuple[int, ...]] = {}
-    dtypes, kept = {}, {}
+    dtypes: dict[str, str] = {}
     for name, parts in family.layout(config).items():
-        *rest, width = shape = family.shape(name, [table[ours].shape for ours in parts])
-        matrix = table[parts[0]].group != VECTOR and name.endswith(".weight")
-        if not matrix or width % quantization.group_size:
-            shapes[name] = shape
-            if matrix:
-                kept[name] = f"its width {width} is not a multiple of {quantization.group_size}"
-            continue
-        base = name.removesuffix(".weight")
-        shapes[name], dtypes[name] = (*rest, width * quantization.bits // 32), "U32"
-        shapes |= {f"{base}.{part}": (*rest, width // quantization.group_size) for part in ("scales", "biases")}
-    return shapes, dtypes, kept
+        shape = family.shape(name, [table[ours].shape for ours in parts])
+        stored, kinds = packings[name].tensors(name, shape) if name in packings else ({name: shape}, {})
+        shapes |= stored
+        dtypes |= kinds
+
+    def tensors() -> Iterator[tuple[str, Array]]:
+        for name, array in arrays:
+            yield from ((name, array),) if quantized or name not in packings else packed(packings[name], name, array)
+
+    described = {**content, **dict.fromkeys(QUANTIZATION, _described(quantization, family))}
+    with new_folder(folder) as temporary:
+        write_model(temporary, shapes, tensors(), dtypes)
+        for name, text in {**texts, "config.json": json.dumps(described, indent=2)}.items():
+            write_synced(temporary / name, text.encode())
+    return {family.rename(name): why for name, why in unquantized(quantization, config).items()}
+
+
+def _packings(config: GPTConfig, family: Family, quantization: Quantization) -> dict[str, Packing]:
+    """The packing of every matrix of theirs that is quantized; UserError where it would be several for one."""
+    packings, found = quantization.packings(config), dict[str, Packing]()
+    for name, parts in family.layout(config).items():
+        ways = [packings.get(ours.removesuffix(".weight")) for ours in parts]
+        if any(way != ways[0] for way in ways):
+            raise UserError(f"{name} of {family.model_type} holds {' and '.join(parts)}, which are quantized in "
+                            "different ways: write --to twingpt, or --dtype float32.")  # fmt: skip
+        if ways[0] is not None:
+            found[name] = ways[0]
+    return found
+
+
+def _described(quantization: Quantization, family: Family) -> dict[str, Any]:
+    """A quantization for config.json, whose exceptions mlx-lm looks up by its modules' own names."""
+    theirs = dataclasses.replace(family, **RENAMED.get(family.model_type, {}))
+    named = {theirs.rename(f"{name}.weight"): way for name, way in quantization.modules.items()}
+    modules = {name.removesuffix(".weight"): way for name, way in named.items()}
+    return dataclasses.replace(quantization, modules=modules).to_json()

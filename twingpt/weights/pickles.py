@@ -14,6 +14,7 @@ from twingpt.backends.registry import how_to_install, installed
 from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import GIVE_ONE, Tokenizer
+from twingpt.weights.families.family import unwrapped
 
 Array = np.ndarray
 
@@ -75,11 +76,11 @@ def read_pickle(path: Path) -> Any:
 
 
 def state_of(value: Any, path: Path) -> State:
-    """The tensors of a state dict that was read from `path`, without what torch.compile puts before their names."""
+    """The tensors of a state dict that was read from `path`, without what torch.compile and the like put in names."""
     found: State = torch_files(path).stored_tensors(value, f"the model in {path}")
-    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
+    state = {unwrapped(name): tensor for name, tensor in found.items()}
     if len(state) < len(found):
-        raise UserError(f"{path} has a tensor twice, with and without the prefix _orig_mod.")
+        raise UserError(f"{path} has a tensor twice, with and without a prefix as _orig_mod.")
     return state
 
 

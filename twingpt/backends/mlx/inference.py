@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from twingpt.backends.mlx import model
-from twingpt.backends.mlx.device import DTYPES, on_device, to_device, to_numpy, wire_memory
+from twingpt.backends.mlx.device import DTYPES, on_device, to_device, to_numpy
 from twingpt.backends.mlx.kv_cache import CacheSlots, KVCache
-from twingpt.backends.mlx.sampler import log_prob, sample
+from twingpt.backends.mlx.sampler import log_probs_of, penalise, sample
 from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.sampler import SamplingRows
@@ -26,12 +27,11 @@ PREFILL_CHUNK = 512  # positions of a prompt that are run at once: bounds the me
 class Step:
     """Handle of a prefill or step of B rows, on the device: the logits after it, (B, V) float32, and what was sampled.
 
-    A step's `tokens` and `log_probs` are (B,); a prefill samples nothing and has None.
+    A prefill samples nothing and has None.
     """
 
     logits: Array
-    tokens: Array | None = None
-    log_probs: Array | None = None
+    sampled: Sampled | None = None
 
 
 class InferenceEngine:
@@ -46,7 +46,6 @@ class InferenceEngine:
         dtype: str = "float32",
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        wire_memory(device)
         self._load(tensors)
 
     @on_device
@@ -56,9 +55,9 @@ class InferenceEngine:
         mx.eval(self.params)
 
     def _cast(self, value: np.ndarray | Array) -> Array:
-        """A parameter on the device in the compute dtype; a quantized matrix stays uint32."""
+        """A parameter on the device in the compute dtype; a quantized matrix stays in words, and scales in bytes."""
         array = to_device(value)
-        return array if array.dtype == mx.uint32 else array.astype(DTYPES[self.dtype])
+        return array if array.dtype in (mx.uint32, mx.uint8) else array.astype(DTYPES[self.dtype])
 
     @on_device
     def forward(self, tokens: np.ndarray) -> np.ndarray:
@@ -102,23 +101,23 @@ class InferenceEngine:
         return Step(logits)
 
     @on_device
-    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray, *, log_probs: bool = True) -> Step:
+    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray, *, log_probs: int | None = 0) -> Step:
         """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
 
-        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled, with `log_probs`
-        unless they are left out: they take a pass over the vocabulary.
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues; a CPU may compute the logits first. Reads as
+        Sampled, with log-probabilities of the ids and of the `log_probs` likeliest; None leaves both out, and a pass.
         """
         rows = slice(0, len(u))
         cache.check_logits(rows)
         logits = cache.logits[rows]
-        seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
-        tokens = sample(logits, sampling, u, seen)
-        sampled = log_prob(logits, tokens) if log_probs else None
+        ids = sample(penalise(logits, sampling, partial(cache.counts, rows)), sampling, u, self.device)
+        tokens = mx.maximum(ids, 0)  # any token goes on where there is none: whoever reads it stops
+        sampled = Sampled(ids, *(() if log_probs is None else log_probs_of(logits, tokens, log_probs)))
         slots = CacheSlots(cache, rows, tokens[:, None])
         x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
-        step = Step(model.logits(x, self.params, self.config)[:, 0], tokens, sampled)
+        step = Step(model.logits(x, self.params, self.config)[:, 0], sampled)
         cache.set_logits(rows, step.logits)
-        mx.async_eval(step.logits, tokens, [] if sampled is None else sampled)
+        mx.async_eval(step.logits, [array for array in vars(sampled).values() if array is not None])
         cache.async_eval()
         return step
 
@@ -131,7 +130,14 @@ class InferenceEngine:
     def read(self, handle: Step | LogProbs) -> Any:
         """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
-            assert handle.tokens is not None, "a prefill samples nothing"
-            log_probs = None if handle.log_probs is None else np.array(handle.log_probs)
-            return Sampled(np.array(handle.tokens, np.int64), log_probs)
-        return LogProbs(*(None if array is None else np.array(array) for array in vars(handle).values()))
+            assert handle.sampled is not None, "a prefill samples nothing"
+            return Sampled(**_on_host(handle.sampled))
+        return LogProbs(**_on_host(handle))
+
+
+def _on_host(handle: Sampled | LogProbs) -> dict[str, np.ndarray | None]:
+    """The arrays of a handle by name, with ids in int64; waits."""
+    return {
+        name: None if array is None else np.array(array, np.int64 if array.dtype == mx.uint32 else None)
+        for name, array in vars(handle).items()
+    }

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from twingpt.backends.kv_layout import bucket, kv_quantization
-from twingpt.backends.mlx.device import on_device
+from twingpt.backends.mlx.device import on_device, to_device
 from twingpt.core import kv_cache
 from twingpt.core.backend import Device
 from twingpt.core.config import GPTConfig
@@ -43,15 +43,16 @@ class KVCache(kv_cache.KVCache):
         """Keys or values (…, d) as they are held: quantized, or as they are."""
         if self.quantization is None:
             return (x,)
-        parts: Sequence[Array] = mx.quantize(x, self.quantization.group_size, self.quantization.bits)
+        group_size, bits = self.quantization.group_size, self.quantization.bits
+        parts: Sequence[Array] = mx.quantize(x, group_size=group_size, bits=bits)
         return parts
 
     def dequantized(self, parts: Sequence[Array]) -> Array:
         """The inverse of `quantized`."""
         if self.quantization is None:
             return parts[0]
-        words, scales, biases = parts
-        return mx.dequantize(words, scales, biases, self.quantization.group_size, self.quantization.bits)
+        (words, scales, biases), group_size, bits = parts, self.quantization.group_size, self.quantization.bits
+        return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
     def buffers(self) -> Iterator[Array]:
         """Every array of keys and values, (rows, K, capacity, …)."""
@@ -91,13 +92,15 @@ class KVCache(kv_cache.KVCache):
         self.logits[rows] = logits  # a copy: a handle's logits stay as they are
         self.has_logits[rows] = True
 
-    def seen(self, rows: slice) -> Array:
-        """Which ids stand among the positions of `rows`, (B, V) booleans."""
+    def counts(self, rows: slice, start: np.ndarray) -> Array:
+        """How often each id stands among the positions of `rows`, from (B,) `start` on, (B, V)."""
         vocab_size, end = self.logits.shape[1], int(self.lengths[rows].max())
-        held = mx.arange(end) < mx.array(self.lengths[rows])[:, None]
-        ids = mx.where(held, self.tokens[rows, :end], vocab_size)  # what a row doesn't hold: beyond the last id
-        seen = mx.zeros((len(ids), vocab_size + 1), mx.bool_)
-        return mx.put_along_axis(seen, ids, mx.array(1, mx.bool_), axis=1)[:, :vocab_size]
+        first, lengths = to_device(np.stack([start, self.lengths[rows]])[..., None])
+        position = mx.arange(end)
+        others = (position < first) | (position >= lengths)
+        ids = mx.where(others, vocab_size, self.tokens[rows, :end])  # beyond the last id
+        counts = mx.zeros((len(ids), vocab_size + 1))
+        return counts.at[mx.arange(len(ids))[:, None], ids].add(1)[:, :vocab_size]
 
     def clear(self, rows: slice) -> None:
         """Forget what an earlier text left: an infinity of it would be NaN under a mask that only multiplies by 0."""

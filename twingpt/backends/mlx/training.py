@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from twingpt.backends.mlx import model
-from twingpt.backends.mlx.device import DTYPES, memory, on_device, to_device, to_numpy, wire_memory
+from twingpt.backends.mlx.device import DTYPES, memory, on_device, to_device, to_numpy
 from twingpt.backends.mlx.inference import InferenceEngine
 from twingpt.backends.mlx.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
@@ -65,7 +65,6 @@ class TrainEngine:
         skip_nonfinite: bool = False,
         seed: int = 0,
     ) -> None:
-        wire_memory(device)
         self.config, self.device, self.optimizer, self.dtype = config, device, optimizer, dtype
         self.params: Parameters = {}
         self.optimizer_state: Parameters = {}
@@ -145,7 +144,8 @@ class TrainEngine:
     @on_device
     def read(self, handles: Sequence[Array]) -> np.ndarray:
         """(handles, numbers) float64: what handles of one kind read as. The only call that waits."""
-        return to_numpy(mx.stack(list(handles))).astype(np.float64)
+        # One by one: stacked, they would wait for the steps that were enqueued since.
+        return np.stack([to_numpy(handle) for handle in handles]).astype(np.float64)
 
     def state(self) -> Iterator[tuple[str, np.ndarray]]:
         """Parameters, then optimizer state, as float32 under the names of `parameter_table` and `state_table`."""
@@ -157,5 +157,5 @@ class TrainEngine:
         return InferenceEngine(self.config, self.params.items(), self.device, dtype=self.dtype)
 
     def memory(self) -> Memory:
-        """Bytes in use on the device, now and at most so far."""
+        """Bytes in use on the device, now and at most so far, and freed ones kept for reuse."""
         return memory(self.device)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from twingpt.backends import host
+from twingpt.backends.errors import OutOfMemoryError
 from twingpt.core.backend import Device, Memory
-from twingpt.core.errors import OutOfMemoryError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,6 +66,17 @@ def _xpu(index: int) -> Device:
     return Device(f"xpu:{index}", "xpu", properties.name, tuple(DTYPES), fast, default, properties.total_memory)
 
 
+def on_device(method: F) -> F:
+    """Decorator: run a method of an inference engine or its KV cache without autograd, under `device_errors`."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with device_errors(), torch.inference_mode():
+            return method(self, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
 def details() -> dict[str, Any]:
     """The framework's version and build, as `gpt doctor` shows them."""
     built_for = {"cuda": torch.version.cuda, "hip": torch.version.hip, "xpu": torch.version.xpu}
@@ -70,13 +84,14 @@ def details() -> dict[str, Any]:
 
 
 def memory(device: Device) -> Memory:
-    """Bytes in use on the device, now and at most so far; on a CPU those of the process."""
-    if device.kind == "cuda":
-        return Memory(torch.cuda.memory_allocated(device.name), torch.cuda.max_memory_allocated(device.name))
-    if device.kind == "xpu":
-        return Memory(torch.xpu.memory_allocated(device.name), torch.xpu.max_memory_allocated(device.name))
-    if device.kind == "mps":  # has no peak counter, but the driver's pool only grows
-        return Memory(torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory())
+    """Bytes in use on the device, now and at most so far, and freed ones kept for reuse; on a CPU the process's two."""
+    if device.kind in ("cuda", "xpu"):
+        gpus, name = getattr(torch, device.kind), device.name
+        allocated = gpus.memory_allocated(name)
+        return Memory(allocated, gpus.max_memory_allocated(name), gpus.memory_reserved(name) - allocated)
+    if device.kind == "mps":  # has no peak counter, but the driver's pool shrinks only where the cache is cleared
+        allocated, driver = torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory()
+        return Memory(allocated, driver, max(0, driver - allocated))
     return host.process_memory()
 
 
@@ -93,13 +108,28 @@ def free_memory(device: Device) -> int:
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
-    """Raise OutOfMemoryError within the block for whatever PyTorch raises where memory is short."""
+def memory_limits(device: Device, *, cache: int, wired: int) -> Iterator[None]:
+    """Within the block hold Metal to limits that PyTorch has none of: its allocator sets its own for MPS."""
+    yield
+
+
+def clear_cache(device: Device) -> None:
+    """Give freed memory that is kept for reuse back to the system, on MPS, where it is the system's memory too."""
+    if device.kind == "mps":
+        torch.mps.empty_cache()
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Raise OutOfMemoryError, with the way out, within the block for what PyTorch raises where memory is short."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one, and NumPy raises the other
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(str(error)):
-            raise OutOfMemoryError("PyTorch ran out of memory.") from error
+            raise OutOfMemoryError(
+                "PyTorch ran out of memory: a smaller model, a shorter context, fewer texts at a time or quantized "
+                "weights need less."
+            ) from error
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from twingpt.backends.torch import model
-from twingpt.backends.torch.device import DTYPES, to_device, to_numpy
+from twingpt.backends.torch.device import DTYPES, device_errors, on_device, to_device, to_numpy
 from twingpt.backends.torch.kv_cache import CacheSlots, KVCache
-from twingpt.backends.torch.quantized import prepack
-from twingpt.backends.torch.sampler import log_prob, sample
+from twingpt.backends.torch.quantized import in_bytes, prepack
+from twingpt.backends.torch.sampler import log_probs_of, penalise, sample
 from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.sampler import SamplingRows
@@ -29,13 +30,12 @@ ROPE_POSITIONS = 4096  # of the first RoPE tables, which grow: a block_size may 
 class Step:
     """Handle of a prefill or step of B rows, on the device: the logits after it, (B, V) float32, and what was sampled.
 
-    A step's `tokens` and `log_probs` are (B,); a prefill samples nothing and has None. On CUDA they are copies on the
-    host, which are there once `copied` has happened.
+    A prefill samples nothing and has None. On CUDA what was sampled is copies on the host, which are there once
+    `copied` has happened.
     """
 
     logits: Array
-    tokens: Array | None = None
-    log_probs: Array | None = None
+    sampled: Sampled | None = None
     copied: torch.cuda.Event | None = None
 
 
@@ -51,27 +51,27 @@ class InferenceEngine:
         dtype: str = "float32",
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self._load(tensors)
+        with device_errors():
+            self._load(tensors)
 
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
-        self.params = {name: self._cast(value) for name, value in tensors}
+        self.params = {name: self._cast(value) for name, value in in_bytes(tensors, self.config)}
         prepack(self.params, self.config, DTYPES[self.dtype])
         self.rope = model.Rope(self.config, torch.device(self.device.name), ROPE_POSITIONS)
 
     def _cast(self, value: np.ndarray | Array) -> Array:
-        """A parameter on the device in the compute dtype; a quantized matrix becomes uint8."""
-        if isinstance(value, np.ndarray) and value.dtype == np.uint32:
-            return to_device(np.ascontiguousarray(value).view(np.uint8), self.device)
-        return to_device(value, self.device).to(DTYPES[self.dtype])
+        """A parameter on the device in the compute dtype; a quantized matrix stays in bytes."""
+        tensor = to_device(value, self.device)
+        return tensor if tensor.dtype == torch.uint8 else tensor.to(DTYPES[self.dtype])
 
-    @torch.inference_mode()
+    @on_device
     def forward(self, tokens: np.ndarray) -> np.ndarray:
         """(B, T) ids -> (B, T, V) float32 logits, without the KV cache; waits."""
         ids = to_device(check_tokens(tokens, self.config), self.device)
         x = model.hidden_states(self.params, ids, self.config, self.rope)
         return to_numpy(model.logits(x, self.params, self.config))
 
-    @torch.inference_mode()
+    @on_device
     def log_probs(self, tokens: np.ndarray, targets: np.ndarray, top_k: int = 0) -> LogProbs:
         """Log-probabilities of (B, T) targets after (B, T) ids, and of the `top_k` likeliest ids. Enqueues only.
 
@@ -81,7 +81,7 @@ class InferenceEngine:
         x = model.hidden_states(self.params, ids, self.config, self.rope)
         return model.log_probs(x, self.params, to_device(targets.astype(np.int64), self.device), self.config, top_k)
 
-    @torch.inference_mode()
+    @on_device
     def new_cache(self, rows: int, capacity: int, *, kv_bits: int | None = None) -> KVCache:
         """An empty KV cache of so many rows, with room for `capacity` positions a row, which grows as it fills.
 
@@ -89,7 +89,7 @@ class InferenceEngine:
         """
         return KVCache(self.config, rows, capacity, DTYPES[self.dtype], self.device, kv_bits)
 
-    @torch.inference_mode()
+    @on_device
     def prefill(self, cache: KVCache, row: int, tokens: np.ndarray) -> Step:
         """Run (T,) ids of a prompt, or of a part of it, behind what a row holds. Enqueues only."""
         ids, rows = to_device(check_tokens(tokens[None], self.config), self.device).long(), slice(row, row + 1)
@@ -100,52 +100,57 @@ class InferenceEngine:
         cache.set_logits(rows, logits)
         return Step(logits)
 
-    @torch.inference_mode()
-    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray, *, log_probs: bool = True) -> Step:
+    @on_device
+    def step(self, cache: KVCache, sampling: SamplingRows, u: np.ndarray, *, log_probs: int | None = 0) -> Step:
         """Decode one token in each of the first B rows: sample it from the row's logits, append it, run it.
 
-        Each row has settings and a uniform `u` (B,) of its own. Enqueues only. Reads as Sampled, with `log_probs`
-        unless they are left out: they take a pass over the vocabulary.
+        Each row has settings and a uniform `u` (B,) of its own. Enqueues; a CPU may compute the logits first. Reads as
+        Sampled, with log-probabilities of the ids and of the `log_probs` likeliest; None leaves both out, and a pass.
         """
         rows = slice(0, len(u))
         cache.check_logits(rows)
         logits = cache.logits[rows]
-        seen = cache.seen(rows) if (sampling.repetition_penalty != 1).any() else None
-        tokens = sample(logits, sampling, u, seen, self.device)
-        sampled = log_prob(logits, tokens) if log_probs else None
-        copies = self._copy_to_host(tokens, sampled)  # before the forward pass, for which `read` then need not wait
+        penalised = penalise(logits, sampling, partial(cache.counts, rows), self.device)
+        ids = sample(penalised, sampling, u, self.device)
+        tokens = ids.clamp_min(0)  # any token goes on where there is none: whoever reads it stops
+        sampled = Sampled(ids, *(() if log_probs is None else log_probs_of(logits, tokens, log_probs)))
+        copies = self._copy_to_host(sampled)  # before the forward pass, for which `read` then need not wait
         slots = CacheSlots(cache, rows, tokens[:, None])
         x = model.hidden_states(self.params, tokens[:, None], self.config, self.rope, slots)
         step = Step(model.logits(x, self.params, self.config)[:, 0], *copies)
         cache.set_logits(rows, step.logits)
         return step
 
-    def _copy_to_host(
-        self, tokens: Array, log_probs: Array | None
-    ) -> tuple[Array, Array | None, torch.cuda.Event | None]:
+    def _copy_to_host(self, sampled: Sampled) -> tuple[Sampled, torch.cuda.Event | None]:
         """On CUDA, copies in pinned memory, enqueued, and the event after them; elsewhere the arrays, and None.
 
         `Tensor.cpu` waits for all that is enqueued when it is called: for the next step too, while the device would
         have nothing to do after it.
         """
         if self.device.kind != "cuda":
-            return tokens, log_probs, None
-        tokens = tokens.to("cpu", non_blocking=True)
-        log_probs = None if log_probs is None else log_probs.to("cpu", non_blocking=True)
+            return sampled, None
+        arrays = vars(sampled).values()
+        copies = Sampled(*(None if array is None else array.to("cpu", non_blocking=True) for array in arrays))
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self.device.name))
-        return tokens, log_probs, copied
+        return copies, copied
 
+    @on_device
     def logits(self, handle: Step) -> np.ndarray:
         """(B, V) float32 logits after the last positions of a handle's rows; waits."""
         return to_numpy(handle.logits)
 
+    @on_device
     def read(self, handle: Step | LogProbs) -> Any:
         """What a step sampled, as Sampled, or what `log_probs` is to give, as LogProbs, of NumPy arrays; waits."""
         if isinstance(handle, Step):
-            assert handle.tokens is not None, "a prefill samples nothing"
+            assert handle.sampled is not None, "a prefill samples nothing"
             if handle.copied:
                 handle.copied.synchronize()
-            log_probs = None if handle.log_probs is None else handle.log_probs.cpu().numpy()
-            return Sampled(handle.tokens.cpu().numpy(), log_probs)
-        return LogProbs(*(None if array is None else array.cpu().numpy() for array in vars(handle).values()))
+            return Sampled(**_on_host(handle.sampled))
+        return LogProbs(**_on_host(handle))
+
+
+def _on_host(handle: Sampled | LogProbs) -> dict[str, np.ndarray | None]:
+    """The arrays of a handle by name; waits."""
+    return {name: None if array is None else array.cpu().numpy() for name, array in vars(handle).items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twingpt.backends.kv_layout import bucket, kv_quantization
-from twingpt.backends.torch.device import to_device
+from twingpt.backends.torch.device import on_device, to_device
 from twingpt.backends.torch.quantized import dequantize, quantize
 from twingpt.core import kv_cache
 from twingpt.core.backend import Device
@@ -57,7 +57,7 @@ class KVCache(kv_cache.KVCache):
         """Every array of keys and values, (rows, K, capacity, …)."""
         return chain(*self.keys, *self.values)
 
-    @torch.inference_mode()
+    @on_device
     def copy(self, source: int, row: int) -> None:
         """Make `row` what `source` is: its positions, and the logits after them. Enqueues only."""
         for buffer in (*self.buffers(), self.tokens, self.logits):
@@ -65,14 +65,14 @@ class KVCache(kv_cache.KVCache):
         for known in (self.lengths, self.has_logits, self.used):
             known[row] = known[source]
 
-    @torch.inference_mode()
+    @on_device
     def read_row(self, row: int) -> list[np.ndarray]:
         """The positions of a row as arrays of bytes: its token ids as int32, then keys and values by layer; waits."""
         n = int(self.lengths[row])
         held = (self.tokens[row, :n].int(), *(buffer[row, :, :n] for buffer in self.buffers()))
         return [np.array(array.view(torch.uint8).cpu().numpy()) for array in held]
 
-    @torch.inference_mode()
+    @on_device
     def write_row(self, row: int, arrays: Sequence[np.ndarray]) -> None:
         """Make a row hold what `read_row` gave, of its own or another cache; its next call has to be a prefill."""
         tokens, n = arrays[0].view(np.int32), arrays[0].size // 4
@@ -89,14 +89,15 @@ class KVCache(kv_cache.KVCache):
         self.logits[rows] = logits  # a copy: a handle's logits stay as they are
         self.has_logits[rows] = True
 
-    def seen(self, rows: slice) -> Array:
-        """Which ids stand among the positions of `rows`, (B, V) booleans."""
+    def counts(self, rows: slice, start: np.ndarray) -> Array:
+        """How often each id stands among the positions of `rows`, from (B,) `start` on, (B, V)."""
         vocab_size, end = self.logits.shape[1], int(self.lengths[rows].max())
-        lengths = to_device(self.lengths[rows].copy(), self.device)
-        held = torch.arange(end, device=lengths.device) < lengths[:, None]
-        ids = self.tokens[rows, :end].masked_fill(~held, vocab_size)  # what a row doesn't hold: beyond the last id
-        seen = torch.zeros(len(ids), vocab_size + 1, dtype=torch.bool, device=ids.device)
-        return seen.scatter_(1, ids, value=True)[:, :vocab_size]
+        first, lengths = to_device(np.stack([start, self.lengths[rows]])[..., None], self.device)
+        position = torch.arange(end, device=lengths.device)
+        others = (position < first) | (position >= lengths)
+        ids = self.tokens[rows, :end].masked_fill(others, vocab_size)  # beyond the last id
+        counts = torch.zeros(len(ids), vocab_size + 1, device=ids.device)
+        return counts.scatter_add_(1, ids, torch.ones_like(counts[:, :1]).expand_as(ids))[:, :vocab_size]
 
     def clear(self, rows: slice) -> None:
         """Forget what an earlier text left: an infinity of it would be NaN under a mask that only multiplies by 0."""

@@ -1,22 +1,26 @@
-"""Matrices in MLX's affine quantization (`core/checkpoint/quantize.py`) in PyTorch: the twin of MLX's.
+"""Matrices in MLX's quantized layout (`core/checkpoint/quantize.py`) in PyTorch: the twin of MLX's.
 
 A quantized matrix `name` is `name.weight`, packed (out, in * bits / 8) uint8, with `name.scales` and
-`name.biases` (out, in / group_size) in the compute dtype. In bfloat16 on a CPU torch has a kernel for 4 bits, for
-which `prepack` packs the matrices again: `name.packed` and `name.packed_scales`. MLX, whose own layout this is, has
-no twin of that and of what follows `dequantized_rows`: `mx.quantize` and `mx.dequantize` are its own.
+`name.biases` (out, in / group_size) in the compute dtype, and of 4 or 8 bits: `in_bytes` makes it so. In bfloat16 on a
+CPU torch has a kernel for 4 bits, for which `prepack` packs the matrices again: `name.packed` and
+`name.packed_scales`. MLX, whose own layout this is, has no twin of these and of what follows `dequantized_rows`:
+`mx.quantize` and `mx.dequantize` are its own.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twingpt.core.checkpoint.quantize import MIN_SCALE
+from twingpt.core.checkpoint import quantize as layout
 from twingpt.core.config import GPTConfig
-from twingpt.core.parameters import EMBEDDING, parameter_table
+from twingpt.core.parameters import EMBEDDING, Parameter, parameter_table
 
 Array = Tensor
 Parameters = dict[str, Tensor]
@@ -32,8 +36,8 @@ def is_quantized(p: Parameters, name: str) -> bool:
 
 
 def matrix_dtype(p: Parameters, name: str) -> torch.dtype:
-    """The dtype in which the matrix `name` is multiplied: its own, or that of its scales."""
-    return p[f"{name}.{'scales' if is_quantized(p, name) else 'weight'}"].dtype
+    """The dtype in which the matrix `name` is multiplied: its own, or that of all else where it is quantized."""
+    return p["model.norm.weight" if is_quantized(p, name) else f"{name}.weight"].dtype
 
 
 def quantized_matmul(x: Array, p: Parameters, name: str) -> Array:
@@ -45,9 +49,36 @@ def quantized_matmul(x: Array, p: Parameters, name: str) -> Array:
 
 
 def dequantized_rows(p: Parameters, name: str, index: Array, width: int) -> Array:
-    """Rows of the quantized matrix `name` in the dtype of its scales: (…) indices -> (…, width)."""
+    """Rows of the quantized matrix `name` in the compute dtype: (…) indices -> (…, width)."""
     w_q, scales, biases = (p[f"{name}.{part}"][index] for part in ("weight", "scales", "biases"))
     return dequantize(w_q, scales, biases, width)
+
+
+def in_bytes(tensors: Iterable[tuple[str, Any]], config: GPTConfig) -> Iterator[tuple[str, Any]]:
+    """Stored tensors with every quantized matrix in 4 or 8 bits, of the same numbers, as uint8.
+
+    2 and 3 bits become 4, 5 and 6 become 8; matrices in floating point (mxfp4, nvfp4, mxfp8) become float32.
+    """
+    table: Mapping[str, Parameter] = {}  # made where one is quantized, as a training engine's never are
+    for name, parts in layout.grouped(tensors):
+        if len(parts) == 1:
+            yield name, parts[0]
+            continue
+        table = table or parameter_table(config)
+        words, width, base = parts[0], table[name].shape[-1], name.removesuffix(".weight")
+        if len(parts) == 2:
+            yield name, layout.dequantize(width, *parts)
+        else:
+            yield name, _in_bytes(words, 32 * words.shape[-1] // width)
+            yield from ((f"{base}.scales", parts[1]), (f"{base}.biases", parts[2]))
+
+
+def _in_bytes(words: np.ndarray, bits: int) -> np.ndarray:
+    """(out, in * bits / 32) uint32 -> the same numbers in 4 or 8 bits, (out, in * 4 or 8 / 8) uint8."""
+    if bits in (4, 8):
+        return np.ascontiguousarray(words).view(np.uint8)
+    q = layout.unpack(words, bits)
+    return q if bits > 4 else np.asarray(q[..., ::2] | q[..., 1::2] << 4)
 
 
 def dequantize(w_q: Array, scales: Array, biases: Array, width: int) -> Array:
@@ -61,11 +92,11 @@ def dequantize(w_q: Array, scales: Array, biases: Array, width: int) -> Array:
 def quantize(x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
     """Quantize (…, width) to what `dequantize` takes, scales and biases in x's dtype: `mx.quantize`'s bits.
 
-    The arithmetic is that of `core.checkpoint.quantize`, in float32.
+    The arithmetic is that of `weights.quantize`, in float32.
     """
     groups, steps = x.float().unflatten(-1, (-1, group_size)), 2**bits - 1
     low, high = groups.aminmax(dim=-1)
-    scale = ((high - low) / steps).clamp_min(float(MIN_SCALE))
+    scale = ((high - low) / steps).clamp_min(layout.MIN_SCALE)
     from_low = low.abs() > high.abs()
     scale, edge = torch.where(from_low, scale, -scale), torch.where(from_low, low, high)
     zero = torch.round(edge / scale)

@@ -160,5 +160,5 @@ class TrainEngine:
         return InferenceEngine(self.config, self.params.items(), self.device, dtype=self.dtype)
 
     def memory(self) -> Memory:
-        """Bytes in use on the device, now and at most so far."""
+        """Bytes in use on the device, now and at most so far, and freed ones kept for reuse."""
         return memory(self.device)

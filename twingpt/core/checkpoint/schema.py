@@ -35,7 +35,10 @@ SCHEMA = 1
 SHARD_BYTES = 5 * 10**9
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 BESIDE = re.compile(r"\.\w.*|(README|LICENSE|NOTICE)(\..*)?")  # no part of a model: people and git put them there
-BY_ANOTHER = f"if another tool saved it, remove {MANIFEST} or use gpt convert --ignore-manifest"
+
+
+class ManifestError(UserError):
+    """A checkpoint has other files than its manifest says: it is damaged, or another tool saved it in place."""
 
 
 def _shards(shapes: Shapes, dtypes: Mapping[str, str]) -> list[dict[str, tuple[int, ...]]]:
@@ -118,19 +121,14 @@ def save_model(
     quantization: Quantization | None = None,
     texts: Mapping[str, str] = MappingProxyType({}),
     ids: Mapping[str, Any] = MappingProxyType({}),
-    *,
-    quantized: bool = False,
 ) -> None:
     """Write a model that isn't trained on here, in one atomic step, holding one tensor at a time.
 
-    `tensors` are float32 parameters in the order of the parameter table, or with `quantized` those of
-    `Quantization.table`; `texts` are further files, by name, `ids` those of special tokens. Raises
+    `tensors` are those of `stored_shapes`, `texts` further files, by name, `ids` those of special tokens. Raises
     OSError where it can't be written; nothing half-written stays.
     """
     shapes, dtypes = stored_shapes(config, quantization)
     with new_folder(folder) as temporary:
-        if quantization and not quantized:
-            tensors = quantization.apply(tensors, config)
         entries = write_model(temporary, shapes, tensors, dtypes)
         write_texts(temporary, model_texts(config, tokenizer, quantization, ids) | dict(texts), entries)
 
@@ -167,7 +165,12 @@ def write_texts(folder: Path, texts: Mapping[str, str], entries: Mapping[str, An
 
 
 class Model(ABC):
-    """A model on disk. Tensors are read when asked for, one at a time, in the order of the parameter table."""
+    """A model on disk. Tensors are read when asked for, one at a time, in the order of the parameter table.
+
+    `quantization` is how `stored` gives its matrices, if not in float32.
+    """
+
+    quantization: Quantization | None = None
 
     def __init__(self, directory: ModelDirectory, config: GPTConfig) -> None:
         self.directory = directory
@@ -182,11 +185,6 @@ class Model(ABC):
     @abstractmethod
     def family(self) -> str:
         """The family of its architecture."""
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """How `stored` gives its matrices, if not in float32."""
-        return None
 
     def tokenizer(self) -> Tokenizer:
         """What its ids mean; UserError where that isn't known."""
@@ -205,7 +203,7 @@ class Model(ABC):
         """Yield (name, float32 array) of every parameter."""
 
     def stored(self) -> Iterator[tuple[str, Array]]:
-        """Yield (name, array) of every tensor as `Quantization.table` has them."""
+        """Yield (name, array) of every tensor as `stored_shapes` has them."""
         return self.parameters()
 
 
@@ -219,18 +217,12 @@ class Checkpoint(Model):
         self, directory: ModelDirectory, config: GPTConfig, quantization: Quantization | None, files: Collection[str]
     ) -> None:
         super().__init__(directory, config)
-        self.files = files
-        self._quantization = quantization
+        self.files, self.quantization = files, quantization
 
     @property
     def family(self) -> str:
         """The transformers family that computes it, or twingpt for none."""
         return model_type(self.config)
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """How its matrices are stored, if not in float32."""
-        return self._quantization
 
     def training(self) -> dict[str, Any]:
         """training_state.json, or UserError where the checkpoint holds only a model."""
@@ -350,7 +342,7 @@ def _damaged_tensor(path: Path, checks: Mapping[str, str]) -> str | None:
 
 
 def verify(folder: Path, files: Mapping[str, Any]) -> None:
-    """Raise UserError unless every file of the manifest is there, of its size and of its SHA-256, and no other.
+    """Raise ManifestError unless every file of the manifest is there, of its size and of its SHA-256, and no other.
 
     What is `BESIDE` the model may be missing, altered or new.
     """
@@ -360,20 +352,17 @@ def verify(folder: Path, files: Mapping[str, Any]) -> None:
         path = inside(folder, name, "checkpoint")
         size = path.stat().st_size
         if size != entry["size"]:
-            raise UserError(
-                f"{path} has {size} bytes, and its manifest says {short(entry['size'])}: it was cut or altered; "
-                f"{BY_ANOTHER}."
+            raise ManifestError(
+                f"{path} has {size} bytes, and its manifest says {short(entry['size'])}: it was cut or altered."
             )
         if _sha256(path) != entry["sha256"]:
             tensor = _damaged_tensor(path, entry.get("crc32", {}))
             where = f"the tensor {tensor} in {path}" if tensor else str(path)
-            raise UserError(
-                f"The bytes of {where} do not match the manifest's SHA-256: the file is damaged; {BY_ANOTHER}."
-            )
+            raise ManifestError(f"The bytes of {where} do not match the manifest's SHA-256: the file is damaged.")
     known = {*files, MANIFEST}
     extra = sorted(path.name for path in folder.iterdir() if path.name not in known and not BESIDE.fullmatch(path.name))
     if extra:
-        raise UserError(f"{folder} has a file {extra[0]} that its manifest does not list: remove it; {BY_ANOTHER}.")
+        raise ManifestError(f"{folder} has a file {extra[0]} that its manifest does not list: remove it.")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

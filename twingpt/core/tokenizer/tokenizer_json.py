@@ -10,12 +10,7 @@ from typing import Any
 from twingpt.core.errors import UserError
 from twingpt.core.reading import inside, read_json, read_text
 from twingpt.core.tokenizer.base import END_OF_TEXT, Tokenizer
-from twingpt.core.tokenizer.bpe import (
-    TIKTOKEN_PATTERNS,
-    BPETokenizer,
-    bpe_model,
-    unprintable,
-)
+from twingpt.core.tokenizer.bpe import TIKTOKEN_PATTERNS, BPETokenizer, bpe_model, unprintable
 from twingpt.core.tokenizer.char_and_byte import ByteTokenizer, CharTokenizer
 from twingpt.core.tokenizer.huggingface import MODEL_CLASSES, ONLY_CLASSES, HuggingFaceTokenizer, check, unreachable
 
@@ -36,7 +31,12 @@ def files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         "model_max_length": block_size,
         "twingpt": {"kind": tokenizer.kind},
     }
-    return {FILE: json.dumps(tokenizer.to_json(), ensure_ascii=False), SETTINGS: json.dumps(settings, indent=2)}
+    content = tokenizer.to_json()
+    if tokenizer.kind == "char" and "▁" not in content["model"]["vocab"]:
+        # mlx-lm knows this decoder. With another it encodes "a ,b" as it loads, which not every alphabet can.
+        steps = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}
+        content["decoder"] = {"type": "Sequence", "decoders": [*steps, {"type": "Fuse"}]}
+    return {FILE: json.dumps(content, ensure_ascii=False), SETTINGS: json.dumps(settings, indent=2)}
 
 
 def load(folder: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
@@ -55,9 +55,7 @@ def load(folder: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
 def load_file(path: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
     """`load` for a tokenizer.json under any name."""
     content = check(read_json(path, MAX_FILE), str(path))
-    settings = settings_beside(
-        path.parent, content, _json_object(path.with_name("config.json")) if config is None else config
-    )
+    settings = settings_beside(path.parent, content, config_beside(path.parent) if config is None else config)
     written = settings.get("twingpt")
     kind = written.get("kind") if isinstance(written, dict) else None
     if kind not in TOKENIZERS:
@@ -66,6 +64,14 @@ def load_file(path: Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
         return _own(content, kind)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"The tokenizer {path} has been altered since twingpt wrote it.") from None
+
+
+def config_beside(folder: Path) -> dict[str, Any]:
+    """The config.json beside a tokenizer; nothing for one that isn't a model's, without which a tokenizer is whole."""
+    try:
+        return _json_object(folder / "config.json")
+    except UserError:
+        return {}
 
 
 def settings_beside(folder: Path, content: Any, config: Mapping[str, Any]) -> dict[str, Any]:

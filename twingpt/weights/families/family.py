@@ -35,8 +35,17 @@ INERT: dict[str, tuple[Any, ...]] = {
 
 DERIVED = ("n_kv_head", "head_dim", "n_inner")  # null leaves these to GPTConfig
 UNWRITTEN = ("init_std", "zero_init", "dropout")  # of training, not of what is computed
+# What torch.compile, FSDP, gradient checkpointing and, at the beginning, DataParallel put into names of parameters.
+WRAPPERS = re.compile(r"(?:\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)|^module)\.")
 # Buffers that old files have, and that follow from the configuration.
 TENSORS_BESIDE = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers of its modules put into it."""
+    while (inner := WRAPPERS.sub("", name)) != name:
+        name = inner
+    return name
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class Family:
 
     def canonical(self, name: str, layout: Mapping[str, Any]) -> str | None:
         """The name in `layout` for one in a file; None for a tensor that takes no part in the model."""
+        name = unwrapped(name)
         if TENSORS_BESIDE.fullmatch(name):
             return None
         for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):

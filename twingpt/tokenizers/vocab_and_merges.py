@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from twingpt.core.checkpoint.directory import ModelDirectory
 from twingpt.core.errors import UserError
 from twingpt.core.reading import inside, read_json, read_text, short
 from twingpt.core.tokenizer import PATTERNS, HuggingFaceTokenizer
 from twingpt.core.tokenizer.huggingface import CLASS_ROLES, check, refuse
-from twingpt.core.tokenizer.tokenizer_json import MAX_FILE, settings_beside
+from twingpt.core.tokenizer.tokenizer_json import MAX_FILE, config_beside, settings_beside
 
 VOCAB, MERGES, ADDED, SETTINGS = "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"
 
@@ -33,14 +32,13 @@ def has_vocab_and_merges(folder: Path) -> bool:
     return (folder / VOCAB).is_file() and (folder / MERGES).is_file()
 
 
-def read_vocab_and_merges(directory: ModelDirectory) -> HuggingFaceTokenizer:
+def read_vocab_and_merges(folder: Path) -> HuggingFaceTokenizer:
     """The tokenizer that transformers makes of the files in a folder, as one of a tokenizer.json.
 
     UserError where they are damaged, or for a class of which it isn't known how it splits text.
     """
-    folder, name = directory.path, str(directory.path / VOCAB)
-    config = directory.json_object("config.json") if (folder / "config.json").is_file() else {}
-    settings = settings_beside(folder, {"decoder": {"type": "ByteLevel"}}, config)
+    name = str(folder / VOCAB)
+    settings = settings_beside(folder, {"decoder": {"type": "ByteLevel"}}, config_beside(folder))
     settings["tokenizer_class"] = _class(folder, settings)
     vocab = read_json(inside(folder, VOCAB), MAX_FILE)
     model = {"type": "BPE", "vocab": vocab, "merges": list(_merges(folder)), "continuing_subword_prefix": ""}
