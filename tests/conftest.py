@@ -16,9 +16,10 @@ from pathlib import Path
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Before any framework is imported: workers share the cores, and nothing may touch the user's own cache.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
+# Nor may other processes change how many threads compute, and with them the last bits.
+threads = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(os.cpu_count())
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, threads)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and all that tests would start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["TWINGPT_HOME"] = tempfile.mkdtemp(prefix="twingpt-test-home-")
@@ -37,7 +38,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from twingpt.backends import registry
+from twingpt.backends import host, registry
 from twingpt.core.checkpoint import schema
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.parameters import initialise
@@ -49,6 +50,7 @@ from twingpt.training import flops
 if os.name == "nt":  # or what tests write would have other bytes there
     Path.write_text = functools.partialmethod(Path.write_text, newline="\n")
 flops.SECONDS = 0.02  # no test looks at how fast a device is
+host.OtherLoad.INTERVAL = float("inf")  # nor at what else the machine does
 # The same examples in every run, however slow the machine.
 SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=SLOW, database=None)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import BOTH, cpu, dose, needs, open_checkpoint, posix
+from tests.conftest import BOTH, ONE, cpu, dose, needs, open_checkpoint, posix
 from twingpt.backends import host, registry
 from twingpt.runs import folder as runs
 from twingpt.runs.events import read_events
@@ -74,6 +74,19 @@ def test_a_run_from_text_to_checkpoints(gpt, prose, tmp_path, backend, monkeypat
     assert logged(run, "evaluated")[-1]["val_loss"] == result["val_loss"]
     state = open_checkpoint(run).training()
     assert state["step"] == 12 and state["tokens"] == 12 * 4 * 32 and state["val_loss"] == result["val_loss"]
+
+
+@pytest.mark.parametrize("backend", ONE)
+def test_a_busy_machine_is_told_of_once(gpt, prose, tmp_path, backend, monkeypatch):
+    monkeypatch.setattr(host, "cores", lambda: 2)
+    loads = iter([None, 0.9, 0.2, None, 1.04, 1.2, 2.0])
+    monkeypatch.setattr(host.OtherLoad, "read", lambda self: next(loads, 2.0))
+    run = tmp_path / "run"
+    code, out, err = gpt("train", "--data", prose, "--out", run, "--backend", backend, *SMALL, "--log-interval", 1)
+    assert code == 0, err
+    what = "Other processes keep 1.2 of 2 cores busy, and the run goes slower for it."
+    assert [(told["step"], told["message"]) for told in logged(run, "machine_noted")] == [(6, what)]
+    assert " ".join(out.split()).count(what) == 1
 
 
 @needs("torch")

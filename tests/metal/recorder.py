@@ -91,9 +91,10 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 @contextmanager
 def record() -> Iterator[Recording]:
-    """Record what the block asks of MLX; nothing of it is computed."""
+    """Record what the block asks of MLX on a Mac's GPU, whose stream is the CPU's here; nothing of it is computed."""
     recording = Recording()
-    stand_ins = [(mx, name, recording.keep) for name in ("eval", "async_eval")]
+    stand_ins: list[tuple[Any, str, Any]] = [(mx, name, recording.keep) for name in ("eval", "async_eval")]
+    stand_ins += [(mx, "gpu", mx.cpu), (mx, "default_device", lambda: "gpu"), (mx.metal, "is_available", lambda: True)]
     stand_ins += [(owner, name, recording.recorded(name.strip("_"), getattr(owner, name))) for owner, name in RECORDED]
     stand_ins += [(mx, name, recording.differentiated(getattr(mx, name))) for name in GRADIENTS]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in stand_ins]

@@ -4,6 +4,7 @@
 a call would take on Metal, and `kernels.py` has the names of those that a release has.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -68,18 +69,24 @@ def recorded(name, dtype, work, shape=None, optimizer="muon", checkpointing=Fals
     from tests.metal.recorder import record
 
     config = preset(name, VOCABULARIES.get(name, 4096), shape, n_layer=2, **dict(overrides))
+    device = gpu(engines)
     with record() as recording:
         zeros = {name: mx.zeros(row.shape) for name, row in parameter_table(config).items()}
         if work == "training":
             settings = {"optimizer": optimizer, "dtype": dtype, "gradient_checkpointing": checkpointing}
-            train(engines.TrainEngine(config, cpu(engines), **settings), zeros)
+            train(engines.TrainEngine(config, device, **settings), zeros)
         else:
             if isinstance(work, Packing):
                 shapes, dtypes = stored_shapes(config, Quantization(work.bits, work.group_size))
                 kinds = {"U32": mx.uint32, "F32": mx.float32, None: mx.float32}
                 zeros = {name: mx.zeros(shape, kinds[dtypes.get(name)]) for name, shape in shapes.items()}
-            infer(engines.InferenceEngine(config, zeros.items(), cpu(engines), dtype=dtype), kv_bits)
+            infer(engines.InferenceEngine(config, zeros.items(), device, dtype=dtype), kv_bits)
     return recording
+
+
+def gpu(engines):
+    """A device that says it is a Mac's GPU."""
+    return dataclasses.replace(cpu(engines), name="gpu", kind="metal")
 
 
 def train(engine, parameters):

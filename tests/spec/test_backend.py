@@ -124,7 +124,10 @@ def test_an_engine_has_the_methods_and_the_constructor_of_its_protocol(engines, 
         assert parameters(getattr(engine, method)) == parameters(function), method
 
 
-TWINS = ("model", "inference", "kv_cache", "training", "optimizer", "quantized", "device", "measure")
+TWINS = (
+    *("layers", "attention", "model", "inference", "kv_cache", "training"),
+    *("optimizer", "quantized", "device", "measure"),
+)
 QUANTIZED = {
     "in_bytes", "dequantize", "quantize", "dequantizing_matmul", "has_int4_kernel", "prepack", "pack", "packed_matmul",
 }  # fmt: skip

@@ -1,5 +1,9 @@
 """What the processor and the GPUs are said to be, from what their drivers say."""
 
+import collections
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -172,3 +176,91 @@ def test_mlx_keeps_float32_products_in_float32():
 
     registry.get("mlx")
     assert os.environ["MLX_ENABLE_TF32"] == "0"
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """A machine of four cores whose clock, busy seconds and own ones the test says; this process may run on three."""
+    Times = collections.namedtuple("Times", "user nice idle iowait guest steal")
+    now = types.SimpleNamespace(clock=0.0, busy=[0.0] * 4, own=0.0)
+
+    def cpu_times(percpu):
+        return [Times(100 + busy, 7, 1000 * now.clock, 50 * now.clock, 30, 5) for busy in now.busy]
+
+    monkeypatch.setattr(host.psutil, "cpu_times", cpu_times)
+    monkeypatch.setattr(host.time, "monotonic", lambda: now.clock)
+    monkeypatch.setattr(host.time, "process_time", lambda: now.own)
+    monkeypatch.setattr(host.OtherLoad, "INTERVAL", 1.0)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: {0, 1, 3}, raising=False)
+
+    def passes(seconds, own, *others):
+        """Some time, in which this process used as many cores as `own`, and others so much of each core."""
+        now.clock, now.own = now.clock + seconds, now.own + own * seconds
+        now.busy = [busy + seconds * (other + own / 3) for busy, other in zip(now.busy, others, strict=True)]
+
+    return passes
+
+
+def test_the_load_of_others(cores):
+    assert host.cores() == 3
+    others = host.OtherLoad()
+    cores(0.9, 2, 0, 0, 0, 0)
+    assert others.read() is None  # too short a time
+    cores(0.6, 2, 0, 0, 1, 0)  # the third core isn't ours
+    assert others.read() == pytest.approx(0, abs=1e-6)
+    cores(2, 1, 1, 0.5, 1, 0)
+    assert others.read() == pytest.approx(1.5)
+    cores(2, 3, 0, -0.1, 0, 0)  # what clocks of different grain can say
+    assert others.read() == 0
+
+
+@needs("torch")
+def test_threads_are_as_many_as_the_cores_that_others_leave(cores, monkeypatch):
+    import torch
+
+    from twingpt.backends.torch import threads
+
+    number = [3]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda wanted: number.append(number.pop() and wanted))
+    ours = threads.Threads()
+
+    def look(*others):
+        cores(1, 1, *others)
+        ours.adapt()
+        return number[0]
+
+    assert [look(1, 0, 0, 0), look(1, 0, 0, 0)] == [3, 2]  # after two looks that agree
+    assert [look(0, 0, 0, 0), look(0, 1, 0, 1), look(0, 1, 0, 1)] == [2, 2, 1]
+    assert [look(1, 1, 1, 1), look(1, 1, 1, 1)] == [1, 1]  # never none
+    assert [look(0, 0, 0, 0), look(0, 0, 0.9, 0)] == [1, 3]
+    number[0] = 2  # as by torch.set_num_threads
+    assert [look(1, 1, 0, 0), look(1, 1, 0, 0)] == [2, 2]
+
+
+@needs("torch")
+def test_threads_that_the_user_has_set_stay(monkeypatch):
+    from twingpt.backends.torch import threads
+
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert isinstance(threads._threads.__wrapped__(), threads.Threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert threads._threads.__wrapped__() is None
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_how_long_openmp_spins_is_limited_unless_the_user_says(monkeypatch, name):
+    monkeypatch.setattr(host.os, "environ", {})
+    host.limit_spinning()
+    assert host.os.environ == {"GOMP_SPINCOUNT": "20000"}
+    monkeypatch.setattr(host.os, "environ", {name: "active"})
+    host.limit_spinning()
+    assert host.os.environ == {name: "active"}
+
+
+def test_openmp_hears_of_it_before_its_library_is_loaded():
+    code = "from twingpt.backends import registry; import os, sys; assert 'torch' not in sys.modules; registry.get();"
+    code += "assert os.environ['GOMP_SPINCOUNT'] == '20000' and {'torch', 'mlx'} & sys.modules.keys()"
+    clean = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=clean)

@@ -23,7 +23,7 @@ GPU = dataclasses.replace(CPU, name="cuda:0", kind="cuda", fast_dtypes=("float32
 MODEL = shaped("qwen3", vocab_size=50304, n_layer=12, n_head=12, n_embd=768, block_size=1024)
 TRAIN = TrainConfig(batch_size=16)
 
-# At most, in a step: activations, the optimizer's arrays, the loss's, a block's with gradient checkpointing.
+# At most, in a step: activations, the optimizer's arrays, the loss's, a block's with gradient checkpointing, scores.
 MEASURED = [
     ("gpt2", {"n_layer": 3, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 300}, {"batch_size": 8}),
     (
@@ -37,7 +37,15 @@ MEASURED = [
         {"n_layer": 6, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": 300},
         {"batch_size": 8, "gradient_checkpointing": True},
     ),
-]
+    (
+        "llama",
+        {
+            "n_layer": 3, "n_head": 8, "n_embd": 64, "block_size": 512, "vocab_size": 300, "attn_softcap": 30.0,
+            "sliding_window": 64, "full_attention_layers": (1,),
+        },
+        {"batch_size": 2},
+    ),
+]  # fmt: skip
 
 MEASURE = """
 import json, sys
@@ -131,12 +139,26 @@ def test_more_of_anything_is_estimated_as_more():
             {"vocab_size": 60000},
             {"dropout": 0.1},
             {"norm_placement": "both"},
-            {"attn_softcap": 30.0},
         ):
             assert estimate(dataclasses.replace(MODEL, **change), TRAIN, backend, "cpu").peak > base
         half = dataclasses.replace(TRAIN, dtype="bfloat16")
         again = dataclasses.replace(TRAIN, gradient_checkpointing=True)
         assert max(estimate(MODEL, other, backend, "cpu").peak for other in (half, again)) < base
+
+
+def test_scores_are_estimated_where_they_are_kept():
+    def activations(backend: str, kind: str, **change) -> int:
+        return estimate(dataclasses.replace(MODEL, **change), TRAIN, backend, kind).activations
+
+    least, softcapped = activations("mlx", "metal"), {"attn_softcap": 30.0}
+    assert activations("mlx", "cuda") == activations("mlx", "metal", sliding_window=64) == least
+    assert activations("mlx", "metal", **softcapped) == least and activations("torch", "cpu", **softcapped) == (
+        activations("torch", "cpu")
+    )
+    one_block = {"block_size": 256, "head_dim": 40}  # which is not computed again, and whose width has no kernel
+    assert activations("mlx", "metal", **one_block) > activations("mlx", "cuda", **one_block)
+    kept = [activations("mlx", "cpu", **change) for change in (softcapped, {}, {"sliding_window": 64})]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 3
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +167,53 @@ def awake() -> Iterator[bool]:
     finally:
         process.terminate()
         process.wait()
+
+
+def cores() -> int:
+    """The cores that this process may run on."""
+    return len(_own_cores())
+
+
+def _own_cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+class OtherLoad:
+    """CPU load of other processes, in cores, among those that this process may run on."""
+
+    INTERVAL = 1.0  # seconds that a reading is the mean of, at least: the system counts in hundredths
+
+    def __init__(self) -> None:
+        self.last = self._now()
+
+    def read(self) -> float | None:
+        """Mean cores in use by others since the last reading; None until it is an INTERVAL old."""
+        if time.monotonic() < self.last[0] + self.INTERVAL:
+            return None
+        last, self.last = self.last, self._now()
+        wall, busy, own = (now - before for now, before in zip(self.last, last, strict=True))
+        return max(0.0, busy - own) / wall
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds of the clock, of all cores while they worked, and of this process's threads."""
+        every, busy = psutil.cpu_times(percpu=True), 0.0
+        for core in _own_cores():
+            times = every[core]._asdict()
+            guests = times.get("guest", 0) + times.get("guest_nice", 0)  # counted as user and nice too
+            busy += sum(times.values()) - guests - times["idle"] - times.get("iowait", 0)
+        return time.monotonic(), busy, time.process_time()
+
+
+def limit_spinning() -> None:
+    """Let OpenMP's threads sleep after a short wait at a barrier; to be called before its library is loaded.
+
+    GNU's spin for milliseconds by default. Where another process keeps a core busy, they then take the time of the
+    thread that they wait for: training fell to a thirtieth (docs/experiments.md). What the user has set stays.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "20000"
 
 
 def end_with_parent() -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import platform
 from typing import cast
 
+from twingpt.backends.host import limit_spinning
 from twingpt.backends.mlx.errors import explain
 from twingpt.backends.mlx.prepare import prepare
 from twingpt.core.backend import Backend, Device
@@ -74,6 +75,7 @@ def choose(name: str = "auto") -> tuple[str, str]:
 def get(name: str = "auto") -> Backend:
     """Import the backend that `choose` names, with its process prepared; UserError where its framework is broken."""
     chosen, _ = choose(name)
+    limit_spinning()
     try:
         if chosen == "mlx":
             prepare()

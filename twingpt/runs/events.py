@@ -172,7 +172,7 @@ class MemoryPlanned:
 
 @dataclass(frozen=True)
 class MachineNoted:
-    """What is done to the machine while the run trains, as `message` says: it is kept awake, or has memory wired."""
+    """What there is of the machine while the run trains, as `message` says: it is kept awake, or others use it."""
 
     step: int
     message: str

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from twingpt.backends.blocks import block_size, keeps_scores, query_blocks
 from twingpt.core.backend import Device
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
@@ -74,9 +75,10 @@ def estimate(config: GPTConfig, train: TrainConfig, backend: str, kind: str) -> 
     """Memory of an optimizer step on a backend's device of a `kind`, uncompiled."""
     counts = Counts(config, train, backend, kind)
     parameters = FLOAT * parameter_count(config)
-    inside = counts.block()
+    blocks = [counts.block(layer) for layer in range(config.n_layer)]
+    inside = max(blocks)
     recomputed = inside if train.gradient_checkpointing else 0
-    kept = counts.width * config.n_embd if train.gradient_checkpointing else inside
+    kept = config.n_layer * counts.width * config.n_embd if train.gradient_checkpointing else sum(blocks)
     accumulated = parameters if train.gradient_accumulation_steps > 1 else 0
     ahead = backend == "mlx"  # it works ahead: the loss's arrays, or those of another block computed again, are there
     begin = recomputed + counts.backward() + (max(counts.loss(), recomputed) if ahead else 0)
@@ -85,7 +87,7 @@ def estimate(config: GPTConfig, train: TrainConfig, backend: str, kind: str) -> 
         gradients=parameters,
         optimizer=FLOAT * _state_size(config, train),
         casts=parameters * counts.width // FLOAT if counts.half else 0,
-        activations=config.n_layer * kept + counts.outside() + accumulated,
+        activations=kept + counts.outside() + accumulated,
         loss=counts.loss(),
         begin=begin,
         end=inside + counts.backward() + counts.table() + (accumulated if ahead else 0),
@@ -144,9 +146,8 @@ class Counts:
         self.width = BYTES[train.dtype]  # bytes of a number in the compute dtype
         self.half = self.width < FLOAT
         self.queries, self.keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.scores = config.n_head * config.block_size  # of a token
 
-    def block(self) -> int:
+    def block(self, layer: int) -> int:
         """Activations of a block: what its backward pass needs."""
         c = self.config
         projections = self.width * (2 * self.queries + 2 * self.keys)  # queries, keys, values; and the result
@@ -154,7 +155,7 @@ class Counts:
         hidden = self.width * HIDDEN[self.backend][c.mlp] * c.n_inner
         sites = sum(map(bool, chain(*NORM_SITES[c.norm_placement])))
         norms = sites * (self.norm(c.norm) + self.width) * c.n_embd
-        return self.tokens * (norms + normed + projections + self.attention() + hidden + 2 * self.dropout())
+        return self.tokens * (norms + normed + projections + self.attention(layer) + hidden + 2 * self.dropout())
 
     def norm(self, kind: str) -> int:
         """Bytes for each number that a norm takes, beside its output: the input, and that scaled."""
@@ -162,12 +163,39 @@ class Counts:
             return FLOAT if kind == "layernorm" or self.kind != "cpu" else 2 * FLOAT
         return FLOAT + self.width if self.kind == "cpu" else self.width
 
-    def attention(self) -> int:
-        """Bytes of a token for its scores, where no fused kernel computes them again."""
-        if self.config.attn_softcap:
-            return self.scores * (2 * FLOAT + (self.width if self.half else 0))
-        fused = self.backend == "torch" or self.kind == "cuda"  # MLX has no fused backward pass elsewhere
-        return 0 if fused else self.width * self.scores
+    def attention(self, layer: int) -> int:
+        """Bytes of a token for a layer's scores, where they are not computed again or never in memory."""
+        c, softcapped, seen = self.config, self.config.attn_softcap > 0, self.keys_seen(layer)
+        kept = softcapped or keeps_scores(self.backend, self.kind, c.block_size, c.window(layer), c.head_dim)
+        if self.recomputes(layer) or not kept:
+            return 0
+        numbers = 2 * FLOAT + (self.width if self.half else 0) if softcapped else self.width
+        return int(numbers * self.config.n_head * sum(seen) / self.config.block_size)
+
+    def recomputes(self, layer: int) -> bool:
+        """Whether a layer's backward pass goes by blocks that compute their probabilities again."""
+        return self.query_block_size(layer) > 0 and (self.backend, self.kind) != ("mlx", "cpu")
+
+    def query_block_size(self, layer: int) -> int:
+        """Queries in a block of a layer's attention; 0 for the framework's own."""
+        c, softcapped = self.config, self.config.attn_softcap > 0
+        window = c.window(layer)
+        how = {"half": self.half, "softcapped": softcapped}
+        return block_size(self.backend, self.kind, c.block_size, window, c.head_dim, **how)
+
+    def keys_seen(self, layer: int) -> list[int]:
+        """Query-key pairs of each block of a layer's attention, for a window of the data and a head."""
+        c = self.config
+        size = self.query_block_size(layer)
+        blocks = query_blocks(c.block_size, size or c.block_size, c.window(layer) if size else 0)
+        return [(queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in blocks]
+
+    def scores(self, layer: int) -> int:
+        """Temporaries of a token in the backward pass of a layer's attention, at its widest block: scores and such."""
+        numbers = self.config.n_head * max(self.keys_seen(layer)) / self.config.block_size
+        if self.recomputes(layer):
+            return int((5 if self.backend == "mlx" else 4) * FLOAT * numbers)  # measured
+        return int(2.4 * self.width * numbers) if self.attention(layer) else 0
 
     def dropout(self) -> int:
         """Bytes of a token for the mask of one site, which is in the compute dtype in torch on a CPU."""
@@ -196,11 +224,11 @@ class Counts:
     def backward(self) -> int:
         """Temporaries of a block's backward pass at its widest moment, in the MLP or the attention."""
         c = self.config
+        scores = max(self.scores(layer) for layer in range(c.n_layer))
         if self.backend == "mlx":  # measured: it works on several lines at a time
-            wide = 3.3 * c.n_inner + 8.6 * c.n_embd + (2.4 * self.scores if self.attention() else 0)
-        else:
-            wide = (2 if c.gated_mlp or c.mlp == "relu2" else 1) * c.n_inner + 1.9 * c.n_embd
-        return int(self.tokens * self.width * wide)
+            return int(self.tokens * (self.width * (3.3 * c.n_inner + 8.6 * c.n_embd) + scores))
+        wide = (2 if c.gated_mlp or c.mlp == "relu2" else 1) * c.n_inner + 1.9 * c.n_embd
+        return int(self.tokens * max(self.width * wide, scores))
 
     def table(self) -> int:
         """The embedding's own gradient, beside the one that it has as a head."""

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from twingpt.backends import host
 from twingpt.core.backend import Handle
 from twingpt.core.schedule import learning_rate_factor
-from twingpt.runs.events import Trained
+from twingpt.runs.events import MachineNoted, Trained
 from twingpt.training.flops import mfu
 from twingpt.training.state import Progress, RunState
 
@@ -39,6 +40,7 @@ class Meter:
         self.peak_cached: int | None = None  # bytes of freed memory kept for reuse, at most in a report
         self.began = self.clock = 0.0  # speed is measured from `clock` and `clock_step` on
         self.clock_step = progress.step
+        self.others, self.busy, self.told_busy = host.OtherLoad(), 0.0, False
 
     def start(self) -> None:
         """Let the run's time begin."""
@@ -96,6 +98,17 @@ class Meter:
             epochs=state.source_epochs(step),
             cached_memory_bytes=memory.cached,
         )
+
+    def machine_busy(self) -> MachineNoted | None:
+        """What to tell of other processes: once, after two readings in which they used half a core."""
+        if self.state.device.kind != "cpu" or self.told_busy or (now := self.others.read()) is None:
+            return None
+        before, self.busy = self.busy, now
+        self.told_busy = min(before, now) >= 0.5
+        if not self.told_busy:
+            return None
+        what = f"Other processes keep {now:.1f} of {host.cores()} cores busy, and the run goes slower for it."
+        return MachineNoted(self.progress.step, what)
 
     def _measure_speed(self) -> float:
         """Tokens per second since the last report; that report's, where no step was enqueued since."""

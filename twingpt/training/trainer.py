@@ -222,6 +222,8 @@ class Trainer:
             raise self._diverged(str(error)) from error
         if trained:
             self.report(trained)
+        if leave and (busy := self.meter.machine_busy()):
+            self.report(busy)
 
     def _diverged(self, what: str) -> UserError:
         return UserError(f"{what} is not finite: lower the learning rate; {self.saver.kept}.")

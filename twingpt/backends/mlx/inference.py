@@ -13,6 +13,7 @@ import numpy as np
 from twingpt.backends.mlx import model
 from twingpt.backends.mlx.device import DTYPES, on_device, to_device, to_numpy
 from twingpt.backends.mlx.kv_cache import CacheSlots, KVCache
+from twingpt.backends.mlx.layers import Rope
 from twingpt.backends.mlx.sampler import log_probs_of, penalise, sample
 from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
@@ -51,7 +52,7 @@ class InferenceEngine:
     @on_device
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
         self.params = {name: self._cast(value) for name, value in tensors}
-        self.rope = model.Rope(self.config)
+        self.rope = Rope(self.config)
         mx.eval(self.params)
 
     def _cast(self, value: np.ndarray | Array) -> Array:

@@ -12,43 +12,19 @@ from typing import Any
 
 import mlx.core as mx
 
+from twingpt.backends.mlx.attention import attention
 from twingpt.backends.mlx.gradients import add_gradient, constant
 from twingpt.backends.mlx.kv_cache import CacheSlots
-from twingpt.backends.mlx.quantized import dequantized_rows, is_quantized, matrix_dtype, quantized_matmul
+from twingpt.backends.mlx.layers import Rope, embedding_lookup, linear, matmul, norm, positions, scale, softcap
+from twingpt.backends.mlx.quantized import matrix_dtype
 from twingpt.core.backend import LogProbs
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
 from twingpt.core.dropout import GOLDEN, MIX, threshold
-from twingpt.core.rope import rope_periods
 
 Array = mx.array
 Parameters = dict[str, mx.array]
 
 EMBEDDINGS = ("model.embed_tokens.weight", "model.embed_positions.weight")
-
-
-class Rope:
-    """Rotary position embedding (RoPE) with its tables: the periods, (rope_dim / 2,) float32.
-
-    `tables[True]` is for the layers that rotate by `local_rope_theta`.
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
-        self.config = config
-        kinds = (False, True)[: 1 + (config.local_rope_theta > 0)]
-        self.tables = {local: self.table(local=local) for local in kinds}
-
-    def table(self, *, local: bool) -> tuple[Array, float]:
-        """The periods, and the factor on cos and sin (YaRN)."""
-        periods, factor = rope_periods(self.config, local=local)
-        return mx.array(periods), factor
-
-    def __call__(self, x: Array, offset: int | Array, *, local: bool) -> Array:
-        """Rotate (B, H, T, d) at the T positions of each row from `offset` on."""
-        dim, (periods, factor) = self.config.rope_dim, self.tables[local]
-        if factor != 1:
-            x = mx.concatenate([x[..., :dim] * factor, x[..., dim:]], axis=-1)
-        # MLX's `freqs` are periods: its kernel takes their reciprocal, as rope_frequencies does.
-        return mx.fast.rope(x, dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
 
 
 class Dropout:
@@ -80,136 +56,6 @@ def uint32(number: int) -> Array:
 def no_dropout(x: Array, site: int) -> Array:
     """`Dropout` with a rate of 0."""
     return x
-
-
-def matmul(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T for the matrix `name`, (…, in) -> (…, out); by the quantized kernel where it is quantized."""
-    return quantized_matmul(x, p, name) if is_quantized(p, name) else x @ p[f"{name}.weight"].T
-
-
-def linear(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T + b, (…, in) -> (…, out); without b where there is no parameter `name`.bias."""
-    bias = p.get(f"{name}.bias")
-    if bias is None:
-        return matmul(x, p, name)
-    if is_quantized(p, name):
-        return matmul(x, p, name) + bias
-    y = mx.addmm(constant(bias, x).astype(x.dtype), x, p[f"{name}.weight"].T)
-    return add_gradient(y, bias)
-
-
-def embedding_lookup(p: Parameters, name: str, index: Array, width: int) -> Array:
-    """Rows of the embedding `name`, dequantized where it is quantized: (…) ids -> (…, width)."""
-    return dequantized_rows(p, name, index, width) if is_quantized(p, name) else p[f"{name}.weight"][index]
-
-
-def rms_norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """RMSNorm over the last axis, in float32; the result in x's dtype."""
-    weight, eps = p[f"{name}.weight"], config.norm_eps
-    y = mx.fast.rms_norm(x, norm_weight(constant(weight, x), config), eps).astype(x.dtype)
-    return add_gradient(y, weight, lambda: mx.fast.rms_norm(x, None, eps))
-
-
-def layer_norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """LayerNorm over the last axis, in float32; the result in x's dtype."""
-    weight, bias, eps = p[f"{name}.weight"], p.get(f"{name}.bias"), config.norm_eps
-    shift = None if bias is None else constant(bias, x)
-    y = mx.fast.layer_norm(x, norm_weight(constant(weight, x), config), shift, eps).astype(x.dtype)
-    y = y if bias is None else add_gradient(y, bias)
-    return add_gradient(y, weight, lambda: mx.fast.layer_norm(x, None, None, eps))
-
-
-def norm_weight(weight: Array, config: GPTConfig) -> Array:
-    """What a norm multiplies by: its weight, or with `norm_offset` (Gemma) 1 + weight in float32."""
-    return weight.astype(mx.float32) + 1 if config.norm_offset else weight
-
-
-def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """RMSNorm or LayerNorm as `config.norm` says, (B, T, D).
-
-    x itself for a name that ends in a dot: `norm_placement` has no norm there (NORM_SITES).
-    """
-    if name.endswith("."):
-        return x
-    return (rms_norm if config.norm == "rmsnorm" else layer_norm)(x, p, name, config)
-
-
-def scale(x: Array, factor: float) -> Array:
-    """x * factor; x itself, without a pass over memory, where the factor is 1."""
-    return x if factor == 1 else x * factor
-
-
-def softcap(x: Array, cap: float) -> Array:
-    """Softcap: cap * tanh(x / cap); x itself where `cap` is 0."""
-    return cap * mx.tanh(x / cap) if cap else x
-
-
-def positions(offset: int | Array, n: int) -> slice | Array:
-    """The positions of `n` tokens a row, as an index: a slice for an `offset` that all rows have, (B, n) for a (B,)."""
-    if isinstance(offset, int):
-        return slice(offset, offset + n)
-    return offset[:, None] + mx.arange(n)
-
-
-def attention_mask(offset: int | Array, n_query: int, n_key: int, window: int) -> str | Array | None:
-    """The causal mask as the fused kernel takes it, for queries at positions from `offset` on, the first key at 0.
-
-    None for one query that sees all keys, or "causal"; else booleans, (n_query, n_key), or (B, 1, n_query, n_key) where
-    rows have offsets of their own. A window that is not full needs the booleans.
-    """
-    windowed = 0 < window < n_key
-    if isinstance(offset, int) and not windowed:
-        return None if n_query == 1 else "causal"
-    key = mx.arange(n_key)
-    if isinstance(offset, int):
-        query = key[offset : offset + n_query, None]
-    else:
-        query = (offset[:, None] + key[:n_query])[:, None, :, None]
-    mask = key <= query
-    return mask & (query - key < window) if windowed else mask
-
-
-def softcapped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
-    """Attention with softcapped scores, (B, H, T, d), unfused since no kernel has it; scores and softmax in float32."""
-    B, H, T, d = q.shape
-    q = q.reshape(B, config.n_kv_head, -1, T, d)
-    scores = softcap((q @ k[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * config.score_scale, config.attn_softcap)
-    if isinstance(mask, str):
-        mask = mx.arange(k.shape[2]) <= mx.arange(k.shape[2] - T, k.shape[2])[:, None]
-    if mask is not None:
-        scores = mx.where(mask[..., None, :, :], scores, -mx.inf)
-    return (mx.softmax(scores, axis=-1).astype(v.dtype) @ v[:, :, None]).reshape(B, H, T, d)
-
-
-def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: CacheSlots | None) -> Array:
-    """Grouped-query causal self-attention, (B, T, D) -> (B, T, D); appends to `cache` where there is one."""
-    name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
-    offset = cache.offset if cache else 0
-
-    def project(letter: str) -> Array:  # (B, H or K, T, d)
-        y = linear(x, p, f"{name}.{letter}_proj")
-        if config.qk_norm and letter != "v":
-            y = y if config.qk_norm_whole else y.reshape(B, T, -1, config.head_dim)
-            y = rms_norm(y, p, f"{name}.{letter}_norm", config)
-        return y.reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
-
-    q, k, v = project("q"), project("k"), project("v")
-    if config.uses_rope(layer):
-        local = config.is_local(layer)
-        q, k = rope(q, offset, local=local), rope(k, offset, local=local)
-    window = config.window(layer)
-    if cache:
-        k, v = cache.update(layer, k, v, window)
-    masks = cache.masks if cache else {}
-    if window not in masks:
-        first = cache.start(window) if cache else 0  # the first key's position
-        masks[window] = attention_mask(offset - first, T, k.shape[2], window)
-    mask = masks[window]
-    if config.attn_softcap:
-        y = softcapped_attention(q, k, v, mask, config)
-    else:
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=config.score_scale, mask=mask)
-    return linear(y.swapaxes(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
 
 
 # Activations with custom vjps: autograd's backward makes two or three times as many passes over memory.

@@ -12,6 +12,7 @@ import numpy as np
 from twingpt.backends.mlx import model
 from twingpt.backends.mlx.device import DTYPES, memory, on_device, to_device, to_numpy
 from twingpt.backends.mlx.inference import InferenceEngine
+from twingpt.backends.mlx.layers import Rope
 from twingpt.backends.mlx.optimizer import optimizer_step
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
@@ -29,7 +30,7 @@ def summed_loss(
     targets: Array,
     keys: Array,
     config: GPTConfig,
-    rope: model.Rope,
+    rope: Rope,
     dtype: mx.Dtype,
     *,
     dropout_rate: float,
@@ -73,7 +74,7 @@ class TrainEngine:
         self.seed = seed
         self.grads: Parameters = {}  # since the last step, summed and scaled
         compiled = mx.compile if compile else lambda function: function
-        settings: dict[str, Any] = {"config": config, "rope": model.Rope(config), "dtype": DTYPES[dtype]}
+        settings: dict[str, Any] = {"config": config, "rope": Rope(config), "dtype": DTYPES[dtype]}
         settings |= {"dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
         self.loss_and_grads = compiled(mx.value_and_grad(partial(scaled_loss, **settings)))
         plan = optimizer_plan(config, optimizer)

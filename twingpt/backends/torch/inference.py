@@ -14,8 +14,10 @@ from torch import Tensor
 from twingpt.backends.torch import model
 from twingpt.backends.torch.device import DTYPES, device_errors, on_device, to_device, to_numpy
 from twingpt.backends.torch.kv_cache import CacheSlots, KVCache
+from twingpt.backends.torch.layers import Rope
 from twingpt.backends.torch.quantized import in_bytes, prepack
 from twingpt.backends.torch.sampler import log_probs_of, penalise, sample
+from twingpt.backends.torch.threads import adapt_threads
 from twingpt.core.backend import Device, LogProbs, Sampled, check_tokens
 from twingpt.core.config import GPTConfig
 from twingpt.core.sampler import SamplingRows
@@ -57,7 +59,7 @@ class InferenceEngine:
     def _load(self, tensors: Iterable[tuple[str, np.ndarray | Array]]) -> None:
         self.params = {name: self._cast(value) for name, value in in_bytes(tensors, self.config)}
         prepack(self.params, self.config, DTYPES[self.dtype])
-        self.rope = model.Rope(self.config, torch.device(self.device.name), ROPE_POSITIONS)
+        self.rope = Rope(self.config, torch.device(self.device.name), ROPE_POSITIONS)
 
     def _cast(self, value: np.ndarray | Array) -> Array:
         """A parameter on the device in the compute dtype; a quantized matrix stays in bytes."""
@@ -77,6 +79,7 @@ class InferenceEngine:
 
         Reads as LogProbs. Goes by chunks of positions: the (B, T, V) logits are never in memory.
         """
+        adapt_threads(self.device)
         ids = to_device(check_tokens(tokens, self.config), self.device)
         x = model.hidden_states(self.params, ids, self.config, self.rope)
         return model.log_probs(x, self.params, to_device(targets.astype(np.int64), self.device), self.config, top_k)
@@ -107,6 +110,7 @@ class InferenceEngine:
         Each row has settings and a uniform `u` (B,) of its own. Enqueues; a CPU may compute the logits first. Reads as
         Sampled, with log-probabilities of the ids and of the `log_probs` likeliest; None leaves both out, and a pass.
         """
+        adapt_threads(self.device)
         rows = slice(0, len(u))
         cache.check_logits(rows)
         logits = cache.logits[rows]

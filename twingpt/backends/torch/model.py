@@ -6,70 +6,26 @@ ones beside plain ones. Shapes: B batch, T time, D n_embd, H heads, K key-value 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from twingpt.backends.torch.attention import attention
 from twingpt.backends.torch.kv_cache import CacheSlots
-from twingpt.backends.torch.quantized import dequantized_rows, is_quantized, matrix_dtype, quantized_matmul
+from twingpt.backends.torch.layers import Rope, embedding_lookup, linear, matmul, norm, positions, scale, softcap
+from twingpt.backends.torch.quantized import matrix_dtype
 from twingpt.core.backend import LogProbs
 from twingpt.core.config import LOSS_LOGITS, LOSS_ROWS, NORM_SITES, GPTConfig
 from twingpt.core.dropout import GOLDEN, MIX, threshold
-from twingpt.core.rope import rope_frequencies
 
 Array = Tensor
 Parameters = dict[str, Tensor]
 
 EMBEDDINGS = ("model.embed_tokens.weight", "model.embed_positions.weight")
-
-
-class Rope:
-    """Rotary position embedding (RoPE) with its tables: cos and signed sin, (length, rope_dim) float32.
-
-    They begin with `length` positions (0 for block_size) and grow with the positions asked for.
-    `tables[True]` is for the layers that rotate by `local_rope_theta`.
-    """
-
-    def __init__(self, config: GPTConfig, device: torch.device, length: int = 0) -> None:
-        self.config, self.device = config, device
-        self.length, self.tables = 0, dict[bool, tuple[Array, Array]]()
-        self.extending = threading.Lock()  # threads may decode by the tables of before, and never by shorter ones
-        self.extend(length or config.block_size)
-
-    def extend(self, length: int) -> None:
-        """Have tables for `length` positions, at most block_size; more than that many, so that it happens seldom."""
-        if length <= self.length:
-            return
-        with self.extending:
-            length = max(self.length, min(max(length, 2 * self.length), self.config.block_size))
-            kinds = (False, True)[: 1 + (self.config.local_rope_theta > 0)]
-            self.tables = {local: self.table(length, local=local) for local in kinds}
-            self.length = length
-
-    def table(self, length: int, *, local: bool) -> tuple[Array, Array]:
-        """cos and signed sin of every position: sin is negated in the first half, for the roll of `__call__`."""
-        frequencies, factor = rope_frequencies(self.config, local=local)
-        angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
-        # cos and sin of the float32 angle, in float64 on the host: a device's own may be off in the last bits.
-        cos, sin = (f(angles, dtype=np.float64) * factor for f in (np.cos, np.sin))
-        pairs = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
-        cos, sin = (torch.from_numpy(pair.astype(np.float32)).to(self.device) for pair in pairs)
-        return cos, sin
-
-    def __call__(self, x: Array, offset: int | Array, *, local: bool) -> Array:
-        """Rotate (B, H, T, d) at the T positions of each row from `offset` on."""
-        index = positions(offset, x.shape[2])
-        cos, sin = (table[index].unsqueeze(-3) for table in self.tables[local])  # the same for every head
-        dim, x32 = self.config.rope_dim, x.float()
-        rotary, rest = x32[..., :dim], x32[..., dim:]
-        y = rotary * cos + rotary.roll(dim // 2, -1) * sin  # the roll swaps the halves
-        return (torch.cat([y, rest], dim=-1) if rest.shape[-1] else y).to(x.dtype)
 
 
 class Dropout:
@@ -102,147 +58,6 @@ def uint32(number: int) -> int:
 def no_dropout(x: Array, site: int) -> Array:
     """`Dropout` with a rate of 0."""
     return x
-
-
-def matmul(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T for the matrix `name`, (…, in) -> (…, out); by the quantized kernel where it is quantized."""
-    return quantized_matmul(x, p, name) if is_quantized(p, name) else F.linear(x, p[f"{name}.weight"])
-
-
-def linear(x: Array, p: Parameters, name: str) -> Array:
-    """x W^T + b, (…, in) -> (…, out); without b where there is no parameter `name`.bias."""
-    bias = p.get(f"{name}.bias")
-    if bias is None:
-        return matmul(x, p, name)
-    if is_quantized(p, name):
-        return matmul(x, p, name) + bias
-    return F.linear(x, p[f"{name}.weight"], bias.to(x.dtype))
-
-
-def embedding_lookup(p: Parameters, name: str, index: Array, width: int) -> Array:
-    """Rows of the embedding `name`, dequantized where it is quantized: (…) ids -> (…, width)."""
-    return dequantized_rows(p, name, index, width) if is_quantized(p, name) else F.embedding(index, p[f"{name}.weight"])
-
-
-def rms_norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """RMSNorm over the last axis, in float32; the result in x's dtype."""
-    weight, eps, x32 = norm_weight(p[f"{name}.weight"], config).float(), config.norm_eps, x.float()
-    if x.is_cpu:  # F.rms_norm is a chain of slow pow there
-        mean_square = torch.linalg.vecdot(x32, x32).unsqueeze(-1) / x.shape[-1]
-        return (x32 * torch.rsqrt(mean_square + eps) * weight).to(x.dtype)
-    return F.rms_norm(x32, weight.shape, weight, eps).to(x.dtype)
-
-
-def layer_norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """LayerNorm over the last axis, in float32; the result in x's dtype."""
-    weight, bias, eps = norm_weight(p[f"{name}.weight"], config).float(), p.get(f"{name}.bias"), config.norm_eps
-    shift = None if bias is None else bias.float()
-    return F.layer_norm(x.float(), weight.shape, weight, shift, eps).to(x.dtype)
-
-
-def norm_weight(weight: Array, config: GPTConfig) -> Array:
-    """What a norm multiplies by: its weight, or with `norm_offset` (Gemma) 1 + weight in float32."""
-    return weight.float() + 1 if config.norm_offset else weight
-
-
-def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
-    """RMSNorm or LayerNorm as `config.norm` says, (B, T, D).
-
-    x itself for a name that ends in a dot: `norm_placement` has no norm there (NORM_SITES).
-    """
-    if name.endswith("."):
-        return x
-    return (rms_norm if config.norm == "rmsnorm" else layer_norm)(x, p, name, config)
-
-
-def scale(x: Array, factor: float) -> Array:
-    """x * factor; x itself, without a pass over memory, where the factor is 1."""
-    return x if factor == 1 else x * factor
-
-
-def softcap(x: Array, cap: float) -> Array:
-    """Softcap: cap * tanh(x / cap); x itself where `cap` is 0."""
-    return cap * torch.tanh(x / cap) if cap else x
-
-
-def positions(offset: int | Array, n: int) -> slice | Array:
-    """The positions of `n` tokens a row, as an index: a slice for an `offset` that all rows have, (B, n) for a (B,)."""
-    if isinstance(offset, int):
-        return slice(offset, offset + n)
-    return offset[:, None] + torch.arange(n, device=offset.device)
-
-
-def attention_mask(
-    offset: int | Array, n_query: int, n_key: int, window: int, device: torch.device
-) -> str | Array | None:
-    """The causal mask as the fused kernel takes it, for queries at positions from `offset` on, the first key at 0.
-
-    None for one query that sees all keys, or "causal"; else booleans, (n_query, n_key), or (B, 1, n_query, n_key) where
-    rows have offsets of their own. torch's is_causal aligns the first query with the first key, so that "causal" is
-    right for n_query = n_key alone. A window that is not full needs the booleans.
-    """
-    windowed = 0 < window < n_key
-    if isinstance(offset, int) and not windowed and n_query in (1, n_key):
-        return None if n_query == 1 else "causal"
-    key = torch.arange(n_key, device=device)
-    if isinstance(offset, int):
-        query = key[offset : offset + n_query, None]
-    else:
-        query = (offset[:, None] + key[:n_query])[:, None, :, None]
-    return (key <= query) & (query - key < window if windowed else True)
-
-
-def softcapped_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
-    """Attention with softcapped scores, (B, H, T, d), unfused since no kernel has it; scores and softmax in float32."""
-    B, H, T, d = q.shape
-    q = q.reshape(B, config.n_kv_head, -1, T, d)
-    scores = softcap((q @ k[:, :, None].mT).float() * config.score_scale, config.attn_softcap)
-    if isinstance(mask, str):
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask[..., None, :, :], -torch.inf)
-    return (torch.softmax(scores, dim=-1).to(v.dtype) @ v[:, :, None]).reshape(B, H, T, d)
-
-
-def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, rope: Rope, cache: CacheSlots | None) -> Array:
-    """Grouped-query causal self-attention, (B, T, D) -> (B, T, D); appends to `cache` where there is one."""
-    name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
-    offset = cache.offset if cache else 0
-
-    def project(letter: str) -> Array:  # (B, H or K, T, d)
-        y = linear(x, p, f"{name}.{letter}_proj")
-        if config.qk_norm and letter != "v":
-            y = y if config.qk_norm_whole else y.view(B, T, -1, config.head_dim)
-            y = rms_norm(y, p, f"{name}.{letter}_norm", config)
-        return y.view(B, T, -1, config.head_dim).transpose(1, 2)
-
-    q, k, v = project("q"), project("k"), project("v")
-    if config.uses_rope(layer):
-        local = config.is_local(layer)
-        q, k = rope(q, offset, local=local), rope(k, offset, local=local)
-    window = config.window(layer)
-    if cache:
-        k, v = cache.update(layer, k, v, window)
-    if x.is_mps:  # its kernel misreads permuted inputs (pytorch#181133)
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    masks = cache.masks if cache else {}
-    if window not in masks:
-        first = cache.start(window) if cache else 0  # the first key's position
-        masks[window] = attention_mask(offset - first, T, k.shape[2], window, x.device)
-    mask = masks[window]
-    if config.attn_softcap:
-        y = softcapped_attention(q, k, v, mask, config)
-    else:
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if isinstance(mask, str) else mask,
-            is_causal=isinstance(mask, str),
-            scale=config.score_scale,
-            enable_gqa=config.n_head != config.n_kv_head,
-        )
-    return linear(y.transpose(1, 2).reshape(B, T, -1), p, f"{name}.o_proj")
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -13,7 +13,9 @@ from torch import Tensor
 from twingpt.backends.torch import model
 from twingpt.backends.torch.device import DTYPES, memory, return_freed_memory, to_device, to_numpy
 from twingpt.backends.torch.inference import InferenceEngine
+from twingpt.backends.torch.layers import Rope
 from twingpt.backends.torch.optimizer import optimizer_step
+from twingpt.backends.torch.threads import adapt_threads
 from twingpt.core.backend import Device, Memory
 from twingpt.core.config import GPTConfig
 from twingpt.core.dropout import dropout_keys, dropout_sites
@@ -30,7 +32,7 @@ def summed_loss(
     targets: Array,
     keys: Array,
     config: GPTConfig,
-    rope: model.Rope,
+    rope: Rope,
     dtype: torch.dtype,
     *,
     dropout_rate: float,
@@ -75,7 +77,7 @@ class TrainEngine:
         self.counted = self.batch_targets = 0  # targets that count since then, and all of its first micro-batch
         self.seed = seed
         compiled = torch.compile if compile else lambda function: function
-        rope = model.Rope(config, torch.device(device.name))
+        rope = Rope(config, torch.device(device.name))
         settings: dict[str, Any] = {"config": config, "rope": rope, "dtype": DTYPES[dtype]}
         settings |= {"dropout_rate": config.dropout, "gradient_checkpointing": gradient_checkpointing}
         self.scaled_loss = compiled(partial(scaled_loss, **settings))
@@ -134,6 +136,7 @@ class TrainEngine:
     @torch.no_grad()
     def optimizer_step(self, hyper: Hyper) -> Array:
         """Clip, step, clear the gradients; enqueues only. Reads as (mean loss in nats, gradient norm, 1 if skipped)."""
+        adapt_threads(self.device)
         numbers: list[Any] = list(to_device(np.array([*hyper, self.divisor], np.float32), self.device))
         divisor = numbers.pop()
         loss = torch.stack(self.losses).sum() / (divisor * self.loss_scale)
