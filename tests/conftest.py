@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import io
 import json
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -39,6 +41,9 @@ import numpy as np
 import pytest
 
 from twingpt.backends import host, registry
+from twingpt.checks import kernels
+from twingpt.checks.tolerances import float32_tolerance
+from twingpt.core.backend import Backend, Device
 from twingpt.core.checkpoint import schema
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.parameters import initialise
@@ -49,6 +54,7 @@ from twingpt.training import flops
 
 if os.name == "nt":  # or what tests write would have other bytes there
     Path.write_text = functools.partialmethod(Path.write_text, newline="\n")
+KERNEL_CASES, kernels.CASES = kernels.CASES, ((64, 257, 24),)  # tests/spec/test_kernels.py runs them in full
 flops.SECONDS = 0.02  # no test looks at how fast a device is
 host.OtherLoad.INTERVAL = float("inf")  # nor at what else the machine does
 # The same examples in every run, however slow the machine.
@@ -122,6 +128,95 @@ def open_checkpoint(name) -> schema.Checkpoint:
 
 def cpu(engines):
     return registry.find_device(engines, "cpu")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A backend on one of its devices: what the backend exports, with the device."""
+
+    backend: Backend
+    device: Device
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def stream(self):
+        """A context: what a test computes by itself in MLX runs on this device. torch's tensors have theirs."""
+        if self.NAME == "torch":
+            return contextlib.nullcontext()
+        import mlx.core as mx
+
+        return mx.stream(mx.cpu if self.device.kind == "cpu" else mx.gpu)
+
+    def needs_dtype(self, dtype: str) -> None:
+        """Skip the test where the device doesn't compute in this precision."""
+        if dtype not in self.device.dtypes:
+            pytest.skip(f"{self.NAME}'s {self.device.name} has no {dtype}")
+
+    def within(self, limit: float, length: int = 0) -> float:
+        """What float32 results may be off by here, over `length` positions, where a CPU's may by `limit`.
+
+        With a limit of 0 results have the same bits on a CPU.
+        """
+        return limit if self.device.kind == "cpu" else max(limit, float32_tolerance(self.device, length))
+
+
+def within(limit: float, *placed: Placed, length: int = 0) -> float:
+    """What results of several devices may be apart by."""
+    return max(each.within(limit, length) for each in placed)
+
+
+@functools.cache
+def places() -> list:
+    """Every device of every backend, as parameters with ids such as mlx-gpu; imports the frameworks.
+
+    What can't be used is skipped with the reason: a backend that isn't installed, a device that fails at a product.
+    """
+    found = []
+    for name in registry.BACKENDS:
+        if not registry.installed(name):
+            found.append(pytest.param(None, id=name, marks=needs(name)))
+            continue
+        backend = registry.get(name)
+        for device in backend.devices():
+            reason = registry.device_failure(backend, device) if device.kind != "cpu" else None
+            marks = pytest.mark.skipif(reason is not None, reason=f"{name} can't use {device.name}: {reason}")
+            found.append(pytest.param(Placed(backend, device), id=f"{name}-{device.name}", marks=marks))
+    return found
+
+
+def place_pairs() -> list:
+    """(MLX, PyTorch) as parameters, both on the CPU and then each other device beside the other backend's CPU."""
+    missing = [entry for entry in places() if entry.values[0] is None]
+    if missing:
+        return [pytest.param(None, id="twins", marks=missing[0].marks)]
+    cpus = {entry.values[0].NAME: entry.values[0] for entry in places() if entry.values[0].device.name == "cpu"}
+    pairs = [pytest.param(tuple(cpus[name] for name in registry.BACKENDS), id="twins-cpu")]
+    for entry in places():
+        placed = entry.values[0]
+        if placed.device.name != "cpu":
+            pair = tuple((cpus | {placed.NAME: placed})[name] for name in registry.BACKENDS)
+            pairs.append(pytest.param(pair, id=entry.id, marks=entry.marks))
+    return pairs
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrize what runs on devices; here, so that no framework is imported where nothing collected needs one."""
+    for name, parameters in (("placed", places), ("placed_twins", place_pairs)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, parameters(), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def placed(request) -> Placed:
+    """Each installed backend on each device of this machine in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def placed_twins(request) -> tuple[Placed, Placed]:
+    """Both backends on the CPU, and each other device of one beside the CPU of the other; or a skip."""
+    return request.param
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import twingpt
 from tests.cli.test_train import SMALL, train
 from tests.conftest import BOTH, names_in_unicode, needs
 from twingpt.backends import registry
+from twingpt.checks import kernels
 from twingpt.runs import folder as runs
 from twingpt.runs.events import read_events
 
@@ -26,6 +27,36 @@ def test_parity_of_random_models(gpt, twins):
     for pair in result["pairs"]:
         assert fields <= set(pair)
         assert 0 < pair["max_rel_diff"] <= 1e-5 and pair["top1_agreement"] == 1 and abs(pair["kl"]) < 1e-9
+
+
+FAULT = kernels.Check("torch", "gpu", "float32", 64, 257, 544, "step", 0.25, 1e-5)
+
+
+def test_a_fault_is_named_by_what_failed(gpt, monkeypatch):
+    monkeypatch.setattr(kernels, "check_all", lambda *_: [FAULT])
+    said = "Failed: step with head width 64, T 544 and a vocabulary of 257, by torch (gpu) in float32: off by 2.5e-01"
+    for command in ("parity", "doctor"):
+        code, out, _ = gpt(command)
+        assert code == 1 and said in " ".join(out.split()), out
+    code, out, _ = gpt("parity", "--json")
+    result = json.loads(out)
+    assert code == 1 and result["ok"] is False and result["kernels"][0]["part"] == "step" and len(result["failed"]) == 1
+    report = json.loads(gpt("doctor", "--json")[1])["self_test"]
+    assert report["ok"] is False and report["failed"] == result["failed"]
+
+
+def test_a_device_that_fails_is_left_out_with_the_reason(gpt, twins, monkeypatch):
+    monkeypatch.setattr(registry, "device_failure", lambda engines, _: "no memory" if engines.NAME == "mlx" else None)
+    for command in ("parity", "doctor"):
+        code, out, err = gpt(command)
+        assert code == 0 and "Left out: mlx (cpu): no memory" in out, err
+    assert "No device can compute here: no memory" in mistake(gpt, "parity", "--backend", "mlx")
+
+
+def test_parity_on_one_device(gpt):
+    code, out, err = gpt("parity", "--device", "cpu", "--json")
+    assert code == 0 and {pair["device_b"] for pair in json.loads(out)["pairs"]} == {"cpu"}, err
+    assert "Unknown device 'gpus'" in mistake(gpt, "parity", "--device", "gpus")
 
 
 def test_parity_of_a_checkpoint_and_its_exit_code(gpt, saved):

@@ -53,7 +53,8 @@ def test_a_file_says_where_to_report(gpt, prose, file, tmp_path):
 @both
 def test_a_run_is_repeated_bit_for_bit_from_its_config(gpt, prose, file, tmp_path, backend):
     first, second = tmp_path / "first", tmp_path / "second"
-    given = ["--config", file, "--data", prose, "--backend", backend, "--dropout", 0.1, "--out", first]
+    given = ["--config", file, "--data", prose, "--backend", backend, "--device", "cpu"]
+    given += ["--dropout", 0.1, "--out", first]
     given += ["--set", "no_rope_layers=[1]", "--set", "gradient_accumulation_steps=2", "--set", "embedding_lr=0.01"]
     train(gpt, *given, "--set", "norm=layernorm", "--set", "seed=7", "--set", "compile=false")
     train(gpt, "--config", first / "config.toml", "--out", second)
@@ -69,7 +70,7 @@ def test_a_run_is_repeated_bit_for_bit_from_its_config(gpt, prose, file, tmp_pat
 @needs("torch")
 def test_a_depth_is_repeated_bit_for_bit_too(gpt, prose, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    less = ["--tokenizer", "byte", "--block-size", 64, "--batch-size", 2, "--max-iters", 3]
+    less = ["--tokenizer", "byte", "--block-size", 64, "--batch-size", 2, "--max-iters", 3, "--device", "cpu"]
     code, out, err = gpt("train", "--data", prose, "--depth", 1, "--shape", "nano", *less, "--out", first)
     assert code == 0, err
     assert "depth 1: 82.4k parameters, 6.1k tokens, 3 steps" in out

@@ -24,6 +24,7 @@ SMALL = [
     "--tokenizer", "byte", "--n-layer", 2, "--n-head", 4, "--n-kv-head", 2, "--n-embd", 32, "--block-size", 32,
     "--batch-size", 4, "--max-iters", 12, "--warmup-iters", 2, "--eval-interval", 4, "--eval-iters", 4,
     "--checkpoint-interval", 4, "--sample-interval", 0, "--log-interval", 2,
+    "--device", "cpu",  # where the same run has the same bits, on a machine with a GPU too
 ]  # fmt: skip
 
 KEYS = {

@@ -37,7 +37,7 @@ def docs():
 
 def test_the_compiled_step_is_the_same_step(engines, docs):
     plain, compiled = (losses(engines, ONE_LAYER, docs, steps=4, compile=c, train=MUON) for c in (False, True))
-    np.testing.assert_allclose(plain, compiled, rtol=1e-5)
+    np.testing.assert_allclose(plain, compiled, rtol=engines.within(1e-5))
 
 
 @pytest.mark.soak
@@ -50,4 +50,4 @@ def test_the_compiled_step_that_checkpoints_and_skips(engines, docs):
         [step(engine, tokens, targets, train) for _ in range(3)]
         for engine in (engine_of(engines, config=ONE_LAYER, compile=c, **settings) for c in (False, True))
     )
-    np.testing.assert_allclose(plain, compiled, rtol=2e-5)
+    np.testing.assert_allclose(plain, compiled, rtol=engines.within(2e-5))

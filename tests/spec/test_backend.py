@@ -100,6 +100,16 @@ def test_a_backend_does_no_work_when_imported_and_is_prepared_by_the_registry(be
         assert blas.startswith(("OpenBLAS", "torch") if before == "nothing" else "MLX's own (mlx was imported before")
 
 
+@needs("torch")
+def test_opening_torch_has_float32_products_in_float32():
+    """As after TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which some containers set."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    registry.get("torch")
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+
+
 def methods(protocol):
     return {name: m for name, m in vars(protocol).items() if inspect.isfunction(m) and not name.startswith("_")}
 
@@ -228,11 +238,11 @@ def test_check_tokens(tokens, message):
         check_tokens(np.array(tokens), GPTConfig(vocab_size=97, block_size=16))
 
 
-def test_every_engine_checks_its_tokens(engines):
+def test_every_engine_checks_its_tokens(placed):
     from twingpt.core.parameters import initialise
 
     config = GPTConfig(vocab_size=97, block_size=16, n_layer=1, n_embd=32)
-    engine = engines.InferenceEngine(config, initialise(config, 0), cpu(engines))
+    engine = placed.InferenceEngine(config, initialise(config, 0), placed.device)
     cache = engine.new_cache(1, 16)
     for call in (lambda: engine.forward(np.array([[97]])), lambda: engine.prefill(cache, 0, np.array([97]))):
         with pytest.raises(UserError, match="Token id 97"):

@@ -5,7 +5,7 @@ import pytest
 from twingpt.backends import registry
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import parameter_count
-from twingpt.core.presets import SHAPES, preset
+from twingpt.core.presets import PRESETS, SHAPES, preset
 from twingpt.training import depth, recipes
 
 CPU = registry.Device("cpu", "cpu", "", ("float32",), ("float32",), "float32", None)
@@ -42,6 +42,16 @@ def test_depth_4_is_micro_and_depth_12_is_gpt2():
     assert twelve == preset("gpt2", 50257)
     assert parameter_count(resolve(50257, depth=12)[0]) == pytest.approx(124.4e6, rel=0.01)
     assert resolve(depth=20)[0].n_embd == 1280  # nanochat's d20
+
+
+def test_heads_have_fused_kernels_where_the_width_allows_four_of_them():
+    widths = {n: resolve(depth=n)[0].head_dim for n in DEPTHS}
+    assert [widths.pop(n) for n in range(1, 5)] == [16, 16, 32, 48]
+    assert set(widths.values()) == {64}
+    assert {name: preset(name, 2048).head_dim for name in PRESETS if name != "micro"} == dict.fromkeys(
+        ("tiny", "small", "medium", "gpt2", "large"), 64
+    )
+    assert preset("micro", 2048).head_dim == 48  # README's first run and the golden runs are of it
 
 
 def test_rates_follow_nanochat():

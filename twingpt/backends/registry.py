@@ -9,7 +9,6 @@ from typing import cast
 
 from twingpt.backends.host import limit_spinning
 from twingpt.backends.mlx.errors import explain
-from twingpt.backends.mlx.prepare import prepare
 from twingpt.core.backend import Backend, Device
 from twingpt.core.config import unknown_choice
 from twingpt.core.errors import UserError
@@ -77,8 +76,7 @@ def get(name: str = "auto") -> Backend:
     chosen, _ = choose(name)
     limit_spinning()
     try:
-        if chosen == "mlx":
-            prepare()
+        importlib.import_module(f"twingpt.backends.{chosen}.prepare").prepare()
         return cast(Backend, importlib.import_module(f"twingpt.backends.{chosen}.backend"))
     except (ImportError, OSError, RuntimeError) as error:
         if chosen == "mlx" and (told := explain(error)):
@@ -95,6 +93,19 @@ def find_device(backend: Backend, name: str | None) -> Device:
         if name in (device.name, device.kind):
             return device
     raise unknown_choice(f"{backend.NAME} device", name, [device.name for device in devices])
+
+
+def device_failure(backend: Backend, device: Device) -> str | None:
+    """What a small matrix product raises on a device, in a line; None where it works.
+
+    MPS is there on hosted virtual machines, and can't allocate.
+    """
+    try:
+        with backend.device_errors():
+            backend.matmul(device, "float32", 16)()
+    except (RuntimeError, UserError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def find_dtype(device: Device, name: str | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from twingpt.backends import host, registry
 from twingpt.backends.mlx import wheel
 from twingpt.checks import parity
+from twingpt.checks.tolerances import TOLERANCES
 from twingpt.core.backend import Backend, Device
 from twingpt.core.errors import UserError
 from twingpt.training import flops
@@ -57,6 +58,29 @@ def _device(engines: Backend, device: Device) -> dict[str, Any]:
     }
 
 
+def _self_test(names: list[str], device: str | None) -> dict[str, Any]:
+    """Parity of random models and of fused kernels: {"ok", "tolerance", "max_rel_diff", "failed", "left_out"}.
+
+    `failed` says what differs, in a sentence each; `left_out` are devices that can't compute.
+    """
+    if not names:
+        return {"ok": False, "tolerance": TOLERANCES["float32"], "max_rel_diff": None, "failed": [], "left_out": []}
+    found = parity.measure(parity.random_models(seed=1337), names, device=device, fused=True)
+    failed = [
+        f"{pair['model']} by {pair['b']} ({pair['device_b']}) is off {pair['a']} ({pair['device_a']}) by "
+        f"{pair['max_rel_diff']:.1e}"
+        for pair in found["pairs"]
+        if pair["max_rel_diff"] > pair["tolerance"]
+    ]
+    return {
+        "ok": found["ok"],
+        "tolerance": found["tolerance"],
+        "max_rel_diff": max(pair["max_rel_diff"] for pair in found["pairs"]),
+        "failed": failed + found["failed"],
+        "left_out": found["left_out"],
+    }
+
+
 def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
     """Platform, Mac, libraries, backends, devices and their speed, the choice, and the self-test's worst parity figure.
 
@@ -77,8 +101,6 @@ def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
         if backend != "auto" or device is not None:  # what was asked for can't be had
             raise
         choice = {"backend": None, "device": None, "dtype": None, "why": str(error), "dtype_why": None}
-    test = parity.measure(parity.random_models(seed=1337), working)
-    worst = max((pair["max_rel_diff"] for pair in test["pairs"]), default=None)
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -87,5 +109,5 @@ def examine(backend: str = "auto", device: str | None = None) -> dict[str, Any]:
         "backends": {name: facts for name, (facts, _) in found.items()},
         "devices": [device for _, devices in found.values() for device in devices],
         "choice": choice,
-        "self_test": {"ok": test["ok"] and bool(working), "tolerance": test["tolerance"], "max_rel_diff": worst},
+        "self_test": _self_test(working, device),
     }

@@ -10,18 +10,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from twingpt.backends import registry
+from twingpt.checks import kernels
+from twingpt.checks.tolerances import TOLERANCES, tolerance_of
 from twingpt.core import reference, rng
+from twingpt.core.backend import Backend, Device
 from twingpt.core.checkpoint.quantize import dequantized
-from twingpt.core.config import GPTConfig
+from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
 from twingpt.core.parameters import initialise
 from twingpt.core.presets import SHAPES
 
 Array = np.ndarray
+Place = tuple[Backend, Device, str]  # and the device's name as it is shown
 
-# Of the largest |logit|. bfloat16 keeps 8 bits, and a model of a few layers loses about two of them.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}
-QUANTIZED_TOLERANCE = 1e-4  # in float32: kernels round sums of whole numbers times scales in other places
 BATCH, MAX_TIME = 2, 64
 
 
@@ -29,8 +30,8 @@ BATCH, MAX_TIME = 2, 64
 class Pair:
     """Two implementations' logits on the same tokens; `max_rel_diff` is of the largest |logit| of `a`.
 
-    `kl` is the mean over positions of KL(a || b) in nats, `top1_agreement` the share of positions
-    whose most likely token is the same.
+    `tolerance` is how much it may be, on the device of the two that keeps less. `kl` is the mean over positions of
+    KL(a || b) in nats, `top1_agreement` the share of positions whose most likely token is the same.
     """
 
     model: str
@@ -39,10 +40,21 @@ class Pair:
     device_a: str
     device_b: str
     dtype: str
+    tolerance: float
     max_abs_diff: float
     max_rel_diff: float
     top1_agreement: float
     kl: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One implementation's (B, T, V) logits, the device they come from, and the tolerance there."""
+
+    name: str
+    device: str
+    logits: Array
+    tolerance: float
 
 
 class Implementation(Protocol):
@@ -87,34 +99,55 @@ def random_models(seed: int) -> Iterator[tuple[str, GPTConfig, dict[str, Array]]
         yield name, config, dict(initialise(config, seed))
 
 
-def logits_by_engine(
-    config: GPTConfig, params: Mapping[str, Array], tokens: Array, names: Sequence[str], dtype: str
-) -> Iterator[tuple[str, str, Array]]:
-    """Yield (implementation, device, logits): the reference, then each backend on each device that has `dtype`."""
-    yield "reference", "numpy", reference.forward(dict(dequantized(params.items(), config)), tokens, config)
+def find_places(names: Sequence[str], device: str | None = None) -> tuple[list[Place], list[dict[str, str]]]:
+    """Devices of backends, all or those that `device` names ("cuda" any CUDA GPU), and those left out with the reason.
+
+    Raises UserError where none is left.
+    """
+    places, left_out, known = [], [], []
     for name in names:
         engines = registry.get(name)
-        for device in engines.devices():
-            if dtype in device.dtypes:
-                engine = engines.InferenceEngine(config, params.items(), device, dtype=dtype)
-                label = device.name if device.name in (device.kind, f"{device.kind}:0") else device.kind
-                yield name, label, engine.forward(tokens)
+        for found in engines.devices():
+            known.append(found.name)
+            if device not in (None, found.name, found.kind):
+                continue
+            label = found.name if found.name in (found.kind, f"{found.kind}:0") else found.kind
+            if reason := registry.device_failure(engines, found):
+                left_out.append({"backend": name, "device": label, "reason": reason})
+            else:
+                places.append((engines, found, label))
+    if left_out and not places:
+        raise UserError(f"No device can compute here: {left_out[0]['reason']}")
+    if not places:
+        raise unknown_choice("device", str(device), dict.fromkeys(known))
+    return places, left_out
 
 
-def compare(model: str, a: tuple[str, str, Array], b: tuple[str, str, Array], dtype: str) -> Pair:
-    """Differences of the logits `b` from `a`, each as (implementation, device, (B, T, V) logits)."""
-    (name_a, device_a, x), (name_b, device_b, y) = a, b
-    x, y = x.astype(np.float64), y.astype(np.float64)
+def logits_by_engine(
+    config: GPTConfig, params: Mapping[str, Array], tokens: Array, places: Sequence[Place], dtype: str
+) -> Iterator[Result]:
+    """Yield the logits of the reference, then of each backend on each device."""
+    expected = reference.forward(dict(dequantized(params.items(), config)), tokens, config)
+    yield Result("reference", "numpy", expected, TOLERANCES[dtype])
+    for engines, device, label in places:
+        engine = engines.InferenceEngine(config, params.items(), device, dtype=dtype)
+        yield Result(engines.NAME, label, engine.forward(tokens), tolerance_of(device, dtype, tokens.shape[1]))
+
+
+def compare(model: str, a: Result, b: Result, dtype: str, tolerance: float | None) -> Pair:
+    """Differences of the logits of `b` from those of `a`; `tolerance` replaces that of their devices."""
+    x, y = a.logits.astype(np.float64), b.logits.astype(np.float64)
     log_p, log_q = (z - z.max(-1, keepdims=True) for z in (x, y))
     log_p, log_q = (z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in (log_p, log_q))
     difference = float(np.abs(x - y).max())
     return Pair(
         model=model,
-        a=name_a,
-        b=name_b,
-        device_a=device_a,
-        device_b=device_b,
+        a=a.name,
+        b=b.name,
+        device_a=a.device,
+        device_b=b.device,
         dtype=dtype,
+        tolerance=max(a.tolerance, b.tolerance) if tolerance is None else tolerance,
         max_abs_diff=difference,
         max_rel_diff=difference / float(np.abs(x).max()),
         top1_agreement=float((x.argmax(-1) == y.argmax(-1)).mean()),
@@ -129,35 +162,49 @@ def measure(
     tolerance: float | None = None,
     seed: int = 1337,
     others: Sequence[Implementation] = (),
+    device: str | None = None,
+    *,
+    fused: bool = False,
 ) -> dict[str, Any]:
-    """Compare every pair of implementations on every model: {"ok", "tolerance", "pairs", "skipped"}.
+    """Compare every pair of implementations on every model: {"ok", "tolerance", "pairs", "kernels", "skipped", …}.
 
-    `ok` is whether each pair's `max_rel_diff` is finite and at most `tolerance`; `skipped` has the models
-    that one of `others` does not compute. Raises UserError for a dtype without a tolerance, and for logits that
-    are not finite.
+    On every device, or on those that `device` names; `left_out` are those that fail at a small product. `fused` adds
+    the checks of `checks/kernels.py`, in "kernels". `ok` is whether each pair's `max_rel_diff` is finite and at most
+    its tolerance, and each check ok; `skipped` has the models that one of `others` does not compute. Raises UserError
+    for a dtype without a tolerance, and for logits that are not finite.
     """
     if dtype not in TOLERANCES:
         raise UserError(f"Parity is measured in {' or '.join(TOLERANCES)}, not in {dtype}.")
     if others and dtype != "float32":
         raise UserError(f"{others[0].name} is compared in float32: leave out --dtype {dtype}.")
-    limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    found, left_out = find_places(names, device)
+    places = [place for place in found if dtype in place[1].dtypes]
+    if not places:
+        raise UserError(f"{found[0][1].description} does not compute in {dtype}: leave out --dtype {dtype}.")
     pairs, skipped = [], []
     for model, config, params in models:
         shape = (BATCH, min(MAX_TIME, config.block_size))
         tokens = rng.generator("parity", seed).integers(0, config.vocab_size, shape)
-        results = list(logits_by_engine(config, params, tokens, names, dtype))
+        results = list(logits_by_engine(config, params, tokens, places, dtype))
         for other in others:
             if other.computes(config):
-                results.append((other.name, other.device, other.forward(config, params, tokens)))
+                logits = other.forward(config, params, tokens)
+                results.append(Result(other.name, other.device, logits, TOLERANCES[dtype]))
             else:
                 skipped.append({"model": model, "against": other.name})
-        for name, device, logits in results:
-            if not np.isfinite(logits).all():
-                raise UserError(f"The logits of {model} by {name} ({device}) in {dtype} are not finite: none agree.")
-        pairs += [compare(model, a, b, dtype) for a, b in itertools.combinations(results, 2)]
+        for result in results:
+            if not np.isfinite(result.logits).all():
+                raise UserError(
+                    f"The logits of {model} by {result.name} ({result.device}) in {dtype} are not finite: none agree."
+                )
+        pairs += [compare(model, a, b, dtype, tolerance) for a, b in itertools.combinations(results, 2)]
+    checks = kernels.check_all(places, dtype, seed, tolerance) if fused else []
     return {
-        "ok": all(pair.max_rel_diff <= limit for pair in pairs),
-        "tolerance": limit,
+        "ok": all(pair.max_rel_diff <= pair.tolerance for pair in pairs) and all(check.ok for check in checks),
+        "tolerance": TOLERANCES[dtype] if tolerance is None else tolerance,
         "pairs": [asdict(pair) for pair in pairs],
+        "kernels": [check.as_json() for check in checks],
+        "failed": [check.describe() for check in checks if not check.ok],
         "skipped": skipped,
+        "left_out": left_out,
     }

@@ -57,6 +57,10 @@ def _print_doctor(console: "Console", report: dict[str, Any]) -> None:
     worst = f", at worst {test['max_rel_diff']:.1e}" if test["max_rel_diff"] is not None else ""
     limit = f"{test['tolerance']:.0e}"
     console.print(f"Self-test: {verdict}. The largest difference may be {limit} of the largest logit{worst}.")
+    for entry in test["left_out"]:
+        console.print(f"Left out: {entry['backend']} ({entry['device']}): {entry['reason']}", markup=False)
+    for failure in test["failed"]:
+        console.print(f"Failed: {failure}.", markup=False)
 
 
 def _print_mac(console: "Console", mac: dict[str, Any]) -> None:

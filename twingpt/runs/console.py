@@ -15,6 +15,7 @@ from rich.text import Text
 from twingpt.runs.events import (
     Baseline,
     DataNoted,
+    DeviceNoted,
     Evaluated,
     Event,
     MachineNoted,
@@ -30,6 +31,9 @@ from twingpt.runs.events import (
     Trained,
 )
 from twingpt.runs.units import beginning, human_bytes, human_count, human_share, human_time
+
+# What is told as a sentence.
+Noted = DataNoted | DeviceNoted | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed
 
 SAMPLE_LINES = 12  # of a sample on a terminal, blank ones left out; metrics.jsonl has all of it
 
@@ -132,7 +136,7 @@ class ConsoleReporter:
             self.console.print(f"[dim]step {event.step:,}: saved {escape(event.checkpoint)}[/]", soft_wrap=True)
         elif isinstance(event, MachineNoted):
             self.console.print(f"[dim]{escape(event.message)}[/]", soft_wrap=True)
-        elif isinstance(event, DataNoted | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed):
+        elif isinstance(event, Noted):
             self.console.print(f"[yellow]{escape(_warning(event))}[/]", soft_wrap=True)
         elif isinstance(event, RunEnded):
             self.console.print(f"{event.reason} after {event.step:,} steps in {human_time(event.seconds)}")
@@ -218,7 +222,7 @@ class ConsoleReporter:
             )
 
 
-def _warning(event: DataNoted | MemoryPlanned | SettingReplaced | SetAside | SaveFailed | ReporterFailed) -> str:
+def _warning(event: Noted) -> str:
     if isinstance(event, SetAside):
         return f"What lay after step {event.step:,} is set aside as a run of its own: {event.folder}"
     if isinstance(event, ReporterFailed):

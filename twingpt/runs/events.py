@@ -187,6 +187,14 @@ class DataNoted:
 
 
 @dataclass(frozen=True)
+class DeviceNoted:
+    """What was noted of the run's model on its device, as `message` says: heads without a fused kernel."""
+
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
 class SettingReplaced:
     """What the run was started with isn't available now, and what takes its place, as `message` says."""
 
@@ -207,6 +215,7 @@ Event = (
     | MemoryPlanned
     | MachineNoted
     | DataNoted
+    | DeviceNoted
     | SettingReplaced
     | SetAside
     | Trained

@@ -14,7 +14,7 @@ from twingpt.runs.units import human_count
 from twingpt.training.settings import DEEPEST
 
 HEAD_DIM = 64  # what fused attention kernels want
-MIN_HEADS = 4
+MIN_HEADS = 4  # depths 1 to 4 have narrower heads for it: fewer were never tried, and micro has as many
 MIN_BLOCK, MAX_BLOCK = 128, 2048
 MICRO_TOKENS = 8192  # of a micro-batch; more are accumulated
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022

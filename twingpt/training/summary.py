@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from twingpt.backends import host
+from twingpt.backends.fused import head_note
 from twingpt.core.parameters import parameter_count
 from twingpt.data.mixture import Mixture, parts
 from twingpt.runs.events import (
     Baseline,
     DataNoted,
+    DeviceNoted,
     Event,
     MachineNoted,
     MemoryPlanned,
@@ -48,6 +50,8 @@ def start_events(state: RunState) -> Iterator[Event]:
     )
     for part in parts(state.data) if step == 0 else ():
         yield from (DataNoted(step, f"{part.name}: {note}") for note in part.data.manifest.get("notes", ()))
+    if step == 0 and (note := head_note(state.config, state.device)):
+        yield DeviceNoted(step, note)
     for message in state.replaced:
         yield SettingReplaced(step, message)
     if state.set_aside:

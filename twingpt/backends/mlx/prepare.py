@@ -1,6 +1,6 @@
 """What the process needs before mlx.core is imported: a fast BLAS, and a malloc that keeps freed memory.
 
-It has no twin: PyTorch's wheels bring what they need.
+PyTorch's wheels bring what they need; its twin only has float32 products in float32.
 """
 
 from __future__ import annotations
