@@ -9,9 +9,12 @@ import pytest
 
 import twingpt
 from tests.cli.test_train import SMALL
-from tests.conftest import BOTH, ONE, decoded, open_checkpoint
+from tests.conftest import BOTH, ONE, decoded, dose, open_checkpoint
+from twingpt.core import reference
 from twingpt.core.backend import Device, Sampled
 from twingpt.core.checkpoint import schema as checkpoint
+from twingpt.core.checkpoint.quantize import dequantize
+from twingpt.core.checkpoint.safetensors_file import TensorFile, write_safetensors
 from twingpt.core.config import GPTConfig
 from twingpt.core.kv_cache import KVCache
 from twingpt.core.parameters import initialise
@@ -20,6 +23,8 @@ from twingpt.core.tokenizer import ByteTokenizer
 from twingpt.inference.decoding import Row, decode
 from twingpt.inference.language_model import LanguageModel
 from twingpt.inference.load import stored_dtype
+from twingpt.inference.prompt_cache import PromptCache
+from twingpt.weights.quantize import quantize
 
 both, one = pytest.mark.parametrize("backend", BOTH), pytest.mark.parametrize("backend", ONE)
 
@@ -99,8 +104,10 @@ def test_text_on_stdout_and_prompt_from_stdin(gpt, trained, stdin):
 
 
 class ScriptedCache(KVCache):
-    def copy(self, source, row):
+    def copy(self, *args):
         raise NotImplementedError
+
+    read_row = write_row = copy
 
 
 class Scripted:
@@ -110,7 +117,7 @@ class Scripted:
         self.config = GPTConfig(vocab_size=257, block_size=block_size, n_embd=32)
         self.tokens, self.steps, self.prefills, self.n_prompt = tokens, 0, [], []
 
-    def new_cache(self, rows, capacity):
+    def new_cache(self, rows, capacity, *, kv_bits=None):
         return ScriptedCache(rows, self.config.block_size)
 
     def prefill(self, cache, row, tokens):
@@ -483,3 +490,203 @@ def test_an_overflow_in_half_precision_is_one_sentence(gpt, tmp_path, backend, s
     assert code == 2 and err.endswith("gpt: The model's logits are not finite: compute in float32, or look at its "
                                       "weights.\n"), (out, err)  # fmt: skip
     assert gpt(*common, "--dtype", "float32")[0] == 0
+
+
+@pytest.mark.parametrize("max_iters", dose(60, 400))
+def test_a_quantized_kv_cache_costs_little_held_out_loss(tmp_path, max_iters):
+    """By the reference, which the twins equal (test_quantized.py): at most 0.1 % in 8 bits."""
+    from twingpt.training.launch import new_run
+    from twingpt.training.trainer import Trainer
+
+    options = {
+        "data": "python-docs", "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 128,
+        "block_size": 64, "batch_size": 16, "max_iters": max_iters, "eval_interval": 0, "sample_interval": 0,
+        "checkpoint_interval": 0, "eval_iters": 2,
+    }  # fmt: skip
+    trainer = Trainer(new_run(options, tmp_path / "run", "auto", "cpu"))
+    trainer.fit()
+    opened = open_checkpoint(tmp_path / "run")
+    params = dict(opened.parameters())
+    tokens, targets = next(iter(trainer.state.data.validation(32, 64, 1)))
+
+    def loss(kv_bits):
+        def kv_store(layer, *exact):
+            return [dequantize(64, *quantize(x, kv_bits, 64)) for x in exact]
+
+        logits = reference.forward(params, tokens, opened.config, kv_store if kv_bits else None)
+        return reference.cross_entropy(logits, targets).sum() / (targets >= 0).sum()
+
+    exact = loss(None)
+    assert exact < 5
+    costs = {bits: abs(loss(bits) / exact - 1) for bits in (8, 4)}
+    assert 0 < costs[8] < 1e-3 and costs[8] < costs[4] < 0.05
+
+
+@one
+def test_kv_bits(gpt, tmp_path, decided, backend):
+    config = GPTConfig(vocab_size=257, block_size=48, n_layer=2, n_head=1, n_embd=64, init_std=0.3)
+    checkpoint.save_model(tmp_path / "wide", config, ByteTokenizer(), initialise(config, 29))
+    model = twingpt.load(tmp_path / "wide", backend=backend)
+    texts = {}
+    for bits in (None, 8, 4):
+        option = [] if bits is None else ["--kv-bits", bits]
+        code, out, err = gpt("generate", tmp_path / "wide", "-p", "The", "-m", 60, "--backend", backend, *option)
+        assert code == 0, err
+        texts[bits] = out.removeprefix("The").removesuffix("\n")
+        assert texts[bits] == model.generate("The", 60, kv_bits=bits)
+    assert texts[4] != texts[None]
+    assert model.generate(["The", "A class"], 60, kv_bits=8)[0] == texts[8]
+    for folder, bits, message in (
+        (decided, 8, "the model's heads are 16 wide: leave out kv_bits."),
+        (tmp_path / "wide", 5, "kv_bits must be 8 or 4, and is 5."),
+    ):
+        code, out, err = gpt("generate", folder, "-p", "The", "--kv-bits", bits, "--backend", backend)
+        assert code == 2 and message in " ".join(err.split())
+
+
+def wide(folder, seed=29, **switches):
+    """A model whose heads can be quantized, with a window, learned positions and smear."""
+    config = GPTConfig(
+        vocab_size=257, block_size=48, n_layer=2, n_head=2, n_kv_head=1, n_embd=64, head_dim=32, init_std=0.3,
+        sliding_window=20, position="learned", smear=True, **switches,
+    )  # fmt: skip
+    checkpoint.save_model(folder, config, ByteTokenizer(), initialise(config, seed))
+    return folder
+
+
+class Counted:
+    """How many positions an engine prefills."""
+
+    def __init__(self, engine, monkeypatch):
+        self.n, prefill = 0, engine.prefill
+
+        def counted(cache, row, tokens):
+            self.n += len(tokens)
+            return prefill(cache, row, tokens)
+
+        monkeypatch.setattr(engine, "prefill", counted)
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+@both
+def test_a_prompt_that_begins_alike_is_prefilled_from_there(tmp_path, backend, kv_bits, monkeypatch):
+    model = twingpt.load(wide(tmp_path / "wide"), backend=backend)
+    begin = "A prompt that is long, "
+    prompts = [begin + "or", begin + "not so long", begin, begin + "or", "Another", "A", begin + "or not"]
+    new = [25, 11, 1, 1, 6, 1, 4]  # the last id is run each time, to have logits
+    # A key between two codes may get the other one where it is computed in another chunk: a longer text may tell.
+    n_tokens = 5 if kv_bits else 40  # past the context
+
+    def tokens(prompt, **settings):
+        responses = model.stream(prompt, n_tokens, seed=3, kv_bits=kv_bits, **settings)
+        return sorted((response.index, response.generation_tokens, response.token) for response in responses)
+
+    alone = [tokens(prompt) for prompt in prompts]
+    cache, counted = PromptCache(model.engine, kv_bits=kv_bits), Counted(model.engine, monkeypatch)
+    for prompt, expected, n in zip(prompts, alone, new, strict=True):
+        before, reused = counted.n, cache.reused
+        next(model.stream(prompt, 1, seed=3, kv_bits=kv_bits, prompt_cache=cache))
+        assert (counted.n - before, cache.reused - reused) == (n, len(prompt) - n)
+        assert tokens(prompt, prompt_cache=cache) == expected
+    assert len(cache.rows) == 3  # one that another begins with is not kept beside it
+    beside = [(index, *rest) for index, row in enumerate(alone) for _, *rest in row]
+    assert tokens(prompts, prompt_cache=cache) == beside  # rows of one batch
+    several = {"num_samples": 3, "repetition_penalty": 1.3, "frequency_penalty": 0.5}  # of ids that were restored too
+    assert tokens(prompts[1], prompt_cache=cache, **several) == tokens(prompts[1], **several)
+    long = "x" * 60  # its last 47 are the prompt
+    assert tokens(long, prompt_cache=cache) == tokens(long)
+    assert len(cache.rows[0][0]) == 47
+    for other in (PromptCache(model.engine, kv_bits=4), PromptCache(twingpt.load(tmp_path / "wide").engine)):
+        with pytest.raises(twingpt.UserError, match="that of another engine, or of other kv_bits"):
+            model.stream("A", kv_bits=kv_bits, prompt_cache=other)
+
+
+@one
+def test_a_prompt_cache_keeps_to_its_bytes(tmp_path, backend):
+    """Of two layers, keys and values of 32 float32, and an id, a position has 516 bytes; active rows count."""
+    model = twingpt.load(wide(tmp_path / "wide"), backend=backend)
+    cache = PromptCache(model.engine, max_bytes=516 * 31 + 500)
+
+    def lengths(prompt, max_tokens):
+        model.generate(prompt, max_tokens, prompt_cache=cache)
+        return [len(ids) for ids, _ in cache.rows]
+
+    assert lengths("a" * 10, 1) == [10]  # beside 11 that are decoded
+    assert lengths("b" * 5, 5) == [5, 10]
+    assert lengths("a" * 10, 1) == [10, 5]
+    assert lengths("c" * 6, 6) == [6, 10]  # 12 are decoded: 19 are left, and the one used longest ago goes
+    assert lengths("d" * 6, 30) == [] and cache.refused == 1
+    assert lengths("e" * 15, 1) == [15]
+    assert lengths("f" * 16, 1) == [] and cache.refused == 2
+    assert lengths(["g" * 5, "h" * 5], 3) == [5, 5]
+    model.generate("g" * 5, 3, num_samples=3, prompt_cache=cache)  # 24 are decoded
+    assert [bytes(ids.tolist()) for ids, _ in cache.rows] == [b"ggggg"]
+    model.generate([chr(n) + "x" for n in range(100)], 1, prompt_cache=(many := PromptCache(model.engine)))
+    assert len(many.rows) == 64 and bytes(many.rows[0][0].tolist()) == b"cx"
+
+
+@pytest.mark.parametrize("options", [[], ["--kv-bits", 4], ["--dtype", "bfloat16"]], ids=["full", "4", "bfloat16"])
+def test_a_prompt_cache_in_a_file_serves_both_backends(gpt, tmp_path, twins, options):
+    model, file = wide(tmp_path / "wide"), tmp_path / "a" / "prompt.safetensors"
+
+    def run(prompt, backend, *more):
+        return gpt("generate", model, "-p", prompt, "-m", 20, "--backend", backend, "--temp", 0, *options, *more)
+
+    kept = ["--prompt-cache-file", file]
+    assert run("The value of", "mlx", *kept)[::2] == (
+        2, f"gpt: There is no folder {file.parent} for the prompt cache: make it, or give another file.\n"
+    )  # fmt: skip
+    file.parent.mkdir()
+    for prompt, backend, n in (("The value of", "mlx", 0), ("The value", "torch", 8), ("The value is", "torch", 10)):
+        code, out, err = run(prompt, backend, *kept)
+        assert code == 0 and f"\n{n} of the prompt's tokens were in {file}\n" in err
+        assert options or out == run(prompt, backend)[1]  # rounded, one backend's keys are not quite the other's
+    before = file.read_bytes()
+    assert run("The value of", "torch", *kept)[0] == 0 and file.read_bytes() == before  # nothing new
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    code, _, err = run("Something else", "mlx", *kept, "--prompt-cache-bytes", 100)
+    assert code == 0 and "too long to be kept in --prompt-cache-bytes" in err
+
+
+@one
+def test_a_prompt_cache_of_another_model_or_damaged_is_refused(gpt, tmp_path, backend):
+    model, file = wide(tmp_path / "wide"), tmp_path / "prompt.safetensors"
+
+    def refusal(folder, *options):
+        command = ("generate", folder, "-p", "The", "-m", 2, "--backend", backend, "--prompt-cache-file", file)
+        code, _, err = gpt(*command, *options)
+        assert code == 2, err
+        return err
+
+    assert gpt("generate", model, "-p", "The", "-m", 2, "--backend", backend, "--prompt-cache-file", file)[0] == 0
+    for other in (wide(tmp_path / "seed", 30), wide(tmp_path / "config", attn_softcap=5.0)):
+        assert "is the prompt cache of another model: give each model a file of its own." in refusal(other)
+    assert "was made with kv_bits 'none', and this is 8: give the same" in refusal(model, "--kv-bits", 8)
+    assert "was made with dtype 'float32', and this is bfloat16" in refusal(model, "--dtype", "bfloat16")
+    whole, tensors = TensorFile(file), {}
+    for name in whole.entries:
+        tensors[name] = whole.read(name)
+
+    def write(changed, metadata=whole.metadata):
+        dtypes = {name: "I32" if array.dtype == np.int32 else "F32" for name, array in changed.items()}
+        shapes = {name: array.shape for name, array in changed.items()}
+        write_safetensors(file, shapes, changed.items(), dtypes, metadata)
+
+    first = "0.layers.0.keys"
+    for changed, message in (
+        ({name: array for name, array in tensors.items() if name != first}, f"its tensor {first} is not one of"),
+        (tensors | {first: tensors[first][:, :2]}, f"its tensor {first} is not one of this model's cache."),
+        (tensors | {"x": tensors[first]}, "its tensor x is not one of this model's cache"),
+        (tensors | {"64.tokens": tensors["0.tokens"]}, "its tensor 64.tokens is not one of this model's cache"),
+        (tensors | {"0.tokens": np.array([5, 6, 257], np.int32)}, "has ids, or more of them, than this model can take"),
+        (tensors | {"0.tokens": np.array([5, 6, -1], np.int32)}, "has ids, or more of them"),
+    ):
+        write(changed)
+        assert message in refusal(model)
+    write(tensors, {"format": "pt"})
+    assert f"{file} is not a prompt cache: give another file." in refusal(model)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "is not a readable safetensors file" in refusal(model)
+    file.unlink()
+    file.mkdir()
+    assert str(file) in refusal(model)

@@ -22,7 +22,7 @@ from tests.metal.rules import Array, Call
 
 FAST = ("scaled_dot_product_attention", "rope", "rms_norm", "layer_norm")
 FUNCTIONS = (
-    *("matmul", "addmm", "quantized_matmul", "dequantize"),
+    *("matmul", "addmm", "quantized_matmul", "quantize", "dequantize"),
     *("softmax", "logsumexp", "argmax", "argsort", "cumsum"),
 )
 RECORDED = [(mx.fast, name) for name in FAST] + [(mx, name) for name in FUNCTIONS] + [(mx.array, "__matmul__")]

@@ -321,11 +321,11 @@ def qmv_limit(gpu: Gpu, K: int, N: int) -> int:
     )
 
 
-def dequantize(call: Call) -> Iterator[str]:
-    """fast::Quantize::eval_gpu, quantized.cpp:231."""
-    _, scales, biases = call.arguments
-    string = TYPE_STRINGS[promoted(scales, biases)]
-    yield f"affine_dequantize_{string}_gs_{call.option('group_size')}_b_{call.option('bits')}"
+def quantize(call: Call) -> Iterator[str]:
+    """fast::Quantize::eval_gpu, quantized.cpp:231, both ways."""
+    x, *scales_and_biases = call.arguments
+    string = TYPE_STRINGS[promoted(*(scales_and_biases or [x]))]
+    yield f"affine_{call.name}_{string}_gs_{call.option('group_size')}_b_{call.option('bits')}"
 
 
 # ---------------------------------------------------------------------------------- norms, RoPE and along an axis
@@ -404,7 +404,8 @@ RULES: dict[str, Callable[[Call], Iterator[str]]] = {
     "matmul": matmul,
     "addmm": addmm,
     "quantized_matmul": quantized_matmul,
-    "dequantize": dequantize,
+    "quantize": quantize,
+    "dequantize": quantize,
     "softmax": softmax,
     "logsumexp": logsumexp,
     "argmax": argmax,

@@ -61,7 +61,7 @@ def test_names_come_from_a_metal_library(tmp_path):
 
 
 @functools.cache
-def recorded(name, dtype, work, shape=None, optimizer="muon", checkpointing=False, overrides=()):
+def recorded(name, dtype, work, shape=None, optimizer="muon", checkpointing=False, overrides=(), kv_bits=None):
     """What a preset of two layers asks of MLX, with its own widths, vocabulary and block size; nothing is computed."""
     engines = registry.get("mlx")
     import mlx.core as mx
@@ -80,7 +80,7 @@ def recorded(name, dtype, work, shape=None, optimizer="muon", checkpointing=Fals
                 shapes, dtypes = stored_shapes(config, Quantization(work.bits, work.group_size))
                 kinds = {"U32": mx.uint32, "F32": mx.float32, None: mx.float32}
                 zeros = {name: mx.zeros(shape, kinds[dtypes.get(name)]) for name, shape in shapes.items()}
-            infer(engines.InferenceEngine(config, zeros.items(), device, dtype=dtype))
+            infer(engines.InferenceEngine(config, zeros.items(), device, dtype=dtype), kv_bits)
     return recording
 
 
@@ -98,13 +98,13 @@ def train(engine, parameters):
     engine.optimizer_step(Hyper(*[1.0] * len(Hyper._fields)))
 
 
-def infer(engine):
+def infer(engine, kv_bits):
     """Evaluation, and decoding: a short and a long prompt, one row, several of one length and of different ones."""
     tokens = np.zeros((2, engine.config.block_size), np.int32)
     engine.log_probs(tokens, tokens)
     engine.log_probs(tokens[:, :5], tokens[:, :5], top_k=5)
     for lengths in ([5], [engine.config.block_size - 1], [20] * 4, [3, engine.config.block_size - 2], [7] * 16):
-        cache = engine.new_cache(len(lengths), 64)
+        cache = engine.new_cache(len(lengths), 64, kv_bits=kv_bits)
         for row, length in enumerate(lengths):
             if length in lengths[:row]:
                 cache.copy(lengths.index(length), row)
@@ -207,6 +207,16 @@ def test_quantized_decoding_has_kernels(bits, group_size, table):
     for name, dtype in itertools.product(("tiny", "gpt2", "large"), ("float32", "bfloat16")):
         recording = recorded(name, dtype, Packing(bits, group_size))
         assert {"quantized_matmul", "dequantize"} <= {call.name for call in recording.calls}
+        has_kernels(recording, dtype, table)
+
+
+@needs("mlx")
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(("kv_bits", "head_dim"), [(8, 64), (4, 32)])  # in groups of as many
+def test_a_quantized_kv_cache_has_kernels(kv_bits, head_dim, table):
+    for dtype in ("float32", "bfloat16"):
+        recording = recorded("tiny", dtype, "inference", overrides=(("head_dim", head_dim),), kv_bits=kv_bits)
+        assert {"quantize", "dequantize"} <= {call.name for call in recording.calls}
         has_kernels(recording, dtype, table)
 
 

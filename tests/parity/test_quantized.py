@@ -1,5 +1,6 @@
 """One quantized file: MLX's kernel, torch and the reference compute the same from it, and mlx-lm opens it."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 
 from tests.conftest import cpu, needs, open_checkpoint
 from twingpt.backends import registry
+from twingpt.backends.kv_layout import row_table
 from twingpt.checks.tolerances import QUANTIZED_TOLERANCE
 from twingpt.core import reference
+from twingpt.core.checkpoint import safetensors_file
 from twingpt.core.checkpoint.quantize import (
     BITS,
     GROUP_SIZES,
@@ -300,3 +303,103 @@ def test_a_torch_without_the_kernel_dequantizes(monkeypatch):
 
         monkeypatch.setattr(torch_quantized, "pack", fail)
         assert has_int4_kernel() is False
+
+
+HEADS = {
+    "of 64, in groups of 64": {"head_dim": 64, "n_kv_head": 2},
+    "of 96, in groups of 32": {"head_dim": 96, "n_head": 2, "qk_norm": False, "qkv_bias": True},
+    "of 32, a window and a softcap": {"head_dim": 32, "sliding_window": 9, "attn_softcap": 4.0, "n_kv_head": 1},
+    "of 128, learned positions and smear": {"head_dim": 128, "n_head": 2, "position": "learned", "smear": True},
+}
+
+
+def held(cache, config, row):
+    """A row's ids, and each layer's keys and values (K, n, d) as the cache holds them, by NumPy."""
+    shapes, dtypes = row_table(config, "float32", cache.quantization, int(cache.lengths[row]))
+    arrays = {
+        name: array.view(safetensors_file.DTYPES[dtypes[name]]).reshape(shapes[name])
+        for name, array in zip(shapes, cache.read_row(row), strict=True)
+    }
+    layers = [[f"layers.{layer}.{kind}" for kind in ("keys", "values")] for layer in range(config.n_layer)]
+    parts = ("words", "scales", "biases")
+    return arrays["tokens"], [
+        [dequantize(config.head_dim, *(arrays[f"{name}.{part}"] for part in parts)) for name in pair] for pair in layers
+    ]
+
+
+@pytest.mark.parametrize("kv_bits", [8, 4])
+@pytest.mark.parametrize("switches", HEADS.values(), ids=HEADS)
+def test_a_quantized_kv_cache_is_what_the_reference_quantizes(engines, switches, kv_bits):
+    """By prompts in chunks and steps of rows of several lengths, over copies, trims and growing.
+
+    A key that lies between two codes may get either, by its rounding in float32. So the reference sees the cache's own
+    keys and values, and all but a few of them must be those that it would make itself.
+    """
+    config = GPTConfig.from_dict({**SMALL, "n_embd": 64, "block_size": 300, **switches})
+    params = dict(initialise(config, 1))
+    engine = engines.InferenceEngine(config, params.items(), cpu(engines))
+    cache = engine.new_cache(4, 16, kv_bits=kv_bits)
+    group_size = 32 if config.head_dim in (32, 96) else 64
+    texts = np.random.default_rng(0).integers(0, 257, (3, 300))
+
+    def agrees(row, logits):
+        tokens, layers = held(cache, config, row)
+
+        def kv_store(layer, *exact):
+            for ours, x in zip(layers[layer], exact, strict=True):
+                alike = dequantize(config.head_dim, *quantize(x[0], kv_bits, group_size))
+                step = np.ptp(x) / (2**kv_bits - 1)
+                assert np.abs(ours - alike).max() <= 1.01 * step
+                assert (np.abs(ours - alike) > 1e-4 * step).mean() < 0.01
+            return [ours[None] for ours in layers[layer]]
+
+        expected = reference.forward(params, tokens[None], config, kv_store)[0, -1]
+        assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+        return tokens
+
+    for row, ends in enumerate(((5, 6, 40, 250), (250,), (1, 30))):
+        for start, end in itertools.pairwise((0, *ends)):
+            handle = engine.prefill(cache, row, texts[row, start:end])
+        assert np.array_equal(agrees(row, engine.logits(handle)[0]), texts[row, : ends[-1]])
+    cache.trim(0, 30)
+    cache.copy(1, 3)
+    assert all(np.array_equal(*copies) for copies in zip(cache.read_row(1), cache.read_row(3), strict=True))
+    engine.prefill(cache, 0, texts[0, :3])
+    for _ in range(8):
+        handle = engine.step(cache, SamplingRows([Sampling(temp=0)] * 4), np.zeros(4))
+    logits = engine.logits(handle)
+    for row in range(4):
+        agrees(row, logits[row])
+
+
+@needs("torch")
+@needs("mlx")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_torch_quantizes_to_the_bits_of_mlx(twins, dtype, kv_bits):
+    import mlx.core as mx
+    import torch
+
+    from twingpt.backends.torch.quantized import quantize as torch_quantize
+
+    x = np.random.default_rng(kv_bits).normal(size=(2, 3, 50, 128)).astype(np.float32)
+    x[0, 0, 0], x[0, 0, 1] = 0, 3.5
+    ours = torch_quantize(torch.from_numpy(x).to(getattr(torch, dtype)), 64, kv_bits)
+    with mx.stream(mx.cpu):
+        theirs = mx.quantize(mx.array(x).astype(getattr(mx, dtype)), 64, kv_bits)
+        for a, b in zip(ours, theirs, strict=True):
+            assert np.array_equal(a.view(torch.uint8).numpy(), np.array(b.view(mx.uint8)))
+
+
+def test_heads_that_no_group_divides_and_other_bits_are_refused(engines):
+    for switches, kv_bits, message in (
+        ({"head_dim": 80}, 8, "quantized in groups of 64 or 32, and the model's heads are 80 wide: leave out kv_bits"),
+        ({"head_dim": 16}, 4, "the model's heads are 16 wide"),
+        ({}, 3, "kv_bits must be 8 or 4, and is 3."),
+        ({}, 0, "kv_bits must be 8 or 4, and is 0."),
+        ({}, True, "kv_bits must be 8 or 4, and is True."),
+    ):
+        config = GPTConfig.from_dict({**SMALL, **switches})
+        engine = engines.InferenceEngine(config, initialise(config, 1), cpu(engines))
+        with pytest.raises(UserError, match=message):
+            engine.new_cache(1, 16, kv_bits=kv_bits)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import dose, within
+from twingpt.backends.kv_layout import bucket
 from twingpt.core import reference
 from twingpt.core.config import MLPS, NORM_SITES, GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
@@ -636,7 +637,12 @@ def test_a_cache_grows_as_it_fills(twins):
                 handle = engine.prefill(cache, row, tokens[row, start:end])
             expected = engine.forward(tokens[1:, :end])[:, -1]
             assert relative(engine.logits(handle), expected) <= engines.within(1e-5, end), engines
-        assert cache.keys[0].shape[2] == 520
+            assert cache.tokens.shape[1] == {3: 256, 200: 256, 520: 600}[end]  # by doubling, up to block_size
+
+
+def test_a_cache_has_one_of_few_capacities():
+    assert [bucket(n, 10**6) for n in (0, 1, 256, 257, 512, 513, 1025)] == [256, 256, 256, 512, 512, 1024, 2048]
+    assert (bucket(1, 16), bucket(257, 300), bucket(10**6, 10**6)) == (16, 300, 10**6)
 
 
 def test_a_long_context_takes_no_memory_before_it_is_filled(engines):
@@ -644,7 +650,7 @@ def test_a_long_context_takes_no_memory_before_it_is_filled(engines):
     engine = engines.InferenceEngine(config, initialise(config, 0), engines.device)
     cache = engine.new_cache(1, 16)
     engine.prefill(cache, 0, np.array([5, 6, 7]))
-    assert cache.keys[0].shape[2] == 16
+    assert cache.tokens.shape[1] == 256
 
 
 @pytest.mark.parametrize("switches", ["qwen3", "untied", "logit softcap", "nano"])

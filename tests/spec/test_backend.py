@@ -138,10 +138,12 @@ TWINS = (
     *("layers", "attention", "model", "inference", "kv_cache", "training"),
     *("optimizer", "quantized", "device", "measure"),
 )
-INT4 = {"in_bytes", "dequantize", "dequantizing_matmul", "has_int4_kernel", "prepack", "pack", "packed_matmul"}
+QUANTIZED = {
+    "in_bytes", "dequantize", "quantize", "dequantizing_matmul", "has_int4_kernel", "prepack", "pack", "packed_matmul",
+}  # fmt: skip
 ALONE = {  # public names that one framework needs and the other has no use for
     "mlx": {"async_eval"},
-    "torch": {"return_freed_memory", "extend", "grads", *INT4},
+    "torch": {"return_freed_memory", "extend", "grads", *QUANTIZED},
 }
 # Parameters of torch's alone, which places tensors, keeps tables of RoPE and waits for copies by events.
 PLACED = {"device", "length", "copied"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,9 +14,12 @@ from twingpt.commands.help import App
 from twingpt.commands.options import Backend, Device, Json, read_stdin
 from twingpt.commands.output import print_json
 from twingpt.core.errors import UserError
+from twingpt.core.paths import expand
 
 if TYPE_CHECKING:
+    from twingpt.core.backend import InferenceEngine
     from twingpt.inference.language_model import Response
+    from twingpt.inference.prompt_cache import PromptCache
 
 app = App()
 
@@ -51,6 +55,15 @@ def generate(
         str | None,
         typer.Option(help="float32, bfloat16 or float16. (default: as stored, where the device is fast at it)"),
     ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Quantize the KV cache to 8 or 4 bits: less memory, less exact.")
+    ] = None,
+    prompt_cache_file: Annotated[
+        Path | None, typer.Option(help="Keep prompts' keys and values here: one that begins alike starts sooner.")
+    ] = None,
+    prompt_cache_bytes: Annotated[
+        int | None, typer.Option(help="Bytes that they and this text may take. (default: 4 GiB)")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before; repeatable.")] = None,
     special: Annotated[
         bool, typer.Option("--special", help="Spellings of special tokens in the prompt are those tokens.")
@@ -59,14 +72,21 @@ def generate(
 ) -> None:
     """Let a model go on from a prompt, streaming its text."""
     from twingpt.backends import registry
-    from twingpt.inference.load import load
+    from twingpt.inference.load import language_model
+    from twingpt.inference.prompt_cache import model_digest
+    from twingpt.weights.formats import open_model
 
     if logprobs is not None and not json_:
         raise UserError("--logprobs shows nothing without --json: add it.")
     biases = dict(map(_bias, logit_bias or []))
     start = read_stdin() if prompt == "-" else prompt
-    loaded = load(model, backend, device, dtype)
+    opened = open_model(model).model
+    loaded = language_model(opened, backend, device, dtype)
     ids = loaded.encode(start, special=special)
+    prompt_cache = None
+    if prompt_cache_file:
+        file, digest = expand(prompt_cache_file), model_digest(opened)
+        prompt_cache = _prompt_cache(file, digest, loaded.engine, kv_bits, prompt_cache_bytes)
     name, engine = registry.choose(backend)[0], loaded.engine
     responses = loaded.stream(
         ids,
@@ -84,6 +104,8 @@ def generate(
         log_probs=logprobs is not None,
         top_log_probs=logprobs or 0,
         num_samples=num_samples,
+        kv_bits=kv_bits,
+        prompt_cache=prompt_cache,
     )
     if not json_:
         print(f"{name} on {engine.device.name}, in {engine.dtype}", file=sys.stderr)
@@ -95,8 +117,13 @@ def generate(
         if not json_ and response.choice == 0:  # the others would come between
             print(response.text, end="", flush=True)
     seconds = time.perf_counter() - began
+    if prompt_cache and prompt_cache.changed:
+        prompt_cache.save(file, digest)
     if not json_:
         print(*("", *(f"\n{start}{sample['text']}" for sample in samples[1:])), sep="\n")
+        if prompt_cache:
+            kept = "" if not prompt_cache.refused else ", and it is too long to be kept in --prompt-cache-bytes"
+            print(f"{prompt_cache.reused} of the prompt's tokens were in {file}{kept}", file=sys.stderr)
         return
     print_json(
         {
@@ -118,6 +145,20 @@ def _bias(text: str) -> tuple[int, float]:
         return int(token), float(number)
     except ValueError:
         raise UserError(f"--logit-bias must be ID=NUMBER, as in 50=-100, and is {text!r:.60}.") from None
+
+
+def _prompt_cache(
+    file: Path, digest: str, engine: InferenceEngine, kv_bits: int | None, max_bytes: int | None
+) -> PromptCache:
+    """The prompt cache that a file has, or is to have."""
+    from twingpt.inference.prompt_cache import MAX_BYTES, PromptCache
+
+    cache = PromptCache(engine, kv_bits=kv_bits, max_bytes=MAX_BYTES if max_bytes is None else max_bytes)
+    if file.exists():
+        cache.load(file, digest)
+    elif not file.parent.is_dir():
+        raise UserError(f"There is no folder {file.parent} for the prompt cache: make it, or give another file.")
+    return cache
 
 
 def _add(sample: dict[str, Any], response: Response, ends: Collection[int]) -> None:

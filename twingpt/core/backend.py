@@ -96,8 +96,11 @@ class InferenceEngine(Protocol):
         Reads as LogProbs. Goes by chunks of positions: the (B, T, V) logits are never in memory.
         """
 
-    def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty KV cache of so many rows, with room for `capacity` positions a row, which doubles as it fills."""
+    def new_cache(self, rows: int, capacity: int, *, kv_bits: int | None = None) -> KVCache:
+        """An empty KV cache of so many rows, with room for `capacity` positions a row, which grows as it fills.
+
+        With `kv_bits` 8 or 4 keys and values are quantized; UserError where they can't be.
+        """
 
     def prefill(self, cache: Any, row: int, tokens: Array) -> Handle:
         """Run (T,) ids of a prompt, or of a part of it, behind what a row holds. Enqueues only."""

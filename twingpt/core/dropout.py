@@ -22,8 +22,7 @@ def mix(h: Array) -> Array:
     """MurmurHash3's 32-bit finalizer, elementwise over uint32; products wrap."""
     h = (h ^ (h >> 16)) * np.uint32(MIX[0])
     h = (h ^ (h >> 13)) * np.uint32(MIX[1])
-    mixed: Array = h ^ (h >> 16)
-    return mixed
+    return np.asarray(h ^ (h >> 16))
 
 
 def dropout_sites(config: GPTConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,6 +27,14 @@ class KVCache(ABC):
     @abstractmethod
     def copy(self, source: int, row: int) -> None:
         """Make `row` what `source` is: its positions, and the logits after them. Enqueues only."""
+
+    @abstractmethod
+    def read_row(self, row: int) -> list[np.ndarray]:
+        """The positions of a row as arrays of bytes: its token ids as int32, then keys and values by layer; waits."""
+
+    @abstractmethod
+    def write_row(self, row: int, arrays: Sequence[np.ndarray]) -> None:
+        """Make a row hold what `read_row` gave, of its own or another cache; its next call has to be a prefill."""
 
     def trim(self, row: int, n: int) -> None:
         """Forget the last `n` positions of a row; UserError where it has fewer. Its next call has to be a prefill."""

@@ -19,8 +19,7 @@ def _mix(x: Array) -> Array:
     """The finalizer of splitmix64 (Steele et al. 2014), on uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Array = x ^ (x >> np.uint64(31))
-    return mixed
+    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def permute(index: Array, n: int, *key: object) -> Array:

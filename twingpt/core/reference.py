@@ -7,7 +7,7 @@ D n_embd, H heads, K key-value heads, d head_dim, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -16,20 +16,18 @@ from twingpt.core.rope import rope_frequencies
 
 Array = np.ndarray
 Parameters = Mapping[str, Array]
+KVStore = Callable[[int, Array, Array], tuple[Array, Array]]  # a layer's keys, values (B, K, T, d) -> as cached
 
 
 def linear(x: Array, p: Parameters, name: str) -> Array:
     """x W^T + b, (…, in) -> (…, out); without b where there is no parameter `name`.bias."""
     y: Array = x @ p[f"{name}.weight"].T
-    if f"{name}.bias" in p:
-        y = y + p[f"{name}.bias"]
-    return y
+    return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm (Zhang & Sennrich 2019) over the last axis: x / sqrt(mean(x^2) + eps) * weight."""
-    y: Array = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
-    return y
+    return np.asarray(x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight)
 
 
 def norm_weight(p: Parameters, name: str, config: GPTConfig) -> Array:
@@ -49,9 +47,7 @@ def norm(x: Array, p: Parameters, name: str, config: GPTConfig) -> Array:
         return rms_norm(x, weight, config.norm_eps)
     centred = x - x.mean(-1, keepdims=True)
     y: Array = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + config.norm_eps) * weight
-    if config.norm_bias:
-        y = y + p[f"{name}.bias"]
-    return y
+    return y + p[f"{name}.bias"] if config.norm_bias else y
 
 
 def rope(x: Array, config: GPTConfig, *, local: bool = False) -> Array:
@@ -87,7 +83,7 @@ def attention_mask(n_query: int, n_key: int, window: int) -> Array:
     return mask & (query - key < window) if window else mask
 
 
-def attention(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
+def attention(x: Array, p: Parameters, layer: int, config: GPTConfig, kv_store: KVStore | None) -> Array:
     """Grouped-query causal self-attention (Ainslie et al. 2023), (B, T, D) -> (B, T, D)."""
     name, (B, T, _) = f"model.layers.{layer}.self_attn", x.shape
 
@@ -96,13 +92,14 @@ def attention(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
         if config.qk_norm and letter != "v":
             y = y if config.qk_norm_whole else y.reshape(B, T, -1, config.head_dim)
             y = rms_norm(y, norm_weight(p, f"{name}.{letter}_norm", config), config.norm_eps)
-        heads: Array = y.reshape(B, T, -1, config.head_dim).swapaxes(1, 2)
-        return heads
+        return np.asarray(y.reshape(B, T, -1, config.head_dim).swapaxes(1, 2))
 
     q, k, v = project("q"), project("k"), project("v")
     if config.uses_rope(layer):
         local = config.is_local(layer)
         q, k = rope(q, config, local=local), rope(k, config, local=local)
+    if kv_store:
+        k, v = kv_store(layer, k, v)
     group = config.n_head // config.n_kv_head  # query heads that share one key-value head
     k, v = k.repeat(group, axis=1), v.repeat(group, axis=1)
     scores = softcap(q @ k.swapaxes(-1, -2) * config.score_scale, config.attn_softcap)
@@ -126,34 +123,30 @@ def activation(x: Array, mlp: str) -> Array:
 
 def mlp(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
     """The MLP, gated or not, (B, T, D) -> (B, T, D)."""
-    name = f"model.layers.{layer}.mlp"
+    name, kind = f"model.layers.{layer}.mlp", config.mlp
     up = linear(x, p, f"{name}.up_proj")
-    if config.gated_mlp:
-        hidden = activation(linear(x, p, f"{name}.gate_proj"), config.mlp) * up
-    else:
-        hidden = activation(up, config.mlp)
+    hidden = activation(linear(x, p, f"{name}.gate_proj"), kind) * up if config.gated_mlp else activation(up, kind)
     return linear(hidden, p, f"{name}.down_proj")
 
 
 def smear(x: Array, p: Parameters) -> Array:
     """x[t] + weight * x[t - 1] by channel (modded-nanogpt), (B, T, D); x[-1] is 0."""
-    y: Array = x + p["model.smear.weight"] * np.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    return y
+    return np.asarray(x + p["model.smear.weight"] * np.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0))))
 
 
-def block(x: Array, p: Parameters, layer: int, config: GPTConfig) -> Array:
+def block(x: Array, p: Parameters, layer: int, config: GPTConfig, kv_store: KVStore | None) -> Array:
     """Transformer block: attention and MLP, each added to the residual stream, (B, T, D) -> (B, T, D)."""
     name = f"model.layers.{layer}"
     (before_attn, after_attn), (before_mlp, after_mlp) = NORM_SITES[config.norm_placement]
-    y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config)
+    y = attention(norm(x, p, f"{name}.{before_attn}", config), p, layer, config, kv_store)
     attended = x + norm(y, p, f"{name}.{after_attn}", config) * config.residual_scale
     x = x if config.parallel_residual else attended
     y = mlp(norm(x, p, f"{name}.{before_mlp}", config), p, layer, config)
     return attended + norm(y, p, f"{name}.{after_mlp}", config) * config.residual_scale
 
 
-def forward(params: Parameters, tokens: Array, config: GPTConfig) -> Array:
-    """The whole model: (B, T) token ids -> (B, T, V) float64 logits."""
+def forward(params: Parameters, tokens: Array, config: GPTConfig, kv_store: KVStore | None = None) -> Array:
+    """The whole model: (B, T) token ids -> (B, T, V) float64 logits; attention sees what `kv_store` gives."""
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     x = p["model.embed_tokens.weight"][tokens] * config.embed_scale
     if config.position == "learned":
@@ -163,7 +156,7 @@ def forward(params: Parameters, tokens: Array, config: GPTConfig) -> Array:
     if config.smear:
         x = smear(x, p)
     for layer in range(config.n_layer):
-        x = block(x, p, layer, config)
+        x = block(x, p, layer, config, kv_store)
     x = norm(x, p, "model.norm", config) / config.logit_divisor
     head = p["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
     return softcap(x @ head.T, config.logit_softcap)

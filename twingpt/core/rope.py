@@ -44,8 +44,7 @@ def _llama3(periods: Array, scaling: RopeScaling) -> Array:
     rotations = scaling.original_block_size / (2 * math.pi * periods)  # over the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = np.clip((rotations - low) / (high - low), 0, 1)
-    blended: Array = 1 / ((1 - keep) / (periods * scaling.factor) + keep / periods)
-    return blended
+    return np.asarray(1 / ((1 - keep) / (periods * scaling.factor) + keep / periods))
 
 
 def _yarn(periods: Array, scaling: RopeScaling, theta: float, dim: int) -> Array:
@@ -57,5 +56,4 @@ def _yarn(periods: Array, scaling: RopeScaling, theta: float, dim: int) -> Array
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with(scaling.beta_slow)), dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0, 1)
-    stretched: Array = 1 / (ramp / (periods * scaling.factor) + (1 - ramp) / periods)
-    return stretched
+    return np.asarray(1 / (ramp / (periods * scaling.factor) + (1 - ramp) / periods))

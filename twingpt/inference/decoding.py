@@ -15,6 +15,7 @@ from twingpt.core.backend import Handle, InferenceEngine
 from twingpt.core.errors import UserError
 from twingpt.core.kv_cache import KVCache
 from twingpt.core.sampler import Sampling, SamplingRows
+from twingpt.inference.prompt_cache import PromptCache
 
 MAX_ROWS = 16  # texts that are decoded side by side at most: each has a KV cache
 ROOM = 256  # positions beyond the prompt that a KV cache begins with; it grows as it fills
@@ -55,12 +56,19 @@ class Token:
 
 
 def decode(
-    engine: InferenceEngine, rows: Iterable[Row], max_rows: int = MAX_ROWS, *, log_probs: int | None = 0
+    engine: InferenceEngine,
+    rows: Iterable[Row],
+    max_rows: int = MAX_ROWS,
+    *,
+    log_probs: int | None = 0,
+    kv_bits: int | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[tuple[Row, Token]]:
     """Decode texts side by side, at most `max_rows` at a time; `log_probs` is as `InferenceEngine.step` takes it.
 
     The id at position i of a text is sampled with the uniform keyed by (seed, i, choice). When a row holds block_size
-    positions, the last half of its text is prefilled anew: penalties are for what is held.
+    positions, the last half of its text is prefilled anew: penalties are for what is held. `kv_bits` are the KV
+    cache's, see `new_cache`, and the `prompt_cache`'s, which gives the beginnings of prompts and keeps them.
     Raises UserError where logits are not finite.
     """
     waiting, active = deque(rows), list[Row]()
@@ -69,14 +77,14 @@ def decode(
     block_size = engine.config.block_size
     first = [*waiting][:max_rows]  # one that joins later makes the cache grow if it has to
     longest = max(min(len(row.tokens), block_size) + min(row.max_tokens, ROOM) for row in first)
-    cache = engine.new_cache(min(max_rows, len(waiting)), longest)
+    cache = engine.new_cache(min(max_rows, len(waiting)), longest, kv_bits=kv_bits)
     settings: SamplingRows  # of the active rows
     settled = list[Row]()  # those that it is of
     unread: tuple[Handle, list[Row]] | None = None
     while True:
         _leave(cache, active)
         while waiting and len(active) < len(cache.lengths):
-            _join(engine, cache, active, waiting.popleft())
+            _join(engine, cache, active, waiting.popleft(), prompt_cache)
         full = [number for number in range(len(active)) if cache.lengths[number] == block_size]
         if full and unread:
             yield from _read(engine, *unread)
@@ -107,26 +115,41 @@ def _leave(cache: KVCache, active: list[Row]) -> None:
             cache.trim(len(active), int(cache.lengths[len(active)]))
 
 
-def _join(engine: InferenceEngine, cache: KVCache, active: list[Row], row: Row) -> None:
+def _join(
+    engine: InferenceEngine, cache: KVCache, active: list[Row], row: Row, prompt_cache: PromptCache | None
+) -> None:
     """Prefill the end of a row's prompt behind the active ones, all that leaves a place for one token.
 
     Copied where one that just joined has the same prompt.
     """
     row.started = time.perf_counter()
-    twins = (number for number, other in enumerate(active) if not other.n_sampled and other.tokens == row.tokens)
+    number, block_size = len(active), engine.config.block_size
+    most = max(1, block_size - 1)
+    twins = (other for other, joined in enumerate(active) if not joined.n_sampled and joined.tokens == row.tokens)
     if (twin := next(twins, None)) is None:
-        _prefill(engine, cache, len(active), row, max(1, engine.config.block_size - 1))
+        _prefill(engine, cache, number, row, most, prompt_cache)
     else:
-        cache.copy(twin, len(active))
+        cache.copy(twin, number)
         row.n_prompt_held = active[twin].n_prompt_held
     active.append(row)
+    if prompt_cache:
+        decoded = sum(min(block_size, one.n_prompt + one.max_tokens) for one in active)
+        prompt_cache.keep(cache, number, row.tokens[-most:], decoded)
 
 
-def _prefill(engine: InferenceEngine, cache: KVCache, number: int, row: Row, most: int) -> None:
-    """Prefill an empty row of the cache with at most so many of the last ids of a text."""
+def _prefill(
+    engine: InferenceEngine,
+    cache: KVCache,
+    number: int,
+    row: Row,
+    most: int,
+    prompt_cache: PromptCache | None = None,
+) -> None:
+    """Prefill an empty row of the cache with at most so many of the last ids of a text, or what isn't known of them."""
     held = row.tokens[-most:]
     row.n_prompt_held = max(0, row.n_prompt - (len(row.tokens) - len(held)))
-    engine.prefill(cache, number, np.array(held))
+    known = prompt_cache.restore(cache, number, held) if prompt_cache else 0
+    engine.prefill(cache, number, np.array(held[known:]))
 
 
 def _step(

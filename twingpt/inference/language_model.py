@@ -14,7 +14,8 @@ from twingpt.core.config import GPTConfig
 from twingpt.core.errors import UserError
 from twingpt.core.sampler import Sampling
 from twingpt.core.tokenizer import Tokenizer
-from twingpt.inference.decoding import Row, decode
+from twingpt.inference.decoding import Row, Token, decode
+from twingpt.inference.prompt_cache import PromptCache
 from twingpt.inference.text import TextStream
 
 Array = np.ndarray
@@ -143,6 +144,8 @@ class LanguageModel:
         log_probs: bool = True,
         top_log_probs: int = 0,
         num_samples: int = 1,
+        kv_bits: int | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> Iterator[Response]:
         """Go on from a prompt, or from several side by side: yields a Response for each token as it is generated.
 
@@ -151,6 +154,8 @@ class LanguageModel:
         prompt given several times has several texts. `num_samples` are texts of each prompt with one seed, the first of
         which is the one without it. A text ends before the first of the `stop` strings. The `repetition_penalty` is for
         ids of prompt and text, the other penalties for those of the text.
+        With `kv_bits` 8 or 4 the KV cache is quantized: it takes less memory, and rounds what attention sees. A
+        `prompt_cache` of this engine, with the same `kv_bits`, gives the beginnings of prompts, and keeps them.
         Raises UserError for a setting out of range, or a prompt that can't be encoded, before the first token.
         """
         penalties = (repetition_penalty, presence_penalty, frequency_penalty)
@@ -164,12 +169,16 @@ class LanguageModel:
         seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(encoded):
             raise UserError(f"There are {len(encoded)} prompts and {len(seeds)} seeds: give one seed, or one for each.")
+        if prompt_cache and (prompt_cache.engine is not self.engine or prompt_cache.kv_bits != kv_bits):
+            raise UserError("The prompt cache is that of another engine, or of other kv_bits.")
         rows = {
             Row(self._context(ids), sampling, max_tokens, one, choice): number
             for number, (ids, one) in enumerate(zip(encoded, seeds, strict=True))
             for choice in range(num_samples)
         }
-        return self._responses(rows, encoded, stops, top_log_probs if log_probs or top_log_probs else None)
+        asked = top_log_probs if log_probs or top_log_probs else None
+        sampled = decode(self.engine, rows, log_probs=asked, kv_bits=kv_bits, prompt_cache=prompt_cache)
+        return self._responses(sampled, rows, encoded, stops)
 
     def _check_settings(self, sampling: Sampling, max_tokens: Any, num_samples: Any, top_log_probs: Any) -> None:
         """Raise UserError for a setting that `Sampling` does not know to be impossible."""
@@ -195,14 +204,18 @@ class LanguageModel:
         return [self.tokenizer.end_of_text]
 
     def _responses(
-        self, rows: Mapping[Row, int], prompts: list[list[int]], stop: tuple[str, ...], log_probs: int | None
+        self,
+        sampled: Iterator[tuple[Row, Token]],
+        rows: Mapping[Row, int],
+        prompts: list[list[int]],
+        stop: tuple[str, ...],
     ) -> Iterator[Response]:
         """`rows` with the numbers of their prompts."""
         texts = {
             row: TextStream(self.tokenizer, prompts[n], stop) if self.tokenizer else None for row, n in rows.items()
         }
         first = dict.fromkeys(rows, 0.0)
-        for row, token in decode(self.engine, rows, log_probs=log_probs):
+        for row, token in sampled:
             now, text_stream, n_prompt = time.perf_counter(), texts[row], len(prompts[rows[row]])
             n, ended = len(row.tokens) - row.n_prompt, token.id in self.ends
             first[row] = first[row] or now

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from twingpt.core.checkpoint.quantize import POSITIONS, Packing, Quantization, by_rows
+from twingpt.core.checkpoint.quantize import MIN_SCALE, POSITIONS, Packing, Quantization, by_rows
 from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import VECTOR, parameter_table
 
 Array = np.ndarray
-
-MIN_SCALE = np.float32(1e-7)
 
 
 def apply(
@@ -62,7 +60,7 @@ def _quantize(w: Array, bits: int, group_size: int) -> tuple[Array, Array, Array
     groups = np.ascontiguousarray(w, np.float32).reshape(*w.shape[:-1], -1, group_size)
     low, high = groups.min(-1), groups.max(-1)
     steps = np.float32(2**bits - 1)
-    scale = np.maximum((high - low) / steps, MIN_SCALE)
+    scale = np.maximum((high - low) / steps, np.float32(MIN_SCALE))
     from_low = np.abs(low) > np.abs(high)
     scale, edge = np.where(from_low, scale, -scale), np.where(from_low, low, high)
     zero = np.rint(edge / scale)

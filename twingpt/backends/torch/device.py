@@ -67,7 +67,7 @@ def _xpu(index: int) -> Device:
 
 
 def on_device(method: F) -> F:
-    """Decorator: run an inference engine's method without autograd, under `device_errors`."""
+    """Decorator: run a method of an inference engine or its KV cache without autograd, under `device_errors`."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -85,9 +85,12 @@ class InferenceEngine:
         return model.log_probs(x, self.params, to_device(targets.astype(np.int64), self.device), self.config, top_k)
 
     @on_device
-    def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty KV cache of so many rows, with room for `capacity` positions a row, which doubles as it fills."""
-        return KVCache(self.config, rows, capacity, DTYPES[self.dtype], self.device)
+    def new_cache(self, rows: int, capacity: int, *, kv_bits: int | None = None) -> KVCache:
+        """An empty KV cache of so many rows, with room for `capacity` positions a row, which grows as it fills.
+
+        With `kv_bits` 8 or 4 keys and values are quantized; UserError where they can't be.
+        """
+        return KVCache(self.config, rows, capacity, DTYPES[self.dtype], self.device, kv_bits)
 
     @on_device
     def prefill(self, cache: KVCache, row: int, tokens: np.ndarray) -> Step:

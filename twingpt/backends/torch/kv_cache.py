@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from twingpt.backends.torch.device import to_device
+from twingpt.backends.kv_layout import bucket, kv_quantization
+from twingpt.backends.torch.device import on_device, to_device
+from twingpt.backends.torch.quantized import dequantize, quantize
 from twingpt.core import kv_cache
 from twingpt.core.backend import Device
 from twingpt.core.config import GPTConfig
@@ -17,26 +22,67 @@ Array = Tensor
 class KVCache(kv_cache.KVCache):
     """Implements `core.kv_cache.KVCache`: keys and values (rows, K, capacity, d) a layer, token ids (rows, capacity).
 
-    `logits` (rows, V) float32 are those after each row's last position. All rows have one capacity: it doubles as the
-    longest row fills it, up to block_size, and a short row's memory grows with it.
+    `keys[layer]` and `values[layer]` are the arrays that hold them: one in `dtype`, or with `kv_bits` the packed words,
+    scales and biases of MLX's affine quantization (`kv_quantization`). `logits` (rows, V) float32 are those after each
+    row's last position. All rows have one capacity: it grows by buckets (`kv_layout.bucket`) as the longest row fills
+    it, and a short row's memory grows with it.
     """
 
-    def __init__(self, config: GPTConfig, rows: int, capacity: int, dtype: torch.dtype, device: Device) -> None:
+    def __init__(
+        self, config: GPTConfig, rows: int, capacity: int, dtype: torch.dtype, device: Device, kv_bits: int | None
+    ) -> None:
         super().__init__(rows, config.block_size)
-        self.device = device
-        shape = (rows, config.n_kv_head, min(capacity, config.block_size), config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device.name) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device.name) for _ in range(config.n_layer)]
+        self.device, self.quantization = device, kv_quantization(config, kv_bits)
+        shape = (rows, config.n_kv_head, bucket(capacity, config.block_size), config.head_dim)
+        empty = self.quantized(torch.zeros(shape, dtype=dtype, device=device.name))
+        self.keys = [[torch.zeros_like(part) for part in empty] for _ in range(config.n_layer)]
+        self.values = [[torch.zeros_like(part) for part in empty] for _ in range(config.n_layer)]
         self.tokens = torch.zeros(rows, shape[2], dtype=torch.int64, device=device.name)
         self.logits = torch.zeros(rows, config.vocab_size, device=device.name)
 
-    @torch.inference_mode()
+    def quantized(self, x: Array) -> Sequence[Array]:
+        """Keys or values (…, d) as they are held: quantized, or as they are."""
+        if self.quantization is None:
+            return (x,)
+        return quantize(x, self.quantization.group_size, self.quantization.bits)
+
+    def dequantized(self, parts: Sequence[Array]) -> Array:
+        """The inverse of `quantized`."""
+        if self.quantization is None:
+            return parts[0]
+        words, scales, biases = parts
+        return dequantize(words, scales, biases, scales.shape[-1] * self.quantization.group_size)
+
+    def buffers(self) -> Iterator[Array]:
+        """Every array of keys and values, (rows, K, capacity, …)."""
+        return chain(*self.keys, *self.values)
+
+    @on_device
     def copy(self, source: int, row: int) -> None:
         """Make `row` what `source` is: its positions, and the logits after them. Enqueues only."""
-        for buffer in (*self.keys, *self.values, self.tokens, self.logits):
+        for buffer in (*self.buffers(), self.tokens, self.logits):
             buffer[row] = buffer[source]
         for known in (self.lengths, self.has_logits, self.used):
             known[row] = known[source]
+
+    @on_device
+    def read_row(self, row: int) -> list[np.ndarray]:
+        """The positions of a row as arrays of bytes: its token ids as int32, then keys and values by layer; waits."""
+        n = int(self.lengths[row])
+        held = (self.tokens[row, :n].int(), *(buffer[row, :, :n] for buffer in self.buffers()))
+        return [np.array(array.view(torch.uint8).cpu().numpy()) for array in held]
+
+    @on_device
+    def write_row(self, row: int, arrays: Sequence[np.ndarray]) -> None:
+        """Make a row hold what `read_row` gave, of its own or another cache; its next call has to be a prefill."""
+        tokens, n = arrays[0].view(np.int32), arrays[0].size // 4
+        self.reserve(n)
+        self.clear(slice(row, row + 1))
+        self.tokens[row, :n] = to_device(tokens, self.device)
+        for buffer, array in zip(self.buffers(), arrays[1:], strict=True):
+            buffer[row, :, :n] = to_device(array, self.device).view(buffer.dtype)
+        self.lengths[row] = 0
+        self.advance(slice(row, row + 1), n)
 
     def set_logits(self, rows: slice, logits: Array) -> None:
         """Keep the logits (B, V) after the last positions of `rows`."""
@@ -55,18 +101,17 @@ class KVCache(kv_cache.KVCache):
 
     def clear(self, rows: slice) -> None:
         """Forget what an earlier text left: an infinity of it would be NaN under a mask that only multiplies by 0."""
-        for buffer in (*self.keys, *self.values):
+        for buffer in self.buffers():
             buffer[rows] = 0
         self.used[rows] = False
 
     def reserve(self, end: int) -> None:
         """Have room for `end` positions a row."""
-        capacity = self.tokens.shape[1]
-        if end > capacity:
-            more = min(self.block_size, max(end, 2 * capacity)) - capacity
+        more = bucket(end, self.block_size) - self.tokens.shape[1]
+        if more > 0:
             for buffers in (self.keys, self.values):
-                for layer, x in enumerate(buffers):
-                    buffers[layer] = torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2)
+                for layer, parts in enumerate(buffers):
+                    buffers[layer] = [torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2) for x in parts]
             self.tokens = torch.cat([self.tokens, self.tokens.new_zeros(len(self.tokens), more)], dim=1)
 
 
@@ -103,12 +148,19 @@ class CacheSlots:
         return max(0, self.shortest - window + 1) if window else 0
 
     def update(self, layer: int, k: Array, v: Array, window: int) -> tuple[Array, Array]:
-        """Append (B, K, T, d) keys and values to a layer; returns those that `window` shows, (B, K, end - start, d)."""
-        (row, position), keys, values = self.index, self.cache.keys[layer], self.cache.values[layer]
-        keys[row, :, position] = k if self.even else k.transpose(1, 2)  # two index arrays come first: (B, T, K, d)
-        values[row, :, position] = v if self.even else v.transpose(1, 2)
+        """Append (B, K, T, d) keys and values to a layer; returns those that `window` shows, (B, K, end - start, d).
+
+        They are as the cache holds them: with `kv_bits` the new ones too have been quantized.
+        """
         seen = slice(self.start(window), self.end)
-        return keys[self.rows, :, seen], values[self.rows, :, seen]
+        return self._append(self.cache.keys[layer], k, seen), self._append(self.cache.values[layer], v, seen)
+
+    def _append(self, buffers: Sequence[Array], x: Array, seen: slice) -> Array:
+        row, position = self.index
+        for buffer, new in zip(buffers, self.cache.quantized(x), strict=True):
+            # Two index arrays come first: (B, T, K, …).
+            buffer[row, :, position] = new if self.even else new.transpose(1, 2)
+        return self.cache.dequantized([buffer[self.rows, :, seen] for buffer in buffers])
 
     def previous_tokens(self) -> Array | None:
         """The ids before the first tokens, (B, 1); None where nothing stands there. Rows of a batch have all some."""

@@ -3,7 +3,8 @@
 A quantized matrix `name` is `name.weight`, packed (out, in * bits / 8) uint8, with `name.scales` and
 `name.biases` (out, in / group_size) in the compute dtype, and of 4 or 8 bits: `in_bytes` makes it so. In bfloat16 on a
 CPU torch has a kernel for 4 bits, for which `prepack` packs the matrices again: `name.packed` and
-`name.packed_scales`. MLX, whose own layout this is, has no twin of these and of what follows `dequantized_rows`.
+`name.packed_scales`. MLX, whose own layout this is, has no twin of these and of what follows `dequantized_rows`:
+`mx.quantize` and `mx.dequantize` are its own.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twingpt.core.checkpoint import quantize
-from twingpt.core.checkpoint.quantize import grouped
+from twingpt.core.checkpoint import quantize as layout
 from twingpt.core.config import GPTConfig
 from twingpt.core.parameters import EMBEDDING, Parameter, parameter_table
 
@@ -60,14 +60,14 @@ def in_bytes(tensors: Iterable[tuple[str, Any]], config: GPTConfig) -> Iterator[
     2 and 3 bits become 4, 5 and 6 become 8; matrices in floating point (mxfp4, nvfp4, mxfp8) become float32.
     """
     table: Mapping[str, Parameter] = {}  # made where one is quantized, as a training engine's never are
-    for name, parts in grouped(tensors):
+    for name, parts in layout.grouped(tensors):
         if len(parts) == 1:
             yield name, parts[0]
             continue
         table = table or parameter_table(config)
         words, width, base = parts[0], table[name].shape[-1], name.removesuffix(".weight")
         if len(parts) == 2:
-            yield name, quantize.dequantize(width, *parts)
+            yield name, layout.dequantize(width, *parts)
         else:
             yield name, _in_bytes(words, 32 * words.shape[-1] // width)
             yield from ((f"{base}.scales", parts[1]), (f"{base}.biases", parts[2]))
@@ -77,7 +77,7 @@ def _in_bytes(words: np.ndarray, bits: int) -> np.ndarray:
     """(out, in * bits / 32) uint32 -> the same numbers in 4 or 8 bits, (out, in * 4 or 8 / 8) uint8."""
     if bits in (4, 8):
         return np.ascontiguousarray(words).view(np.uint8)
-    q = quantize.unpack(words, bits)
+    q = layout.unpack(words, bits)
     return q if bits > 4 else np.asarray(q[..., ::2] | q[..., 1::2] << 4)
 
 
@@ -87,6 +87,26 @@ def dequantize(w_q: Array, scales: Array, biases: Array, width: int) -> Array:
         w_q = torch.stack([w_q & 15, w_q >> 4], dim=-1).flatten(-2)
     groups = w_q.view(*scales.shape, -1).to(scales.dtype)
     return torch.addcmul(biases[..., None], groups, scales[..., None]).flatten(-2)
+
+
+def quantize(x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
+    """Quantize (…, width) to what `dequantize` takes, scales and biases in x's dtype: `mx.quantize`'s bits.
+
+    The arithmetic is that of `weights.quantize`, in float32.
+    """
+    groups, steps = x.float().unflatten(-1, (-1, group_size)), 2**bits - 1
+    low, high = groups.aminmax(dim=-1)
+    scale = ((high - low) / steps).clamp_min(layout.MIN_SCALE)
+    from_low = low.abs() > high.abs()
+    scale, edge = torch.where(from_low, scale, -scale), torch.where(from_low, low, high)
+    zero = torch.round(edge / scale)
+    exact = zero != 0
+    scale = torch.where(exact, edge / zero.where(exact, 1.0), scale)
+    bias = edge.where(exact, 0.0)
+    q = torch.round((groups - bias[..., None]) / scale[..., None]).clamp(0, steps).to(torch.uint8).flatten(-2)
+    if bits == 4:
+        q = q[..., ::2] | q[..., 1::2] << 4
+    return q, scale.to(x.dtype), bias.to(x.dtype)
 
 
 def dequantizing_matmul(x: Array, w_q: Array, scales: Array, biases: Array) -> Array:

@@ -23,7 +23,7 @@ from twingpt.core.reading import short
 
 Array = np.ndarray
 
-BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+BITS, GROUP_SIZES, MIN_SCALE = (2, 3, 4, 5, 6, 8), (32, 64, 128), 1e-7  # of affine ones
 FLOATING = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # mode -> bits and group size, as there is no other
 POSITIONS = "model.embed_positions.weight"  # only looked up and added, so never quantized
 

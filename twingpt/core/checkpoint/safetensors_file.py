@@ -187,6 +187,7 @@ def write_safetensors(
     shapes: Shapes,
     tensors: Iterable[tuple[str, Array]],
     dtypes: Mapping[str, str] = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> dict[str, Any]:
     """Write tensors as they come, in the order of `shapes`, sync, and open the file; its manifest entry.
 
@@ -194,7 +195,7 @@ def write_safetensors(
     each tensor's CRC-32, which finds a damaged one later. Raises ValueError where the tensors are not
     those of `shapes`, and RuntimeError where `safetensors` would not read the file as it was meant.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, shape in shapes.items():
         dtype = dtypes.get(name, "F32")
