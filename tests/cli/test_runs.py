@@ -62,7 +62,7 @@ def test_the_list_has_each_runs_figures(gpt, place):
     new, old = found["runs"]
     assert old["state"] == "finished" and old["step"] == 2000 and old["max_iters"] == 2000
     assert new["state"] == "stopped" and new["step"] == 10 and new["val_loss"] is None
-    assert old["val_loss"] == old["val_bpb"] == 2.0 and old["backend"] == "mlx" and old["data"] == "python-docs"
+    assert old["val_loss"] == old["val_bpb"] == 2.0 and old["backend"] == "mlx" and old["data"] == "python-library"
     assert old["error"] is None and old["size_bytes"] > 3000 and old["date"].startswith("2023-11-1")
     best = old["checkpoints"][1]
     assert best["step"] == 1500 and best["best"] and not best["latest"] and best["val_loss"] == 2.0

@@ -143,7 +143,7 @@ QUANTIZED = {
 }  # fmt: skip
 ALONE = {  # public names that one framework needs and the other has no use for
     "mlx": {"async_eval"},
-    "torch": {"return_freed_memory", "extend", "grads", *QUANTIZED},
+    "torch": {"return_freed_memory", "extend", "grads", "flash_takes", *QUANTIZED},
 }
 # Parameters of torch's alone, which places tensors, keeps tables of RoPE and waits for copies by events.
 PLACED = {"device", "length", "copied"}

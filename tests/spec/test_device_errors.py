@@ -127,7 +127,6 @@ def test_a_metallib_that_does_not_fit_is_told_by_every_way_to_a_device(gpt, pros
 
 def test_an_import_that_fails_for_the_metallib_is_told(monkeypatch):
     monkeypatch.setattr(registry, "choose", lambda name: ("mlx", "asked for"))
-    monkeypatch.setattr(registry, "prepare", lambda: None)
     monkeypatch.setattr(registry.importlib, "import_module", fails(f"{METALLIB}on this OS "))
     with pytest.raises(DeviceError, match="doesn't fit this macOS"):
         registry.get("mlx")

@@ -14,7 +14,8 @@ import pytest
 from tests.conftest import needs
 from twingpt.backends import host, registry
 from twingpt.core import paths
-from twingpt.training import interrupt, shell
+from twingpt.runs import shell
+from twingpt.training import interrupt
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,6 @@ import pytest
 
 from tests.conftest import links, names_in_unicode
 from twingpt.core.errors import UserError
-from twingpt.core.paths import quote
 from twingpt.data import compression, readers, sources
 from twingpt.data.builder import TokenizerChoice
 from twingpt.data.documents import guess_encoding
@@ -22,6 +21,7 @@ from twingpt.data.prepare import prepare, prepare_named
 from twingpt.data.readers import JsonScanner
 from twingpt.data.shards import TokenDataset
 from twingpt.data.sources import ReadOptions, load
+from twingpt.runs.shell import quote
 
 TEXTS = ["one", "zwei ü", "three"]
 RECORDS = [{"text": text, "meta": {"body": f"in {text}", "a.b": text}, "n": 10**30} for text in TEXTS]

@@ -16,6 +16,7 @@ GPU_BLOCK_SIZE = 256
 # Widths of heads whose fused attention has a backward pass on Metal, but under a window's mask: the kernels sdpa_vjp_*,
 # which MLX has from 0.32.4 on (tests/metal).
 METAL_WIDTHS = {64, 72, 80, 96, 128, 192, 256}
+UNFUSED = {("mlx", "cpu"), ("torch", "mps")}  # no fused attention there has a backward pass
 FEW_QUERIES = 8  # or fewer go to other kernels on Metal, where MLX raises an error in training
 
 
@@ -23,7 +24,7 @@ def keeps_scores(backend: str, kind: str, length: int, window: int, head_dim: in
     """Whether the framework's own attention keeps scores for the backward pass: where that is not fused."""
     if (backend, kind) == ("mlx", "metal"):
         return head_dim not in METAL_WIDTHS or 0 < window < length
-    return (backend, kind) == ("mlx", "cpu")
+    return (backend, kind) in UNFUSED
 
 
 def block_size(

@@ -200,6 +200,8 @@ class OtherLoad:
         """Seconds of the clock, of all cores while they worked, and of this process's threads."""
         every, busy = psutil.cpu_times(percpu=True), 0.0
         for core in _own_cores():
+            if core >= len(every):  # some containers number the cores anew
+                continue
             times = every[core]._asdict()
             guests = times.get("guest", 0) + times.get("guest_nice", 0)  # counted as user and nice too
             busy += sum(times.values()) - guests - times["idle"] - times.get("iowait", 0)

@@ -42,8 +42,14 @@ def _mac() -> dict[str, Any] | None:
     """A Mac's macOS and chip, and MLX's wheels on it, which are to be seen even where they don't load; else None."""
     if platform.system() != "Darwin":
         return None
-    macos, chip = platform.mac_ver()[0], host.cpu_name()
+    macos, chip = _macos(), host.cpu_name()
     return {"macos": macos, "chip": chip, **wheel.examine(macos, chip)}
+
+
+def _macos() -> str:
+    """macOS's version; a Python built for an older system hears 16 for 26 (cpython#135675)."""
+    version = platform.mac_ver()[0]
+    return f"26{version[2:]}" if version.startswith("16.") else version
 
 
 def _device(engines: Backend, device: Device) -> dict[str, Any]:
@@ -65,7 +71,11 @@ def _self_test(names: list[str], device: str | None) -> dict[str, Any]:
     """
     if not names:
         return {"ok": False, "tolerance": TOLERANCES["float32"], "max_rel_diff": None, "failed": [], "left_out": []}
-    found = parity.measure(parity.random_models(seed=1337), names, device=device, fused=True)
+    try:
+        found = parity.measure(parity.random_models(seed=1337), names, device=device, fused=True)
+    except UserError as error:  # such as logits that are not finite: a finding, too
+        failed = [str(error)]
+        return {"ok": False, "tolerance": TOLERANCES["float32"], "max_rel_diff": None, "failed": failed, "left_out": []}
     failed = [
         f"{pair['model']} by {pair['b']} ({pair['device_b']}) is off {pair['a']} ({pair['device_a']}) by "
         f"{pair['max_rel_diff']:.1e}"

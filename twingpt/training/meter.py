@@ -40,7 +40,8 @@ class Meter:
         self.peak_cached: int | None = None  # bytes of freed memory kept for reuse, at most in a report
         self.began = self.clock = 0.0  # speed is measured from `clock` and `clock_step` on
         self.clock_step = progress.step
-        self.others, self.busy, self.told_busy = host.OtherLoad(), 0.0, False
+        self.others = host.OtherLoad() if state.device.kind == "cpu" else None
+        self.busy, self.told_busy = 0.0, False
 
     def start(self) -> None:
         """Let the run's time begin."""
@@ -101,7 +102,7 @@ class Meter:
 
     def machine_busy(self) -> MachineNoted | None:
         """What to tell of other processes: once, after two readings in which they used half a core."""
-        if self.state.device.kind != "cpu" or self.told_busy or (now := self.others.read()) is None:
+        if self.others is None or self.told_busy or (now := self.others.read()) is None:
             return None
         before, self.busy = self.busy, now
         self.told_busy = min(before, now) >= 0.5

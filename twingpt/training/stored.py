@@ -178,7 +178,8 @@ def _read_setup(run: Path, described: Mapping[str, Any]) -> Setup:
         except UserError:
             found = {}
     start = described["starts"][-1] if described["starts"] else {}
-    kinds = {"backend": str, "device": str, "compile": bool, "report_to": str, "wired_limit": float}
+    kinds: dict[str, Any] = {"backend": str, "device": str, "compile": bool, "report_to": str}
+    kinds["wired_limit"] = (int, float)  # a share, or bytes
     kept = {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}
     last = start.get("backend") if isinstance(start, dict) else None
     return Setup(**{"backend": last if isinstance(last, str) else None} | kept)

@@ -60,10 +60,20 @@ def unfused_attention(q: Array, k: Array, v: Array, mask: str | Array | None, co
     return (p @ v[:, :, None]).reshape(q.shape)
 
 
+def flash_takes(q: Array, mask: str | Array | None) -> bool:
+    """Whether FlashAttention takes the queries on CUDA: of PyTorch's kernels there it alone shares keys by itself."""
+    ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return ampere and not isinstance(mask, Tensor) and q.dtype != torch.float32
+
+
 def dot_product_attention(q: Array, k: Array, v: Array, mask: str | Array | None, config: GPTConfig) -> Array:
     """Attention of (B, H, T, d) queries to (B, K, S, d) keys and values, (B, H, T, d), fused where it can be."""
     if config.attn_softcap:
         return unfused_attention(q, k, v, mask, config)
+    gqa = config.n_head != config.n_kv_head
+    if gqa and q.is_cuda and not flash_takes(q, mask):  # or it would go unfused, and keep T² scores in training
+        k, v = (x.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for x in (k, v))
+        gqa = False
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -71,7 +81,7 @@ def dot_product_attention(q: Array, k: Array, v: Array, mask: str | Array | None
         attn_mask=None if isinstance(mask, str) else mask,
         is_causal=isinstance(mask, str),
         scale=config.score_scale,
-        enable_gqa=config.n_head != config.n_kv_head,
+        enable_gqa=gqa,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twingpt.backends import host
-from twingpt.backends.errors import OutOfMemoryError
+from twingpt.backends.errors import DeviceError, OutOfMemoryError
 from twingpt.core.backend import Device, Memory
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -121,7 +121,7 @@ def clear_cache(device: Device) -> None:
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Raise OutOfMemoryError, with the way out, within the block for what PyTorch raises where memory is short."""
+    """Raise a DeviceError, with the way out, within the block for what PyTorch raises of a device or its memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one, and NumPy raises the other
@@ -130,6 +130,9 @@ def device_errors() -> Iterator[None]:
                 "PyTorch ran out of memory: a smaller model, a shorter context, fewer texts at a time or quantized "
                 "weights need less."
             ) from error
+        if isinstance(error, torch.AcceleratorError) or str(error).startswith(("CUDA error", "HIP error")):
+            said = str(error).splitlines()[0].rstrip(".")
+            raise DeviceError(f"The GPU failed ({said}): start again, in training with --resume.") from error
         raise
 
 

@@ -7,5 +7,8 @@ import torch
 
 def prepare() -> None:
     """Have float32 products in float32: TF32 rounds to 10 bits, and some containers turn it on by an environment."""
-    if torch.get_float32_matmul_precision() != "highest":
-        torch.set_float32_matmul_precision("highest")
+    try:
+        if torch.get_float32_matmul_precision() != "highest":
+            torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # the process uses the newer of two ways, which exclude each other
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
