@@ -14,7 +14,6 @@ import pytest
 
 from tests.conftest import links, names_in_unicode
 from twingpt.core.errors import UserError
-from twingpt.core.paths import quote
 from twingpt.data import compression, readers, sources
 from twingpt.data.builder import TokenizerChoice
 from twingpt.data.documents import guess_encoding
@@ -22,6 +21,7 @@ from twingpt.data.prepare import prepare, prepare_named
 from twingpt.data.readers import JsonScanner
 from twingpt.data.shards import TokenDataset
 from twingpt.data.sources import ReadOptions, load
+from twingpt.runs.shell import quote
 
 TEXTS = ["one", "zwei ü", "three"]
 RECORDS = [{"text": text, "meta": {"body": f"in {text}", "a.b": text}, "n": 10**30} for text in TEXTS]
@@ -140,6 +140,30 @@ def test_files_that_are_called_as_splits_are_told(tmp_path):
     assert note == f"trained on as train.jsonl is: valid.jsonl, test.jsonl; to hold one out: {instead}"
     data = prepare_named([str(train)], "split", TokenizerChoice("byte", 0), ReadOptions(), val=str(valid))
     assert data.manifest["notes"] == [] and data.manifest["documents"] == {"train": 3, "val": 3}
+
+
+@links
+def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path):
+    notes = tmp_path / "notes"
+    for name in ("train.txt", "val.txt", "deep/val.txt", "deep/test.txt"):
+        written(notes / name, f"The text of {name}.".encode())
+    (tmp_path / "other").symlink_to(notes / "val.txt")
+    byte = TokenizerChoice("byte", 0)
+    for number, (spec, val, kept) in enumerate((
+        (notes, notes / "val.txt", {"train.txt", "deep/val.txt", "deep/test.txt"}),
+        (notes, tmp_path / "other", {"train.txt", "deep/val.txt", "deep/test.txt"}),
+        (notes / "**" / "*", notes / "deep", {"train.txt", "val.txt"}),
+        (notes / "*.txt", notes / "deep" / ".." / "val.txt", {"train.txt"}),
+    )):  # fmt: skip
+        named = prepare_named([str(spec)], f"named{number}", byte, ReadOptions(), val=str(val))
+        for data in (named, prepare(spec, "byte", val=str(val))):
+            text = data.tokenizer.decode(data.splits["train"])
+            assert {name for name in ("train.txt", "val.txt", "deep/val.txt", "deep/test.txt")
+                    if f"of {name}." in text} == kept  # fmt: skip
+            assert ("val.txt" in str(data.manifest["notes"])) == ("val.txt" in kept)
+    for spec, val in ((notes / "val.txt", tmp_path / "other"), (notes / "deep", notes)):
+        with pytest.raises(UserError, match="is also what is trained on"):
+            prepare_named([str(notes), str(spec)], "both", byte, ReadOptions(), val=str(val))
 
 
 def test_the_readme_names_what_is_always_text():

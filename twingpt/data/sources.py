@@ -94,6 +94,16 @@ class Source:
         return sum(one.size for one in self.inputs)
 
     @property
+    def files(self) -> set[Path]:
+        """The paths of its files, without links."""
+        return {one.path.resolve() for one in self.inputs if isinstance(one, DocumentFile)}
+
+    def without(self, files: set[Path]) -> Source:
+        """The source without some of its `files`."""
+        kept = [one for one in self.inputs if not (isinstance(one, DocumentFile) and one.path.resolve() in files)]
+        return dataclasses.replace(self, inputs=kept)
+
+    @property
     def left_out(self) -> Counter[str]:
         """What is left out, counted by kind; not what another of the sources that it joins takes, as a glob may."""
         taken = {one.path for one in self.inputs if isinstance(one, DocumentFile)}
