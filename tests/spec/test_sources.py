@@ -382,6 +382,7 @@ def test_what_is_no_text_is_named(tmp_path, content, what):
 # Compressed files -------------------------------------------------------------------------------------------
 
 TEXT = b"It was a dark night.\n" * 500
+RARE = [{"id": lzma.FILTER_LZMA1, "lc": 1, "lp": 2, "pb": 0, "dict_size": 3 * 2**18}]
 FRAME = struct.pack("<II", 0x184D2A53, 5) + b"12345"  # that zstd skips
 
 
@@ -397,6 +398,10 @@ def zstd(content, **options):
         ("a.txt.bz2", bz2.compress(TEXT) * 2, 2),
         ("a.txt.xz", lzma.compress(TEXT) * 2, 2),
         ("a.txt.lzma", lzma.compress(TEXT, lzma.FORMAT_ALONE), 1),
+        ("a.txt.lzma", lzma.compress(TEXT, lzma.FORMAT_ALONE) * 3, 3),
+        ("a.txt.lzma", lzma.compress(TEXT, lzma.FORMAT_ALONE) + lzma.compress(TEXT), 2),
+        ("a.txt.xz", lzma.compress(TEXT) + lzma.compress(TEXT, lzma.FORMAT_ALONE, filters=RARE) + b"garbage", 2),
+        ("a.txt.xz", lzma.compress(TEXT) + b"garbage of more than thirteen bytes", 1),
         ("a.txt.gz", gzip.compress(TEXT, mtime=0) * 3, 3),
         ("a.txt.gz", gzip.compress(TEXT, mtime=0) + b"\0" * 2**11, 1),  # as tapes pad
         (
@@ -410,6 +415,17 @@ def zstd(content, **options):
 )
 def test_streams_that_a_formats_tool_opens(tmp_path, name, content, times):
     assert documents_of(written(tmp_path / name, content)) == [TEXT.decode() * times]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_all_that_follows_garbage_is_garbage(tmp_path, monkeypatch, compress):
+    monkeypatch.setattr(compression, "BLOCK", 2**9)
+    suffix = compress.__module__.strip("_").replace("gzip", "gz").replace("lzma", "xz")
+    whole = compress(TEXT)
+    for padding in range(0, 2**9, 7):  # so that a block begins anywhere, with what begins as a stream does
+        content = whole + b"\0" * padding + b"garbage " + whole[:8] * 2**7
+        assert documents_of(written(tmp_path / f"a.txt.{suffix}", content)) == [TEXT.decode()]
+    assert documents_of(written(tmp_path / f"a.txt.{suffix}", whole + b"\0" * 2**12 + whole)) == [TEXT.decode() * 2]
 
 
 def test_zstd_with_a_long_window_and_frames_to_skip(tmp_path):
