@@ -129,6 +129,24 @@ def test_a_line_ends_a_document_where_it_is_said(tmp_path):
     with pytest.raises(UserError, match="--separator -- has no use: no files of text are given, and each record"):
         ReadOptions(separator="--").load([str(lines)], tmp_path)
     assert ReadOptions(separator="--").load([str(lines), path], tmp_path)
+    with pytest.raises(UserError, match=r"--separator -- has no use: no files of text .*, and documents are apart alr"):
+        ReadOptions(separator="--").load(["python-docs"], tmp_path)
+    with pytest.raises(UserError, match=r"--separator '-\\n-' is more than a line"):
+        ReadOptions(separator="-\n-")
+
+
+def test_a_separator_is_told_that_no_line_is(tmp_path):
+    path = str(written(tmp_path / "stories.txt", b"one <|endoftext|>\n--\ntwo"))
+    for number, (separator, n_documents, notes) in enumerate((
+        ("--", 2, ["<|endoftext|> in the text (1 time)"]),
+        ("<|endoftext|>", 1, ["no line of '<|endoftext|>' was found"]),
+        ("---", 1, ["no line of '---' was found", "<|endoftext|> in the text (1 time)"]),
+    )):  # fmt: skip
+        options = ReadOptions(separator=separator)
+        data = prepare_named([path], f"stories{number}", TokenizerChoice("byte", 0), options, val="0")
+        assert data.manifest["documents"]["train"] == n_documents
+        assert [note for note in data.manifest["notes"] if not any(map(note.startswith, notes))] == []
+        assert len(data.manifest["notes"]) == len(notes)
 
 
 def test_files_that_are_called_as_splits_are_told(tmp_path):

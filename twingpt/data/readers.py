@@ -283,7 +283,7 @@ def _decoded(path: object, blocks: Iterable[bytes], errors: str) -> Iterator[str
 def _text(file: DocumentFile, blocks: Iterable[bytes]) -> Iterator[Item]:
     decoded = _decoded(file.display_name, blocks, file.errors)
     if file.separator is not None:
-        yield from map(DocumentPiece, split_at(decoded, file.separator))
+        yield from (DocumentPiece(text, separated=found) for text, found in split_at(decoded, file.separator))
         return
     begins = True
     for text, ends in pieces(decoded):
