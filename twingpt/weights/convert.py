@@ -157,6 +157,10 @@ def _check_quantization(quantization: Quantization, config: GPTConfig, to: str) 
     if to not in QUANTIZED:
         raise UserError(f"--q-bits is for --to {' or '.join(QUANTIZED)}: {to} has no such matrices.")
     packings = quantization.packings(config)
+    matrices = [name.removesuffix(".weight") for name, row in parameter_table(config).items() if row.group != VECTOR]
+    for name in quantization.modules:
+        if name not in matrices:
+            raise unknown_choice("matrix to quantize", name, matrices)
     if any(packing.mode != "affine" for packing in packings.values()):
         raise UserError(f"Matrices are quantized here in the mode affine alone, not in {quantization.mode}.")
     if not packings:
