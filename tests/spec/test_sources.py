@@ -102,6 +102,12 @@ def test_json_as_plain_text(tmp_path):
         documents_of(written(tmp_path / "e", b'{}\n{"text": "a"}\n'))
     with pytest.raises(UserError, match=r"line 2, is not JSON: .* \(or take the file as plain text with .*--as-text\)"):
         documents_of(written(tmp_path / "e", b'{"text": "a"}\nmore\n'))
+    for content in (b'[\n{"text": "a"},\nmore]\n', b'{"text":\n"a"}\n{\n'):
+        message = r"e, line [34], is not JSON: .* \(or take the file as plain text with .*--as-text\)"
+        with pytest.raises(UserError, match=message):
+            documents_of(written(tmp_path / "e", content))
+        with pytest.raises(UserError, match=r"is not JSON: [^(]*$"):
+            documents_of(written(tmp_path / "e.json", content))
     with pytest.raises(UserError, match="--field body has no use with --as-text: leave one out"):
         ReadOptions(field="body", as_text=True)
 
