@@ -16,22 +16,24 @@ def home(monkeypatch, tmp_path):
 
 def test_sources_as_lines(gpt, home):
     code, out, _ = gpt("data", "sources")
-    lines = [line.split() for line in out.splitlines()]
-    assert code == 0 and [line[0] for line in lines[::2]] == list(NAMES)
-    assert lines[4] == ["tinystories", "2.2", "GB", "CDLA-Sharing-1.0"]
+    lines, width = out.splitlines(), max(map(len, NAMES))
+    assert code == 0 and [line[:width].strip() for line in lines[::2]] == list(NAMES)
+    assert lines[6] == f"{'tinystories':{width}}   2.2 GB  CDLA-Sharing-1.0"
+    assert {line[:width] + line[width + 2] for line in lines[1::2]} == {" " * width + "h"}  # as in https
+    assert {line[width : width + 2] + line[width + 9 : width + 11] for line in lines[::2]} == {"    "}
     assert "1 of 14 shards, unless fineweb-edu@SHARDS" in out and "downloaded" not in out
     for name in ("tinyshakespeare.txt", "openwebtext/train-00003-of-00080.parquet"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).touch()
     lines = gpt("data", "sources")[1].splitlines()
-    assert "downloaded" in lines[2] and "1 of 80 files here" in lines[6]
+    assert "downloaded" in lines[4] and "1 of 80 files here" in lines[8]
 
 
 def test_sources_as_json(gpt, home):
     rows = json.loads(gpt("data", "sources", "--json")[1])["sources"]
     assert [row["name"] for row in rows] == list(NAMES) and all(row["size"] for row in rows)
-    assert [len(row["files"]) for row in rows] == [0, 1, 1, 80, 14]
-    file = rows[2]["files"][0]
+    assert [len(row["files"]) for row in rows] == [0, 0, 1, 1, 80, 14]
+    file = rows[3]["files"][0]
     assert Path(file["path"]) == home / "tinystories" / "TinyStoriesV2-GPT4-train.txt" and not file["downloaded"]
 
 

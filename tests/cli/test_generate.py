@@ -275,9 +275,29 @@ def test_penalties_and_biases_change_a_text(trained, backend):
         ({"logit_bias": {512: 1}}, "logit_bias has the id 512, which is outside the vocabulary, 0 to 511"),
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1"),
         ({"top_log_probs": 513}, "top_log_probs must be from 0 to 512"), ({"top_log_probs": -1}, "of at least 0"),
+        ({"num_samples": True}, "num_samples must be a whole number"), ({"seed": None}, "A seed must be a whole"),
+        ({"seed": [True]}, "A seed must be a whole number, and is True"), ({"seed": 1.5}, "seed must be a whole"),
     ]:  # fmt: skip
         with pytest.raises(twingpt.UserError, match=message):
             model.stream("The", 3, **settings)
+
+
+@one
+def test_settings_may_be_numbers_of_numpy(trained, backend):
+    model = twingpt.load(trained, backend=backend)
+    settings = {"temp": 0.5, "top_k": 40, "logit_bias": {7: 2}, "num_samples": 2, "top_log_probs": 2}
+    kinds = {"temp": np.float32, "top_k": np.int64, "num_samples": np.int32, "top_log_probs": np.uint8}
+    numpy = {name: kinds[name](value) if name in kinds else value for name, value in settings.items()}
+    numpy["logit_bias"] = {np.int64(7): np.float32(2)}
+    for seed, plain in ((np.int64(5), 5), (np.arange(3, 5), [3, 4])):
+        prompt = ["The", "A"] if np.ndim(seed) else "The"
+        pairs = zip(
+            model.stream(prompt, np.int64(6), seed=seed, **numpy),
+            model.stream(prompt, 6, seed=plain, **settings),
+            strict=True,
+        )
+        assert all((a.token, a.log_prob, a.top, a.index) == (b.token, b.log_prob, b.top, b.index) for a, b in pairs)
+    assert model.log_probs([[1, 2, 3]], top_k=np.int64(2)).top_ids.shape == (1, 2, 2)
 
 
 @one

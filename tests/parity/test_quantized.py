@@ -28,6 +28,7 @@ from twingpt.core.parameters import initialise, parameter_table
 from twingpt.core.presets import SHAPES
 from twingpt.core.sampler import Sampling, SamplingRows
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.weights.convert import convert
 from twingpt.weights.quantize import apply, quantize, unquantized
 
 SMALL = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 128, "init_std": 0.1}
@@ -159,6 +160,24 @@ def test_a_way_that_does_not_fit_a_matrix_is_refused_by_name():
     quantization = Quantization(4, 32, modules={"model.layers.1.mlp.down_proj": Packing(4, 64)})
     with pytest.raises(UserError, match=r"layers.1.mlp.down_proj can't be in groups of 64, as its width is 96"):
         quantization.packings(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("model.layers.1.mlp.donw_proj", "did you mean 'model.layers.1.mlp.down_proj'"),
+        ("model.layers.1.mlp.down_proj.weight", "did you mean 'model.layers.1.mlp.down_proj'"),
+        ("model.norm", "did you mean "),
+        ("lm_head", "the nearest of 15 is "),  # the embeddings are tied
+    ],
+)
+def test_a_way_of_no_matrix_is_refused_by_name(tmp_path, name, near):
+    config = GPTConfig.from_dict(SMALL)
+    save_model(tmp_path / "m", config, ByteTokenizer(), initialise(config, 1))
+    for way in (Packing(8, 64), None):
+        with pytest.raises(UserError, match=rf"Unknown matrix to quantize '{name}': {near}"):
+            convert(tmp_path / "m", tmp_path / "q", "mlx", Quantization(4, 64, modules={name: way}))
+    assert not (tmp_path / "q").exists()
 
 
 def test_what_config_json_says_of_quantization():

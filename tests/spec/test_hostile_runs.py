@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import platform
 import random
 
 import numpy as np
@@ -15,11 +16,14 @@ from twingpt.commands.show_runs import print_run
 from twingpt.core.config import GPTConfig, TrainConfig
 from twingpt.core.errors import UserError
 from twingpt.core.tokenizer import ByteTokenizer
+from twingpt.data import named, sources
+from twingpt.data.prepare import prepare
 from twingpt.data.shards import ShardWriter, TokenDataset, finish_dataset
 from twingpt.runs import inventory, plot, report
 from twingpt.runs.events import Saved, read_events, rewind, seconds_so_far
 from twingpt.training import settings
-from twingpt.training.stored import read_run_json
+from twingpt.training.state import Setup
+from twingpt.training.stored import StoredRun, read_run_json
 
 
 @pytest.fixture
@@ -167,3 +171,30 @@ def test_mutated_manifests_of_data(tmp_path):
         overwrite(path, mutated)
         judge(read, len(mutated))
     assert judge.judged == 1000 and 50 < judge.read < 950
+
+
+def test_data_of_a_newer_version_and_of_another_python(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWINGPT_HOME", str(tmp_path))
+    monkeypatch.setattr(named, "EMBEDDED", {**named.EMBEDDED, "python-docs": lambda: [f"text {i} " for i in range(99)]})
+    data, train = prepare("python-docs", "byte"), TrainConfig(data="python-docs", tokenizer="byte")
+
+    def stored(python, rules=sources.RULES):
+        starts = [{"python": python}, {"python": platform.python_version()}]
+        where = (str(data.folder), data.fingerprint, rules)
+        return StoredRun(tmp_path / "run", {}, train.to_dict(), *where, 1, Setup(), None, starts, None)
+
+    newer = "The data of .*run are read as a newer version of twingpt does: install that"
+    for rules in (sources.RULES, sources.RULES + 1, None):
+        assert stored("3.1.0", rules).open_data(train, data.fingerprint).fingerprint == data.fingerprint
+    with pytest.raises(UserError, match=newer):
+        stored("3.1.0", sources.RULES + 1).open_data(train, "another")
+    with pytest.raises(
+        UserError, match=r"run was trained on that of Python 3\.1\.0, while this is 3.*: resume it with"
+    ):
+        stored("3.1.0").open_data(train, "another")
+    with pytest.raises(UserError, match="give --data a copy of the original"):
+        stored(platform.python_version()).open_data(train, "another")
+    manifest = data.folder / "manifest.json"  # prepared again, by a newer version
+    manifest.write_text(json.dumps(json.loads(manifest.read_text("utf-8")) | {"rules": sources.RULES + 1}))
+    with pytest.raises(UserError, match=newer):
+        stored("3.1.0").open_data(train, "another")

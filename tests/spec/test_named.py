@@ -180,3 +180,18 @@ def test_stories_are_documents(served, monkeypatch):
     monkeypatch.setitem(SOURCES, "tinystories", replace(row, files=(file,)))
     served["TinyStoriesV2-GPT4-train.txt"] = TEXT
     assert sources.load("tinystories").documents == [STORY, "Two <|endoftext|> in a line.", "The last"]
+
+
+def test_named_files_are_read_as_it_is_said(served, monkeypatch):
+    row = SOURCES["tinystories"]
+    file = replace(row.files[0], size=None, sha256=None)
+    monkeypatch.setitem(SOURCES, "tinystories", replace(row, files=(file,)))
+    served["TinyStoriesV2-GPT4-train.txt"] = "one\n--\n<|endoftext|>\n--\nthree\0"
+    with pytest.raises(UserError, match="is NUL"):
+        _ = sources.load("tinystories").documents
+    options = sources.ReadOptions(separator="--", errors="replace", as_text=True)
+    assert sources.load("tinystories", options).documents == ["one", "<|endoftext|>", "three\ufffd"]
+    [read] = sources.load("tinystories", options).inputs
+    assert (read.separator, read.errors, read.as_text) == ("--", "replace", True)
+    [read] = sources.load("tinystories", sources.ReadOptions(rules=1)).inputs
+    assert (read.separator, read.by_name) == ("<|endoftext|>", False)

@@ -122,8 +122,25 @@ def test_documents_between_separators_do_not_depend_on_the_blocks(size):
     story = "Once there was a fox.\nIt ran."
     text = f"{story}\n<|endoftext|>\n\nTwo <|endoftext|> in a line.\n<|endoftext|>\r\n<|endoftext|>\nThe last"
     blocks = [text[start : start + size] for start in range(0, len(text), size)]
-    assert list(split_at(blocks, "<|endoftext|>")) == [story, "Two <|endoftext|> in a line.", "The last"]
+    documents = [story, "Two <|endoftext|> in a line.", "The last"]
+    assert list(split_at(blocks, "<|endoftext|>")) == [(document, True) for document in documents]
     assert list(split_at([], "<|endoftext|>")) == []
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("text", "separator", "documents", "found"),
+    [
+        ("one\ntwo\n", "--", ["one\ntwo"], False),
+        ("one\n--", "--", ["one"], True),
+        ("--\none", "--", ["one"], True),
+        ("one\ntwo\n", "", ["one\ntwo"], False),
+        ("one\n \ntwo\n", "", ["one", "two"], True),
+    ],
+)
+def test_whether_a_separator_is_found(size, text, separator, documents, found):
+    blocks = [text[start : start + size] for start in range(0, len(text), size)]
+    assert list(split_at(blocks, separator)) == [(document, found) for document in documents]
 
 
 # Bad input --------------------------------------------------------------------------------------------------

@@ -122,11 +122,28 @@ def test_the_last_representable_u_stays_in_the_vocabulary():
         {"logit_bias": {"5": 1}},
         {"logit_bias": {-1: 1}},
         {"logit_bias": [5]},
+        {"logit_bias": {True: 1}},
+        {"logit_bias": {5: True}},
+        {"temp": True},
+        {"top_k": np.float32(3)},
+        {"top_k": False},
+        {"top_p": np.bool_(1)},
+        {"min_p": np.array([0.5])},
     ],
 )
 def test_impossible_settings(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         Sampling(**settings)
+
+
+def test_numbers_of_numpy_are_settings():
+    settings = {"temp": np.float32(0.5), "top_k": np.int8(3), "logit_bias": {np.uint16(2): np.float64(1.5)}}
+    plain = Sampling(temp=0.5, top_k=3, logit_bias={2: 1.5})
+    assert [sample(LOGITS, Sampling(**settings), i / 9) for i in range(9)] == [
+        sample(LOGITS, plain, i / 9) for i in range(9)
+    ]
+    for name, array in vars(SamplingRows([Sampling(**settings)])).items():
+        np.testing.assert_array_equal(array, getattr(SamplingRows([plain]), name))
 
 
 SETTINGS = [

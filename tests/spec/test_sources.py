@@ -102,6 +102,12 @@ def test_json_as_plain_text(tmp_path):
         documents_of(written(tmp_path / "e", b'{}\n{"text": "a"}\n'))
     with pytest.raises(UserError, match=r"line 2, is not JSON: .* \(or take the file as plain text with .*--as-text\)"):
         documents_of(written(tmp_path / "e", b'{"text": "a"}\nmore\n'))
+    for content in (b'[\n{"text": "a"},\nmore]\n', b'{"text":\n"a"}\n{\n'):
+        message = r"e, line [34], is not JSON: .* \(or take the file as plain text with .*--as-text\)"
+        with pytest.raises(UserError, match=message):
+            documents_of(written(tmp_path / "e", content))
+        with pytest.raises(UserError, match=r"is not JSON: [^(]*$"):
+            documents_of(written(tmp_path / "e.json", content))
     with pytest.raises(UserError, match="--field body has no use with --as-text: leave one out"):
         ReadOptions(field="body", as_text=True)
 
@@ -129,6 +135,24 @@ def test_a_line_ends_a_document_where_it_is_said(tmp_path):
     with pytest.raises(UserError, match="--separator -- has no use: no files of text are given, and each record"):
         ReadOptions(separator="--").load([str(lines)], tmp_path)
     assert ReadOptions(separator="--").load([str(lines), path], tmp_path)
+    with pytest.raises(UserError, match=r"--separator -- has no use: no files of text .*, and documents are apart alr"):
+        ReadOptions(separator="--").load(["python-docs"], tmp_path)
+    with pytest.raises(UserError, match=r"--separator '-\\n-' is more than a line"):
+        ReadOptions(separator="-\n-")
+
+
+def test_a_separator_is_told_that_no_line_is(tmp_path):
+    path = str(written(tmp_path / "stories.txt", b"one <|endoftext|>\n--\ntwo"))
+    for number, (separator, n_documents, notes) in enumerate((
+        ("--", 2, ["<|endoftext|> in the text (1 time)"]),
+        ("<|endoftext|>", 1, ["no line of '<|endoftext|>' was found"]),
+        ("---", 1, ["no line of '---' was found", "<|endoftext|> in the text (1 time)"]),
+    )):  # fmt: skip
+        options = ReadOptions(separator=separator)
+        data = prepare_named([path], f"stories{number}", TokenizerChoice("byte", 0), options, val="0")
+        assert data.manifest["documents"]["train"] == n_documents
+        assert [note for note in data.manifest["notes"] if not any(map(note.startswith, notes))] == []
+        assert len(data.manifest["notes"]) == len(notes)
 
 
 def test_files_that_are_called_as_splits_are_told(tmp_path):
@@ -140,6 +164,30 @@ def test_files_that_are_called_as_splits_are_told(tmp_path):
     assert note == f"trained on as train.jsonl is: valid.jsonl, test.jsonl; to hold one out: {instead}"
     data = prepare_named([str(train)], "split", TokenizerChoice("byte", 0), ReadOptions(), val=str(valid))
     assert data.manifest["notes"] == [] and data.manifest["documents"] == {"train": 3, "val": 3}
+
+
+@links
+def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path):
+    notes = tmp_path / "notes"
+    for name in ("train.txt", "val.txt", "deep/val.txt", "deep/test.txt"):
+        written(notes / name, f"The text of {name}.".encode())
+    (tmp_path / "other").symlink_to(notes / "val.txt")
+    byte = TokenizerChoice("byte", 0)
+    for number, (spec, val, kept) in enumerate((
+        (notes, notes / "val.txt", {"train.txt", "deep/val.txt", "deep/test.txt"}),
+        (notes, tmp_path / "other", {"train.txt", "deep/val.txt", "deep/test.txt"}),
+        (notes / "**" / "*", notes / "deep", {"train.txt", "val.txt"}),
+        (notes / "*.txt", notes / "deep" / ".." / "val.txt", {"train.txt"}),
+    )):  # fmt: skip
+        named = prepare_named([str(spec)], f"named{number}", byte, ReadOptions(), val=str(val))
+        for data in (named, prepare(spec, "byte", val=str(val))):
+            text = data.tokenizer.decode(data.splits["train"])
+            assert {name for name in ("train.txt", "val.txt", "deep/val.txt", "deep/test.txt")
+                    if f"of {name}." in text} == kept  # fmt: skip
+            assert ("val.txt" in str(data.manifest["notes"])) == ("val.txt" in kept)
+    for spec, val in ((notes / "val.txt", tmp_path / "other"), (notes / "deep", notes)):
+        with pytest.raises(UserError, match="is also what is trained on"):
+            prepare_named([str(notes), str(spec)], "both", byte, ReadOptions(), val=str(val))
 
 
 def test_the_readme_names_what_is_always_text():
@@ -358,6 +406,7 @@ def test_what_is_no_text_is_named(tmp_path, content, what):
 # Compressed files -------------------------------------------------------------------------------------------
 
 TEXT = b"It was a dark night.\n" * 500
+RARE = [{"id": lzma.FILTER_LZMA1, "lc": 1, "lp": 2, "pb": 0, "dict_size": 3 * 2**18}]
 FRAME = struct.pack("<II", 0x184D2A53, 5) + b"12345"  # that zstd skips
 
 
@@ -373,6 +422,10 @@ def zstd(content, **options):
         ("a.txt.bz2", bz2.compress(TEXT) * 2, 2),
         ("a.txt.xz", lzma.compress(TEXT) * 2, 2),
         ("a.txt.lzma", lzma.compress(TEXT, lzma.FORMAT_ALONE), 1),
+        ("a.txt.lzma", lzma.compress(TEXT, lzma.FORMAT_ALONE) * 3, 3),
+        ("a.txt.lzma", lzma.compress(TEXT, lzma.FORMAT_ALONE) + lzma.compress(TEXT), 2),
+        ("a.txt.xz", lzma.compress(TEXT) + lzma.compress(TEXT, lzma.FORMAT_ALONE, filters=RARE) + b"garbage", 2),
+        ("a.txt.xz", lzma.compress(TEXT) + b"garbage of more than thirteen bytes", 1),
         ("a.txt.gz", gzip.compress(TEXT, mtime=0) * 3, 3),
         ("a.txt.gz", gzip.compress(TEXT, mtime=0) + b"\0" * 2**11, 1),  # as tapes pad
         (
@@ -386,6 +439,17 @@ def zstd(content, **options):
 )
 def test_streams_that_a_formats_tool_opens(tmp_path, name, content, times):
     assert documents_of(written(tmp_path / name, content)) == [TEXT.decode() * times]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_all_that_follows_garbage_is_garbage(tmp_path, monkeypatch, compress):
+    monkeypatch.setattr(compression, "BLOCK", 2**9)
+    suffix = compress.__module__.strip("_").replace("gzip", "gz").replace("lzma", "xz")
+    whole = compress(TEXT)
+    for padding in range(0, 2**9, 7):  # so that a block begins anywhere, with what begins as a stream does
+        content = whole + b"\0" * padding + b"garbage " + whole[:8] * 2**7
+        assert documents_of(written(tmp_path / f"a.txt.{suffix}", content)) == [TEXT.decode()]
+    assert documents_of(written(tmp_path / f"a.txt.{suffix}", whole + b"\0" * 2**12 + whole)) == [TEXT.decode() * 2]
 
 
 def test_zstd_with_a_long_window_and_frames_to_skip(tmp_path):

@@ -122,7 +122,9 @@ def print_info(console: Console, info: dict[str, Any]) -> None:
 
 def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
     """Print two lines a named source, from the rows of `named.describe`."""
-    for row in rows:
+    found = list(rows)
+    width = max(len(row["name"]) for row in found)
+    for row in found:
         files, here = row["files"], sum(file["downloaded"] for file in row["files"])
         shards = f"{row['default']} of {len(files)} shards, unless {row['name']}@SHARDS" if row["default"] else ""
         state = f"{here} of {len(files)} files here" if 0 < here < len(files) else "downloaded" if here else ""
@@ -130,6 +132,6 @@ def print_sources(console: Console, rows: Iterable[dict[str, Any]]) -> None:
         size = human_bytes(row["size"]) if row["size"] else "–"
         more = list(filter(None, [shards, state and f"[green]{state}[/]"]))
         licence = f"{row['licence']:16}" if more else row["licence"]
-        console.print("  ".join([f"[bold]{row['name']:11}[/]  {size:>7}  {licence}", *more]), soft_wrap=True)
+        console.print("  ".join([f"[bold]{row['name']:{width}}[/]  {size:>7}  {licence}", *more]), soft_wrap=True)
         pin = row["revision"] or f"SHA-256 {files[0]['sha256']}"
-        console.print(f"{'':13}[dim]{row['address']}, {pin}[/]", soft_wrap=True)
+        console.print(f"{'':{width}}  [dim]{row['address']}, {pin}[/]", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -31,12 +32,13 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "logit_bias" and not isinstance(value, int if name == "top_k" else (int, float)):
+        for name, value in [*vars(self).items()][:-1]:
+            if isinstance(value, bool) or not isinstance(value, Integral if name == "top_k" else Real):
                 raise UserError(f"{name} must be a {'whole ' * (name == 'top_k')}number, and is {value!r:.60}.")
-        are_biases = isinstance(self.logit_bias, Mapping) and all(
-            isinstance(token, int) and token >= 0 and isinstance(number, (int, float)) and abs(number) <= 100
-            for token, number in self.logit_bias.items()
+        biases = self.logit_bias if isinstance(self.logit_bias, Mapping) else {-1: 0}
+        are_biases = bool not in map(type, [*biases, *biases.values()]) and all(
+            isinstance(token, Integral) and token >= 0 and isinstance(number, Real) and abs(number) <= 100
+            for token, number in biases.items()
         )
         checks = (
             (self.temp == 0 or 1e-3 <= self.temp <= 1e3, "temp", "0 (greedy) or from 0.001 to 1000"),
@@ -81,8 +83,7 @@ def penalise(logits: Array, sampling: Sampling, tokens: Sequence[int], n_prompt:
     ids, penalty = np.asarray(tokens, np.int64), sampling.repetition_penalty
     held, generated = (np.bincount(part, minlength=len(logits)) for part in (ids, ids[n_prompt:]))
     logits = np.where(held > 0, np.where(logits > 0, logits / penalty, logits * penalty), logits)
-    logits -= sampling.presence_penalty * (generated > 0) + sampling.frequency_penalty * generated
-    return logits
+    return logits - (sampling.presence_penalty * (generated > 0) + sampling.frequency_penalty * generated)
 
 
 def sample(logits: Array, sampling: Sampling, u: float, tokens: Sequence[int] = (), n_prompt: int = 0) -> int:
@@ -98,7 +99,6 @@ def sample(logits: Array, sampling: Sampling, u: float, tokens: Sequence[int] = 
     ranked = logits[order] / sampling.temp
     keep = np.arange(len(ranked)) < (sampling.top_k or len(ranked))
     p = softmax(np.where(keep, ranked, -np.inf))
-    keep &= p.cumsum() - p < sampling.top_p
-    keep &= p >= sampling.min_p * p[0]
+    keep &= (p.cumsum() - p < sampling.top_p) & (p >= sampling.min_p * p[0])
     cumulative = np.where(keep, p, 0.0).cumsum()
     return int(order[np.searchsorted(cumulative, u * cumulative[-1], side="right")])

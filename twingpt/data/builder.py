@@ -162,7 +162,10 @@ class DatasetBuilder:
                 f"{unspelled.ids:,} ids stand for what is unknown, and {unspelled.lost:,} of {unspelled.characters:,} "
                 "characters are lost."
             )
-        if counts.ends:
+        separators = self.source.separators
+        if separators and not counts.separated:
+            notes.append(f"no line of {' or '.join(map(repr, separators))} was found: each text file is one document")
+        if counts.ends and END_OF_TEXT not in separators:
             notes.append(
                 f"{END_OF_TEXT} in the text ({counted(counts.ends, 'time')}) is text like any other; where such a line "
                 f"ends a document: gpt data prepare --separator '{END_OF_TEXT}'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
@@ -15,7 +16,8 @@ from twingpt.runs.units import human_bytes
 BLOCK = 2**20  # bytes read, and yielded, at a time
 SMALL_STEP = 2**10  # compressed bytes that a decompressor is fed where they may hold many streams, or a bomb
 
-GZIP, XZ = b"\x1f\x8b", b"\xfd7zXZ\0"
+GZIP, XZ, LZMA = b"\x1f\x8b", b"\xfd7zXZ\0", b"\x5d\0\0"
+LONGEST_HEADER = 13  # of .lzma: properties, size of the dictionary, and of the content
 # A stream's first bytes, by the suffix of its format; those of bzip2 with a block's, as text may begin with BZh9.
 MAGIC = (
     (GZIP, ".gz"),
@@ -71,10 +73,10 @@ class _Gunzip:
         return getattr(self.member, name)
 
 
-def _streams(file: IO[bytes], new: Callable[[], Any], magic: bytes) -> Iterator[bytes]:
+def _streams(file: IO[bytes], new: Callable[[], Any], begins: Callable[[bytes], bool]) -> Iterator[bytes]:
     """The streams of a file one after another, each by a decompressor that `new` makes.
 
-    After one, zeros and what does not begin with the `magic` bytes are ignored, as gzip does.
+    After one, zeros are ignored, and all from where no other one `begins`, as gzip does.
     """
     stream, within, ended = new(), False, False
     for block in _plain(file):
@@ -82,8 +84,10 @@ def _streams(file: IO[bytes], new: Callable[[], Any], magic: bytes) -> Iterator[
         while start < len(block):
             if not within:
                 start = NOT_ZERO.search(block, start).start() if ended else start  # type: ignore[union-attr]
-                if start == len(block) or (ended and not magic.startswith(block[start : start + len(magic)])):
+                if start == len(block):
                     break
+                if ended and not begins(block[start : start + LONGEST_HEADER]):
+                    return
             within, fed = True, min(len(block), start + step)
             yield stream.decompress(block[start:fed], BLOCK)
             while not (stream.eof or stream.needs_input):
@@ -98,13 +102,28 @@ def _streams(file: IO[bytes], new: Callable[[], Any], magic: bytes) -> Iterator[
 def _gunzip(file: Any) -> Iterator[bytes]:
     if not GZIP.startswith(begins := file.peek(len(GZIP))[: len(GZIP)]):
         raise OSError(f"Not a gzipped file ({begins!r})")
-    yield from _streams(file, _Gunzip, GZIP)
+    yield from _streams(file, _Gunzip, lambda head: GZIP.startswith(head[: len(GZIP)]))
 
 
 def _bunzip2(file: IO[bytes]) -> Iterator[bytes]:
     import bz2
 
-    return _streams(file, bz2.BZ2Decompressor, b"BZh")
+    return _streams(file, bz2.BZ2Decompressor, lambda head: b"BZh".startswith(head[:3]))
+
+
+def _begins_xz(head: bytes) -> bool:
+    """Whether a stream of xz begins so, or one of .lzma, which has no magic bytes, but few sizes of a dictionary.
+
+    Of what a block cuts off within the header of the latter, only its usual beginning is known.
+    """
+    if XZ.startswith(head[: len(XZ)]):
+        return True
+    if len(head) < LONGEST_HEADER:
+        return head.startswith(LZMA[: len(head)])
+    properties, dictionary, size = struct.unpack("<BIQ", head)
+    powers = [2**n for n in range(32)]
+    fits = dictionary in (*powers, *(3 * power for power in powers), 2**32 - 1)
+    return fits and properties < 9 * 5 * 5 and (size < 2**38 or size == 2**64 - 1)
 
 
 def _unxz(file: IO[bytes]) -> Iterator[bytes]:
@@ -112,7 +131,7 @@ def _unxz(file: IO[bytes]) -> Iterator[bytes]:
 
     memory = most_memory()
     try:
-        yield from _streams(file, lambda: lzma.LZMADecompressor(memlimit=memory), XZ)
+        yield from _streams(file, lambda: lzma.LZMADecompressor(memlimit=memory), _begins_xz)
     except lzma.LZMAError as error:
         if "Memory usage limit" in str(error):
             raise MemoryError from None

@@ -21,13 +21,15 @@ AS_TEXT = "take the file as plain text with gpt data prepare --as-text"
 class DocumentPiece:
     """A document, or one piece of a document that is too long to be held at once.
 
-    `split` is "train" or "val" for a piece, which does not show by itself where its document belongs.
+    `split` is "train" or "val" for a piece, which does not show by itself where its document belongs. `separated` is
+    whether a line that ends documents was found in its file, where one is looked for.
     """
 
     text: str
     begins: bool = True
     ends: bool = True
     split: str | None = None
+    separated: bool = False
 
     @property
     def whole(self) -> bool:
@@ -244,19 +246,29 @@ def no_field(where: object, field: str, names: Sequence[str], otherwise: str = "
     )
 
 
-def split_at(blocks: Iterable[str], separator: str) -> Iterator[str]:
-    """The documents of a text given in blocks, cut anywhere: what stands between lines of `separator` alone."""
-    lines: list[str] = []
+def split_at(blocks: Iterable[str], separator: str) -> Iterator[tuple[str, bool]]:
+    """The documents of a text given in blocks, cut anywhere: what stands between lines of `separator` alone.
+
+    Each has whether such a line was found, before it or where it ends.
+    """
+    lines, found = list[str](), False
+    for line in chain(_lines(blocks), [None]):
+        if line is not None and line.strip() != separator:
+            lines.append(line)
+            continue
+        found = found or line is not None
+        if text := "\n".join(lines).strip():
+            yield text, found
+        lines = []
+
+
+def _lines(blocks: Iterable[str]) -> Iterator[str]:
     rest = ""
-    for block in chain(blocks, [f"\n{separator}\n"]):
+    for block in blocks:
         *whole, rest = (rest + block).split("\n")
-        for line in whole:
-            if line.strip() != separator:
-                lines.append(line)
-                continue
-            if text := "\n".join(lines).strip():
-                yield text
-            lines = []
+        yield from whole
+    if rest:
+        yield rest
 
 
 # Between these two no split pattern of a byte-level BPE (GPT-2, cl100k, o200k, Llama 3, Qwen2) joins anything,

@@ -73,19 +73,26 @@ def prepare(
 def _load(specs: Sequence[str], val: str | None, options: ReadOptions, spool: Path | None) -> LoadedSources:
     """The sources and what is held out; with `spool`, as gpt data prepare has it, a hub's and stdin too.
 
-    Raises UserError for what is both, and for data that are prepared already.
+    A held-out file of a folder or of a glob is not trained on, but under the first rules of reading. Raises UserError
+    for a source that is held out whole, and for data that are prepared already.
     """
     option = "--val" if spool else "--val-data"
     share = None if val is None else parse_share(val, option)
     others = [val] if val is not None and share is None else []
+    both = UserError(f"{option} {val} is also what is trained on: give other text, or a share.")
     if set(others) & set(specs):
-        raise UserError(f"{option} {val} is also what is trained on: give other text, or a share.")
+        raise both
     wanted = [*specs, *others]
     for spec in wanted:
         if not spool or not paths.expand(spec).exists() or find(spec) == paths.expand(spec):
             _check_not_prepared(spec, f"{option} {spec}" if spec in others else spec)
     found = options.load(wanted, spool) if spool else {spec: sources.load(spec, options) for spec in wanted}
-    return LoadedSources({spec: found[spec] for spec in specs}, share, {spec: found[spec] for spec in others})
+    held_out = {spec: found[spec] for spec in others}
+    files = {path for source in held_out.values() for path in source.files} if options.rules > 1 else set()
+    trained = {spec: found[spec].without(files) if files else found[spec] for spec in specs}
+    if not all(source.inputs for source in trained.values()):
+        raise both
+    return LoadedSources(trained, share, held_out)
 
 
 def _check_not_prepared(spec: str, called: str) -> None:

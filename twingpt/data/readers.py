@@ -18,6 +18,7 @@ from typing import IO, Any
 from twingpt.core.errors import UserError
 from twingpt.data import compression
 from twingpt.data.documents import (
+    AS_TEXT,
     DocumentPiece,
     Item,
     JsonLines,
@@ -283,7 +284,7 @@ def _decoded(path: object, blocks: Iterable[bytes], errors: str) -> Iterator[str
 def _text(file: DocumentFile, blocks: Iterable[bytes]) -> Iterator[Item]:
     decoded = _decoded(file.display_name, blocks, file.errors)
     if file.separator is not None:
-        yield from map(DocumentPiece, split_at(decoded, file.separator))
+        yield from (DocumentPiece(text, separated=found) for text, found in split_at(decoded, file.separator))
         return
     begins = True
     for text, ends in pieces(decoded):
@@ -360,17 +361,20 @@ def first_record(head: str) -> Any:
 def _json(file: DocumentFile, blocks: Iterable[bytes]) -> Iterator[Item]:
     """JSON that is no lines: an array of records or texts, or one record after another, over as many lines."""
     how = file.record_text
-    scanner = JsonScanner(how.path)
+    scanner = JsonScanner(how.path, f" (or {AS_TEXT})" if how.guessed else "")
     for block in chain(filter(None, _decoded(how.path, blocks, file.errors)), [""]):
         if values := list(scanner.feed(block)):
             yield JsonValues(values, len(block), how)
 
 
 class JsonScanner:
-    """Parses a text of JSON values, given in blocks: those of an array, or one after another."""
+    """Parses a text of JSON values, given in blocks: those of an array, or one after another.
 
-    def __init__(self, path: str) -> None:
-        self.path, self.line, self.in_array = path, 1, False
+    `otherwise` ends the sentence of an error: what to do.
+    """
+
+    def __init__(self, path: str, otherwise: str = "") -> None:
+        self.path, self.otherwise, self.line, self.in_array = path, otherwise, 1, False
         self._rest, self._wanted = "", 0  # characters to wait for, so that a long value is not parsed with every block
 
     def feed(self, block: str) -> Iterator[tuple[Any, int]]:
@@ -407,7 +411,7 @@ class JsonScanner:
         return start
 
     def _bad(self, what: str, lines: int = 0) -> UserError:
-        return UserError(f"{self.path}, line {self.line + lines}, {what}.")
+        return UserError(f"{self.path}, line {self.line + lines}, {what}{self.otherwise}.")
 
 
 def _pyarrow(path: Path) -> Any:

@@ -94,6 +94,22 @@ class Source:
         return sum(one.size for one in self.inputs)
 
     @property
+    def files(self) -> set[Path]:
+        """The paths of its files, without links."""
+        return {one.path.resolve() for one in self.inputs if isinstance(one, DocumentFile)}
+
+    @property
+    def separators(self) -> list[str]:
+        """The lines that end a document of its text files."""
+        texts = (one for one in self.inputs if isinstance(one, DocumentFile) and one.kind == "text")
+        return list(dict.fromkeys(one.separator for one in texts if one.separator is not None))
+
+    def without(self, files: set[Path]) -> Source:
+        """The source without some of its `files`."""
+        kept = [one for one in self.inputs if not (isinstance(one, DocumentFile) and one.path.resolve() in files)]
+        return dataclasses.replace(self, inputs=kept)
+
+    @property
     def left_out(self) -> Counter[str]:
         """What is left out, counted by kind; not what another of the sources that it joins takes, as a glob may."""
         taken = {one.path for one in self.inputs if isinstance(one, DocumentFile)}
@@ -181,6 +197,8 @@ class ReadOptions:
             raise unknown_choice("way with errors", self.errors, ("strict", "replace"))
         if self.as_text and self.field is not None:
             raise UserError(f"--field {self.field} has no use with --as-text: leave one out.")
+        if "\n" in (self.separator or "").strip():
+            raise UserError(f"--separator {self.separator!r} is more than a line: give one line.")
         if self.skip_bad_lines < 0:
             raise UserError(f"--skip-bad-lines must be at least 0, and is {self.skip_bad_lines}.")
 
@@ -203,10 +221,9 @@ class ReadOptions:
         """Raise UserError for a field, or a separator, that none of the inputs has a use for."""
         texts = any(isinstance(one, DocumentFile) and one.kind == "text" for one in inputs)
         if self.separator is not None and not texts:
-            raise UserError(
-                f"--separator {self.separator} has no use: no files of text are given, and each record of JSON or a "
-                "table is a document."
-            )
+            apart = all(one.kind in ("memory", "prepared") for one in inputs)
+            why = "documents are apart already" if apart else "each record of JSON or a table is a document"
+            raise UserError(f"--separator {self.separator} has no use: no files of text are given, and {why}.")
         if self.field is not None and all(one.kind in ("text", "memory", "prepared") for one in inputs):
             raise UserError(
                 f"--field {self.field} has no use: no JSON and no tables are given, but text (JSON in a .txt is text: "
@@ -232,7 +249,7 @@ def load(spec: str, options: ReadOptions = AS_THEY_ARE) -> Source:
     Raises UserError where there is nothing to read.
     """
     if name_and_shards := named.parse(spec):
-        return _named(spec, *name_and_shards)
+        return _named(spec, *name_and_shards, options)
     if not spec:
         raise UserError(f"--data is empty: give a file, a folder, or one of {', '.join(named.NAMES)}.")
     path = expand(spec)
@@ -294,11 +311,13 @@ def empty(what: object) -> UserError:
     return UserError(f"{what} is empty: give a file with text.")
 
 
-def _named(spec: str, name: str, shards: int | None) -> Source:
+def _named(spec: str, name: str, shards: int | None, options: ReadOptions) -> Source:
     source, files = named.SOURCES[name], named.fetch(name, shards)
     if not files:
         return Source(spec, [InMemoryDocuments(tuple(named.EMBEDDED[name]()))], source.licence)
-    return Source(spec, [DocumentFile(file, separator=source.separator) for file in files], source.licence)
+    separator = source.separator if options.separator is None else options.separator
+    options = dataclasses.replace(options, separator=separator, rules=RULES)  # none of its files needs the first rules
+    return Source(spec, [*map(options.file, files)], source.licence)
 
 
 def load_hub(spec: str, options: ReadOptions) -> Source:

@@ -49,6 +49,7 @@ class EncodedChunk:
     n_tokens: int = 0
     unspelled: Unspelled = field(default_factory=Unspelled)
     ends: int = 0  # spellings of END_OF_TEXT, which are text
+    separated: bool = False  # whether a line that ends documents was found
 
     def count(self, other: EncodedChunk) -> None:
         """Add another chunk's counts, not its tokens."""
@@ -60,6 +61,7 @@ class EncodedChunk:
         self.unspelled += other.unspelled
         self.n_tokens += other.n_tokens
         self.ends += other.ends
+        self.separated |= other.separated
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class ChunkEncoder:
         result = EncodedChunk()
         arrays: dict[str, list[Array]] = {split: [np.empty(0, np.int32)] for split in SPLITS}
         for item in chunk:
+            result.separated |= isinstance(item, DocumentPiece) and item.separated
             for text, split, ends in self.split(item, result):
                 result.characters[split] += len(text)
                 result.documents[split] += ends

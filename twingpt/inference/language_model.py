@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -96,9 +97,9 @@ class LanguageModel:
             )
         if targets.size and targets.max() >= self.config.vocab_size:
             raise UserError(f"Target {targets.max()} is outside the vocabulary, 0 to {self.config.vocab_size - 1}.")
-        if not 0 <= top_k <= self.config.vocab_size:
+        if not _is_whole(top_k) or not 0 <= top_k <= self.config.vocab_size:
             raise UserError(f"top_k must be from 0 to {self.config.vocab_size}, and is {top_k}.")
-        found: LogProbs = self.engine.read(self.engine.log_probs(tokens, targets, top_k))
+        found: LogProbs = self.engine.read(self.engine.log_probs(tokens, targets, int(top_k)))
         return found
 
     def encode(self, prompt: Prompt, *, special: bool = False) -> list[int]:
@@ -166,17 +167,19 @@ class LanguageModel:
             raise UserError(f"A stop string must be a text that isn't empty, and these are {stops!r:.60}.")
         prompts: Any = prompt if _are_many(prompt) else [prompt]
         encoded = [self.encode(one, special=special) for one in prompts]
-        seeds = [seed] * len(encoded) if isinstance(seed, int) else list(seed)
+        seeds: list[Any] = [seed] * len(encoded) if np.ndim(seed) == 0 else list(seed)  # type: ignore[arg-type]
+        if wrong := [one for one in seeds if not _is_whole(one)]:
+            raise UserError(f"A seed must be a whole number, and is {wrong[0]!r:.60}.")
         if len(seeds) != len(encoded):
             raise UserError(f"There are {len(encoded)} prompts and {len(seeds)} seeds: give one seed, or one for each.")
         if prompt_cache and (prompt_cache.engine is not self.engine or prompt_cache.kv_bits != kv_bits):
             raise UserError("The prompt cache is that of another engine, or of other kv_bits.")
         rows = {
-            Row(self._context(ids), sampling, max_tokens, one, choice): number
+            Row(self._context(ids), sampling, int(max_tokens), int(one), choice): number
             for number, (ids, one) in enumerate(zip(encoded, seeds, strict=True))
             for choice in range(num_samples)
         }
-        asked = top_log_probs if log_probs or top_log_probs else None
+        asked = int(top_log_probs) if log_probs or top_log_probs else None
         sampled = decode(self.engine, rows, log_probs=asked, kv_bits=kv_bits, prompt_cache=prompt_cache)
         return self._responses(sampled, rows, encoded, stops)
 
@@ -190,7 +193,7 @@ class LanguageModel:
             ("num_samples", num_samples, 1),
             ("top_log_probs", top_log_probs, 0),
         ):
-            if not isinstance(count, int) or count < least:
+            if not _is_whole(count) or count < least:
                 raise UserError(f"{name} must be a whole number of at least {least}, and is {count}.")
         if top_log_probs > V:
             raise UserError(f"top_log_probs must be from 0 to {V}, the model's vocabulary, and is {top_log_probs}.")
@@ -283,3 +286,8 @@ def _are_many(prompt: Any) -> bool:
     if not isinstance(prompt, Sequence) and np.ndim(prompt) == 0:
         raise UserError(f"A prompt must be a text or a list of ids, and is {prompt!r:.60}.")
     return not isinstance(prompt, str) and len(prompt) > 0 and (isinstance(prompt[0], str) or np.ndim(prompt[0]) > 0)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a setting is a whole number, one of NumPy too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from twingpt.core.parameters import initialise
 from twingpt.core.reading import read_json
 from twingpt.data import mixture
 from twingpt.data.mixture import Data
+from twingpt.data.named import EMBEDDED
 from twingpt.data.prepare import find as find_prepared
 from twingpt.data.sources import HOW_READ, RULES
 from twingpt.runs.folder import find_run, latest, owner, resolve
@@ -92,6 +94,10 @@ class StoredRun:
         unless they have the `fingerprint`.
         """
         found = None if given else mixture.open_folders(self.data_folder, train.data)
+        if found and found.fingerprint == fingerprint:
+            return found
+        if max(self.data_rules or 0, mixture.rules(found) if found else 0) > RULES:
+            raise UserError(f"The data of {self.folder} are read as a newer version of twingpt does: install that.")
         data = found or self._prepare_again(train, fingerprint, given)
         if data.fingerprint == fingerprint:
             return data
@@ -106,8 +112,6 @@ class StoredRun:
 
     def _prepare_again(self, train: TrainConfig, fingerprint: str, given: Sequence[str]) -> Data:
         """The data prepared by the rules of reading that the run noted; by any that give the `fingerprint`, if none."""
-        if (self.data_rules or 0) > RULES:
-            raise UserError(f"The data of {self.folder} are read as a newer version of twingpt does: install that.")
         for (spec, _), folder in zip(mixture.parse(train.data), self._folders(), strict=False):
             if Path(folder).name == spec and "data" not in given and not find_prepared(spec):
                 raise UserError(
@@ -138,6 +142,12 @@ class StoredRun:
             return UserError(
                 f"The held-out text {train.val_data} is not what {self.folder} was evaluated on (the fingerprint of "
                 "its data differs): give --val-data the original, or start a new run."
+            )
+        began = next((start.get("python") for start in self.starts if isinstance(start, dict)), None)
+        if began not in (None, python_version()) and any(spec in EMBEDDED for spec, _ in mixture.parse(train.data)):
+            return UserError(
+                f"The data {mixture.spell(train.data)} comes with Python, and {self.folder} was trained on that of "
+                f"Python {began}, while this is {python_version()}: resume it with that Python, or start a new run."
             )
         fix = "give --data the original" if given else "it was changed since, so give --data a copy of the original"
         return UserError(

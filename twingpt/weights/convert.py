@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from twingpt.core.checkpoint.config_json import token_ids
-from twingpt.core.checkpoint.quantize import Quantization
+from twingpt.core.checkpoint.quantize import POSITIONS, Quantization
 from twingpt.core.checkpoint.schema import Model
 from twingpt.core.config import GPTConfig, unknown_choice
 from twingpt.core.errors import UserError
-from twingpt.core.parameters import parameter_count, parameter_table
+from twingpt.core.parameters import VECTOR, parameter_count, parameter_table
 from twingpt.core.paths import expand
 from twingpt.core.tokenizer import Tokenizer
 from twingpt.weights.dtypes import DTYPES
@@ -153,10 +153,15 @@ def _check_tokenizer(tokenizer: Tokenizer, model: Model) -> None:
 
 
 def _check_quantization(quantization: Quantization, config: GPTConfig, to: str) -> None:
-    """Raise UserError where a format has no quantized matrices, or the model none that can be."""
+    """Raise UserError where a format has no quantized matrices, or the model none that can be, or none of a name."""
     if to not in QUANTIZED:
         raise UserError(f"--q-bits is for --to {' or '.join(QUANTIZED)}: {to} has no such matrices.")
     packings = quantization.packings(config)
+    table = parameter_table(config).items()
+    matrices = [name.removesuffix(".weight") for name, row in table if row.group != VECTOR and name != POSITIONS]
+    for name in quantization.modules:
+        if name not in matrices:
+            raise unknown_choice("matrix to quantize", name, matrices)
     if any(packing.mode != "affine" for packing in packings.values()):
         raise UserError(f"Matrices are quantized here in the mode affine alone, not in {quantization.mode}.")
     if not packings:
