@@ -114,7 +114,8 @@ def test_blocks_are_where_no_kernel_is_better():
     assert [size("mlx", "metal", 1024, 256), size("mlx", "metal", 1024, head_dim=48)] == [256, 256]
     assert [size("torch", kind, 1024) for kind in ("cpu", "mps", "cuda")] == [0, 256, 0]
     assert [size("torch", "cpu", 64, half=True), size("torch", "cpu", 1024, 64), size("torch", "cpu", 64, 64)] == [
-        128, 128, 0,
+        64, 64, 0,
     ]  # fmt: skip
+    assert [size("torch", "cpu", length, half=True) for length in (512, 513)] == [64, 0]
     assert [size(name, "cuda", 1024, softcapped=True) for name in ("mlx", "torch")] == [256, 256]
     assert [size("mlx", "metal", length, head_dim=48) for length in (256, 257)] == [0, 256]

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 # Queries in a block, by backend and kind of device; docs/experiments.md has what CPUs gave. A GPU launches kernels for
 # each block, and fills itself with more queries than a CPU's cache holds scores of: its size is a choice, unmeasured.
-BLOCK_SIZES = {("mlx", "cpu"): 128, ("torch", "cpu"): 128}
+BLOCK_SIZES = {("mlx", "cpu"): 128, ("torch", "cpu"): 64}
 GPU_BLOCK_SIZE = 256
+LONGEST_HALF = 512  # positions up to which blocks beat torch's own kernel on a CPU in half precision
 
 # Widths of heads whose fused attention has a backward pass on Metal, but under a window's mask: the kernels sdpa_vjp_*,
 # which MLX has from 0.32.4 on (tests/metal).
@@ -37,8 +38,11 @@ def block_size(
     work of all keys, in registers. No kernel of any framework has a softcap.
     """
     size = BLOCK_SIZES.get((backend, kind), GPU_BLOCK_SIZE)
-    if (backend, kind) == ("torch", "cpu"):  # its fused backward pass is slow in half precision, and knows no window
-        return size if half or softcapped or 0 < window < length else 0
+    if (backend, kind) == (
+        "torch",
+        "cpu",
+    ):  # its fused backward pass is slow in half precision at first, and knows no window
+        return size if (half and length <= LONGEST_HALF) or softcapped or 0 < window < length else 0
     scores = softcapped or keeps_scores(backend, kind, length, window, head_dim)
     return size if length > size and scores else 0
 
