@@ -253,7 +253,7 @@ def test_threads_that_the_user_has_set_stay(monkeypatch):
 def test_how_long_openmp_spins_is_limited_unless_the_user_says(monkeypatch, name):
     monkeypatch.setattr(host.os, "environ", {})
     host.limit_spinning()
-    assert host.os.environ == {"GOMP_SPINCOUNT": "20000"}
+    assert host.os.environ == {"GOMP_SPINCOUNT": "100000"}
     monkeypatch.setattr(host.os, "environ", {name: "active"})
     host.limit_spinning()
     assert host.os.environ == {name: "active"}
@@ -261,6 +261,6 @@ def test_how_long_openmp_spins_is_limited_unless_the_user_says(monkeypatch, name
 
 def test_openmp_hears_of_it_before_its_library_is_loaded():
     code = "from twingpt.backends import registry; import os, sys; assert 'torch' not in sys.modules; registry.get();"
-    code += "assert os.environ['GOMP_SPINCOUNT'] == '20000' and {'torch', 'mlx'} & sys.modules.keys()"
+    code += "assert os.environ['GOMP_SPINCOUNT'] == '100000' and {'torch', 'mlx'} & sys.modules.keys()"
     clean = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     subprocess.run([sys.executable, "-c", code], check=True, env=clean)

@@ -215,7 +215,7 @@ def limit_spinning() -> None:
     thread that they wait for: training fell to a thirtieth (docs/experiments.md). What the user has set stays.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "20000"
+        os.environ["GOMP_SPINCOUNT"] = "100000"
 
 
 def end_with_parent() -> None:
