@@ -1,4 +1,4 @@
-"""The host: its processor, the dtypes that processors and GPUs are fast at, its memory, and keeping it awake."""
+"""The host: its processor and who else uses it, the dtypes that chips are fast at, memory, and keeping it awake."""
 
 from __future__ import annotations
 

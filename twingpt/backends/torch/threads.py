@@ -1,6 +1,6 @@
 """PyTorch's threads on a CPU: fewer while other processes keep cores busy.
 
-It has no twin: MLX's operations run on a thread of their own, whose BLAS takes no other number later.
+It has no twin: MLX computes on threads of its own, whose number it gives no way to change.
 """
 
 from __future__ import annotations
